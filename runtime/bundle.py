@@ -1,0 +1,423 @@
+"""The bundle: a folder that holds a whole exported model, described by its ``manifest.json``.
+
+The contract between exporter and runtime. A bundle is self-describing: the runtime takes every
+constant from the manifest. The exporter builds a :class:`Manifest` and writes
+``manifest.to_json()``; the runtime reads it with :meth:`Bundle.open`, strictly. Format version 1::
+
+    {
+      "format": "tinygiant-bundle",
+      "format_version": 1,
+      "model":  {...},                       ModelConfig, as config_to_dict writes it
+      "graphs": {                            keys: whisper_encoder, htsat_encoder, projector,
+        "decoder_model": {                     decoder_model, and clap_encoder unless one tower
+          "file": "onnx/decoder_model.onnx",   serves both streams or the gate is ablated
+          "external_data": ["onnx/decoder_model.onnx.data"],
+          "scheme": "int4-b32"               free text: how the weights are stored
+        }, ...
+      },
+      "embeddings": {"file": "embed_tokens.npy", "dtype": "fp32" | "fp16" | "int8",
+                     "scale_file": null},    int8: (vocab_size,) float32, one scale a row
+      "tokenizer": "tokenizer.json",
+      "recipe": {"name": "int4", "details": {...}},
+      "opset": 21,
+      "min_onnxruntime": "1.20.0",
+      "source": {"checkpoint": "nano", "sha256": "...", "weights": "trained" | "seeded-random",
+                 "seed": null},
+      "created": {"tinygiant": "0.1.0", "torch": "2.13.0", ...},
+      "verification": {...},                 summary of verification.json
+      "files": [{"path": "...", "sha256": "...", "size_bytes": 123}, ...]
+    }
+
+``files`` lists every file of the folder but the manifest itself. ``created`` names tool versions
+and holds no time, so that the same checkpoint exported twice with the same tools gives the same
+manifest. Paths are relative, made of ``[A-Za-z0-9._-]`` parts joined by ``/``; none is absolute,
+holds ``..`` or a backslash, or is reached through a link that leaves the folder.
+
+Whatever is wrong with a bundle ends as one :class:`BundleError` of one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tinygiant.runtime.config import ModelConfig, config_from_dict, config_to_dict
+from tinygiant.runtime.errors import BundleError
+
+__all__ = [
+    "BUNDLE_VARIABLE",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "GRAPH_NAMES",
+    "MANIFEST_NAME",
+    "Bundle",
+    "EmbeddingsEntry",
+    "FileEntry",
+    "GraphEntry",
+    "Manifest",
+    "RecipeEntry",
+    "SourceEntry",
+    "default_bundle_path",
+    "describe_file",
+    "required_graphs",
+]
+
+FORMAT = "tinygiant-bundle"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+BUNDLE_VARIABLE = "TINYGIANT_BUNDLE"
+GRAPH_NAMES = ("whisper_encoder", "htsat_encoder", "clap_encoder", "projector", "decoder_model")
+
+_MAX_MANIFEST_BYTES = 4 * 2**20
+_HASH_BLOCK_BYTES = 2**20
+_LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
+_PATH_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
+_PATH = re.compile(rf"{_PATH_PART}(?:/{_PATH_PART})*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"\d+(?:\.\d+)*")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle: relative ``path``, lower-case hexadecimal ``sha256``, size."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """One ONNX graph: its file, the files its weights lie in, and how they are stored."""
+
+    file: str
+    external_data: tuple[str, ...]
+    scheme: str
+
+
+@dataclass(frozen=True)
+class EmbeddingsEntry:
+    """The token embeddings ``(vocab_size, D)``; ``int8`` has one float32 scale a row."""
+
+    file: str
+    dtype: Literal["fp32", "fp16", "int8"]
+    scale_file: str | None
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """The quantization recipe the bundle was made with; ``details`` is for people and reports."""
+
+    name: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """What the bundle was made from: checkpoint name and hash, and whether it was trained."""
+
+    checkpoint: str
+    sha256: str
+    weights: Literal["trained", "seeded-random"]
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json`` of format version 1; the module's docstring shows it."""
+
+    model: ModelConfig
+    graphs: dict[str, GraphEntry]
+    embeddings: EmbeddingsEntry
+    tokenizer: str
+    recipe: RecipeEntry
+    opset: int
+    min_onnxruntime: str
+    source: SourceEntry
+    created: dict[str, str]
+    verification: dict[str, Any]
+    files: tuple[FileEntry, ...]
+
+    def __post_init__(self) -> None:
+        problems = _manifest_problems(self)
+        if problems:
+            raise BundleError("manifest: " + "; ".join(problems))
+
+    def to_json(self) -> str:
+        """The manifest as it is written to disk: sorted keys, so that it is reproducible."""
+        data = config_to_dict(self) | {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Manifest:
+        """Read a parsed ``manifest.json``, strictly.
+
+        Raises:
+            BundleError: another format or version; an unknown, missing or wrongly typed field.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BundleError(f"manifest: not a {FORMAT}; export the model with tg-export")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise BundleError(
+                f"manifest: format version {str(version)[:20]} is unknown, this runtime reads "
+                f"{FORMAT_VERSION}; update tinygiant or export the bundle again"
+            )
+        fields = {key: value for key, value in data.items() if not key.startswith("format")}
+        expected = {key: _object_of(fields, key) for key in ("graphs", "recipe", "created")}
+        verification = _object_of(fields, "verification")
+        recipe = expected["recipe"]
+        unknown = set(fields) ^ set(cls.__dataclass_fields__)
+        if unknown or set(recipe) != {"name", "details"}:
+            raise BundleError(
+                f"manifest: unknown or missing fields {sorted(unknown) or sorted(recipe)}"
+            )
+        if not all(isinstance(value, str) for value in expected["created"].values()):
+            raise BundleError("manifest.created: expected tool names and their versions")
+        simple = config_from_dict(
+            _SimpleFields,
+            {name: fields[name] for name in _SimpleFields.__dataclass_fields__},
+            where="manifest",
+        )
+        return cls(
+            model=simple.model,
+            graphs={
+                str(name): config_from_dict(GraphEntry, entry, where=f"manifest.graphs.{name}")
+                for name, entry in expected["graphs"].items()
+            },
+            embeddings=simple.embeddings,
+            tokenizer=simple.tokenizer,
+            recipe=RecipeEntry(str(recipe["name"]), _object_of(recipe, "details")),
+            opset=simple.opset,
+            min_onnxruntime=simple.min_onnxruntime,
+            source=simple.source,
+            created=expected["created"],
+            verification=verification,
+            files=simple.files,
+        )
+
+
+@dataclass(frozen=True)
+class _SimpleFields:
+    """The manifest's fields that ``config_from_dict`` can read by itself."""
+
+    model: ModelConfig
+    embeddings: EmbeddingsEntry
+    tokenizer: str
+    opset: int
+    min_onnxruntime: str
+    source: SourceEntry
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its resolved ``root`` and its checked ``manifest``."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+        """Open and check the bundle in folder ``path``.
+
+        Presence, kind, size and containment of every file are always checked; ``verify`` also
+        compares every sha256, which costs one read of the whole bundle.
+
+        Raises:
+            BundleError: whatever is missing, damaged, unknown or outside the folder.
+        """
+        folder = Path(path)
+        where = _shown(folder)
+        try:
+            if not folder.exists():
+                raise BundleError(f"{where}: no such bundle; export one with tg-export")
+            if not folder.is_dir():
+                raise BundleError(f"{where}: not a folder; a bundle is a folder with a manifest")
+            root = folder.resolve(strict=True)
+            manifest = _read_manifest(root)
+            for entry in manifest.files:
+                _check_file(root, entry, verify=verify)
+        except BundleError as error:
+            raise BundleError(_prefixed(where, str(error))) from error
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{where}: cannot be read: {_one_line(error)}") from error
+        return cls(root, manifest)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.manifest.model
+
+    def file(self, relative: str) -> Path:
+        """The absolute path of one listed file."""
+        return self.root / relative
+
+    def graph(self, name: str) -> Path:
+        """The absolute path of graph ``name`` (see :data:`GRAPH_NAMES`).
+
+        Raises:
+            BundleError: the bundle has no such graph.
+        """
+        if name not in self.manifest.graphs:
+            raise BundleError(f"{_shown(self.root)}: the bundle has no graph {name}")
+        return self.root / self.manifest.graphs[name].file
+
+
+def default_bundle_path() -> Path:
+    """Where the bundle is taken from if none is named.
+
+    The folder in the environment variable ``TINYGIANT_BUNDLE``, else the nano model that is
+    installed with the runtime.
+    """
+    named = os.environ.get(BUNDLE_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(str(importlib.resources.files("tinygiant.runtime"))) / "bundles" / "nano"
+
+
+def required_graphs(model: ModelConfig) -> tuple[str, ...]:
+    """The graphs a bundle of ``model`` must hold, in the order of :data:`GRAPH_NAMES`."""
+    needs_clap = model.projector.semantic_gate and not model.event.shared_tower
+    return tuple(name for name in GRAPH_NAMES if name != "clap_encoder" or needs_clap)
+
+
+def describe_file(root: Path, relative: str) -> FileEntry:
+    """The manifest entry of the file ``root / relative``; reads the whole file."""
+    path = root / relative
+    return FileEntry(relative, _sha256(path), path.stat().st_size)
+
+
+def _manifest_problems(manifest: Manifest) -> list[str]:
+    problems = []
+    listed = [entry.path for entry in manifest.files]
+    problems += [f"path {path!r:.80} is not allowed" for path in listed if not _allowed(path)]
+    # Case-insensitive file systems (macOS, Windows) would see one file where two are listed.
+    if len({path.lower() for path in listed}) != len(listed):
+        problems.append("a file is listed twice")
+    for entry in manifest.files:
+        if not _SHA256.fullmatch(entry.sha256) or entry.size_bytes < 0:
+            problems.append(f"file {entry.path!r:.80} has no valid sha256 or size")
+    required = set(required_graphs(manifest.model))
+    if missing := sorted(required - set(manifest.graphs)):
+        problems.append(f"graphs {missing} are missing")
+    if unknown := sorted(set(manifest.graphs) - set(GRAPH_NAMES)):
+        problems.append(f"graphs {unknown!r:.80} are unknown")
+    unlisted = sorted(_used_files(manifest) - set(listed))
+    problems += [f"file {path!r:.80} is used but not listed" for path in unlisted]
+    if (manifest.embeddings.dtype == "int8") != (manifest.embeddings.scale_file is not None):
+        problems.append("embeddings have a scale_file if and only if they are int8")
+    if not _VERSION.fullmatch(manifest.min_onnxruntime):
+        problems.append(f"min_onnxruntime {manifest.min_onnxruntime!r:.20} is not a version")
+    return problems
+
+
+def _used_files(manifest: Manifest) -> set[str]:
+    used = {manifest.tokenizer, manifest.embeddings.file}
+    if manifest.embeddings.scale_file is not None:
+        used.add(manifest.embeddings.scale_file)
+    for graph in manifest.graphs.values():
+        used |= {graph.file, *graph.external_data}
+    return used
+
+
+def _allowed(path: str) -> bool:
+    return len(path) <= 255 and path != MANIFEST_NAME and _PATH.fullmatch(path) is not None
+
+
+def _object_of(data: dict[str, Any], key: str) -> dict[str, Any]:
+    value = data.get(key)
+    if not isinstance(value, dict):
+        raise BundleError(f"manifest.{key}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST_NAME
+    if not path.exists():
+        raise BundleError(f"no {MANIFEST_NAME}; this folder is not a bundle")
+    _check_contained(root, path)
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{MANIFEST_NAME} is larger than {_MAX_MANIFEST_BYTES} bytes")
+    content = path.read_bytes()
+    _refuse_pointer(MANIFEST_NAME, content)
+    try:
+        data = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{MANIFEST_NAME} is damaged ({_one_line(error)}); copy or export the bundle again"
+        ) from error
+    return Manifest.from_dict(data)
+
+
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data:
+            raise ValueError(f"key {key!r:.40} appears twice")
+        data[key] = value
+    return data
+
+
+def _check_contained(root: Path, path: Path) -> None:
+    """Refuse whatever is not a regular file below ``root`` once every link is followed."""
+    resolved = path.resolve(strict=True)
+    name = path.relative_to(root)
+    if not resolved.is_relative_to(root):
+        raise BundleError(f"{name} is a link that leaves the bundle; copy the file itself")
+    if not stat.S_ISREG(resolved.stat().st_mode):
+        raise BundleError(f"{name} is not a regular file")
+
+
+def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> None:
+    path = root / entry.path
+    if not path.exists():
+        raise BundleError(f"{entry.path} is missing; copy or export the bundle again")
+    _check_contained(root, path)
+    size_bytes = path.stat().st_size
+    if size_bytes != entry.size_bytes:
+        with path.open("rb") as file:
+            _refuse_pointer(entry.path, file.read(len(_LFS_SIGNATURE)))
+        raise BundleError(
+            f"{entry.path} has {size_bytes} bytes, the manifest says {entry.size_bytes}; "
+            "copy or export the bundle again"
+        )
+    if verify and _sha256(path) != entry.sha256:
+        raise BundleError(
+            f"{entry.path} was changed: its sha256 is not the manifest's; "
+            "copy or export the bundle again"
+        )
+
+
+def _refuse_pointer(name: str, start: bytes) -> None:
+    if start.startswith(_LFS_SIGNATURE):
+        raise BundleError(f"{name} is a git-lfs pointer, not the file; run: git lfs pull")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _shown(path: Path) -> str:
+    """A path fit for a one-line message, whatever its characters."""
+    return str(path).encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def _prefixed(where: str, message: str) -> str:
+    return message if message.startswith(where) else f"bundle {where}: {message}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
