@@ -1,0 +1,85 @@
+# Every command of the project. A machine with make and Python 3.11 to 3.14 is enough:
+# each target makes the virtual environment it needs, once.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Name another interpreter with `make demo PYTHON=/path/to/python3`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	"$$p" -c '$(PYTHON_FITS)' 2>/dev/null && echo "$$p" && break; done)
+PYTHON_FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+VENV := .venv
+DEMO_VENV := .venv-demo
+
+# On Linux, torch from PyPI brings gigabytes of CUDA; this index holds the CPU builds. Where it
+# cannot be reached, or lacks the platform, pip takes torch from its usual index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP_INSTALL := -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# Tests run in this many processes, each with one thread for every numeric library.
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
+
+.PHONY: help demo test check lint types imports wheel constraints clean distclean
+
+help: ## list these commands
+	@sed -n 's/^\([a-z]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-12s", $$1, $$2; \
+	  $$1 = $$2 = ""; print}'
+
+test: $(VENV)/.installed ## run the tests
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+check: lint types imports ## style, types (mypy --strict) and import direction
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed
+	@mkdir -p .namespace/tinygiant
+	@for p in runtime models quantize export; do ln -sfn "../../$$p" ".namespace/tinygiant/$$p"; done
+	$(VENV)/bin/mypy
+
+imports: $(VENV)/.installed
+	$(VENV)/bin/lint-imports --no-logo
+
+wheel: $(VENV)/.installed ## build the wheel into dist/
+	rm -rf build
+	$(VENV)/bin/python -m build --wheel --no-isolation
+
+constraints: $(VENV)/.installed ## pin constraints.txt to the versions in .venv
+	@{ sed -n '/^#/p' constraints.txt; $(VENV)/bin/python -m pip list --format=freeze \
+	  --exclude-editable --exclude pip | sed 's/+.*//' | sort -f; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove build outputs and caches
+	rm -rf build dist *.egg-info .namespace
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find runtime models quantize export tests benchmarks -name __pycache__ -prune -exec rm -r {} +
+
+distclean: clean ## clean, and remove the virtual environments
+	rm -rf $(VENV) $(DEMO_VENV)
+
+# The environments. The stamp files make a second call do no work.
+
+%/.python:
+	@"$(PYTHON)" -c '$(PYTHON_FITS)' 2>/dev/null || { echo "Python 3.11 to 3.14 is needed and \
+	$$(python3 --version 2>&1 || true) is here; name one: make $(MAKECMDGOALS) PYTHON=PATH" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) lacks its venv module;\
+	 install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(@D)
+	@touch $@
+
+$(DEMO_VENV)/.installed: $(DEMO_VENV)/.python constraints.txt setup.cfg pyproject.toml $(SOURCES)
+	@echo "Installing the runtime into $(DEMO_VENV) (once) ..." >&2
+	@rm -rf build
+	@$(DEMO_VENV)/bin/python $(PIP_INSTALL) --quiet .
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python constraints.txt setup.cfg pyproject.toml
+	@echo "Installing everything into $(VENV) (once, some minutes) ..." >&2
+	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps --extra-index-url $(TORCH_INDEX) torch
+	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,mic,train]'
+	@touch $@
