@@ -1,0 +1,178 @@
+"""The decoder graph against transformers' Qwen3ForCausalLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from tinygiant.export.decoder import build_decoder
+from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.errors import CheckpointError
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+CONFIG = DecoderConfig(
+    vocab_size=97,
+    hidden_size=48,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=32,
+    ffn_size=80,
+    max_positions=64,
+    eos_token_ids=(1,),
+    think_end_token_id=2,
+)
+CAPACITY = 40
+TOLERANCE = 1e-4
+
+
+def relative_error(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def reference(request: pytest.FixtureRequest) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=CONFIG.vocab_size,
+            hidden_size=CONFIG.hidden_size,
+            num_hidden_layers=CONFIG.n_layers,
+            num_attention_heads=CONFIG.n_heads,
+            num_key_value_heads=CONFIG.n_kv_heads,
+            head_dim=CONFIG.head_dim,
+            intermediate_size=CONFIG.ffn_size,
+            rms_norm_eps=CONFIG.rms_norm_eps,
+            rope_theta=CONFIG.rope_theta,
+            max_position_embeddings=CONFIG.max_positions,
+            tie_word_embeddings=request.param,
+        )
+    ).eval()
+    with torch.no_grad():  # large weights, or every RMS scale at 1 would hide a swapped norm
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def graph(reference: Qwen3ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("decoder") / "decoder_model.onnx"
+    state = {k: v.numpy() for k, v in reference.state_dict().items()}
+    if reference.config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    build_decoder(CONFIG, {k: (lambda v=v: v) for k, v in state.items()}, path)
+    return path
+
+
+class Runner:
+    """Runs the graph with one KV buffer bound as both past and present."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        shape = (1, CONFIG.n_kv_heads, CAPACITY, CONFIG.head_dim)
+        # Rubbish in unused positions must not matter.
+        self.cache = {
+            f"{layer}.{kind}": ort.OrtValue.ortvalue_from_numpy(np.full(shape, 7.0, np.float32))
+            for layer in range(CONFIG.n_layers)
+            for kind in ("key", "value")
+        }
+        self.length = 0
+
+    def step(self, embeds: np.ndarray, positions: list[int]) -> np.ndarray:
+        binding = self.session.io_binding()
+        total = self.length + embeds.shape[1]
+        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds))
+        binding.bind_cpu_input("seqlens_k", np.array([total - 1], np.int32))
+        binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
+        binding.bind_cpu_input("logits_positions", np.array(positions, np.int64))
+        for name, value in self.cache.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_output("logits")
+        self.session.run_with_iobinding(binding)
+        self.length = total
+        return next(v.numpy() for v in binding.get_outputs() if v.shape()[-1] == CONFIG.vocab_size)
+
+
+def expected(reference: Qwen3ForCausalLM, embeds: np.ndarray) -> np.ndarray:
+    """Logits of every position, computed without a cache."""
+    with torch.no_grad():
+        out = reference(inputs_embeds=torch.from_numpy(embeds), use_cache=False)
+    logits: np.ndarray = out.logits.numpy()
+    return logits
+
+
+def test_prefill_steps_verify_and_truncation(reference: Qwen3ForCausalLM, graph: Path) -> None:
+    rng = np.random.default_rng(1)
+    embeds = rng.standard_normal((1, 24, CONFIG.hidden_size)).astype(np.float32)
+    wanted = expected(reference, embeds)
+    runner = Runner(graph)
+
+    prefill = runner.step(embeds[:, :13], [12])
+    assert prefill.shape == (1, 1, CONFIG.vocab_size)
+    assert relative_error(prefill[0, 0], wanted[0, 12]) <= TOLERANCE
+
+    for position in (13, 14, 15):
+        logits = runner.step(embeds[:, position : position + 1], [0])
+        assert relative_error(logits[0, 0], wanted[0, position]) <= TOLERANCE
+
+    draft = rng.standard_normal((1, 5, CONFIG.hidden_size)).astype(np.float32)
+    draft[:, :2] = embeds[:, 16:18]
+    logits = runner.step(draft, [0, 1, 2, 3, 4])
+    assert relative_error(logits[0, :2], wanted[0, 16:18]) <= TOLERANCE
+
+    runner.length = 18  # only two drafted tokens are kept
+    logits = runner.step(embeds[:, 18:24], [5, 0])
+    assert relative_error(logits[0, 0], wanted[0, 23]) <= TOLERANCE
+    assert relative_error(logits[0, 1], wanted[0, 18]) <= TOLERANCE
+
+    runner.length = 0  # the same buffers serve another sequence
+    again = runner.step(embeds[:, 3:20], list(range(17)))
+    assert relative_error(again, expected(reference, embeds[:, 3:20])) <= TOLERANCE
+
+
+def test_cache_agrees_with_transformers_cache(reference: Qwen3ForCausalLM, graph: Path) -> None:
+    """Keys and values themselves, not only what attention makes of them."""
+    rng = np.random.default_rng(2)
+    embeds = rng.standard_normal((1, 9, CONFIG.hidden_size)).astype(np.float32)
+    cache = DynamicCache()
+    with torch.no_grad():
+        reference(inputs_embeds=torch.from_numpy(embeds), past_key_values=cache, use_cache=True)
+    runner = Runner(graph)
+    runner.step(embeds, [8])
+    for layer in range(CONFIG.n_layers):
+        keys = runner.cache[f"{layer}.key"].numpy()[:, :, :9]
+        values = runner.cache[f"{layer}.value"].numpy()[:, :, :9]
+        assert relative_error(keys, cache.layers[layer].keys.numpy()) <= TOLERANCE
+        assert relative_error(values, cache.layers[layer].values.numpy()) <= TOLERANCE
+
+
+def test_far_positions_use_the_reference_angles(reference: Qwen3ForCausalLM, graph: Path) -> None:
+    model = onnx.load(graph)
+    caches = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer
+              if t.name.startswith("rotary.")}  # fmt: skip
+    cos, sin = reference.model.rotary_emb(torch.zeros(1), torch.arange(CONFIG.max_positions)[None])
+    half = CONFIG.head_dim // 2
+    np.testing.assert_allclose(caches["rotary.cos_cache"], cos[0, :, :half], atol=2e-6)
+    np.testing.assert_allclose(caches["rotary.sin_cache"], sin[0, :, :half], atol=2e-6)
+
+
+def test_structure(graph: Path) -> None:
+    model = onnx.load(graph, load_external_data=False)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("GroupQueryAttention") == CONFIG.n_layers
+    assert kinds.count("MatMul") == 7 * CONFIG.n_layers + 1
+    assert "Transpose" not in kinds
+    assert graph.stat().st_size < 100_000  # weights lie beside the graph
+    names = {t.name for t in model.graph.initializer}
+    matmuls = [node for node in model.graph.node if node.op_type == "MatMul"]
+    assert all(node.input[1] in names for node in matmuls)
+
+
+def test_missing_and_unknown_tensors_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"missing model\.embed_tokens.*unknown model\.extra"):
+        build_decoder(CONFIG, {"model.extra": np.zeros(1)}, tmp_path / "d.onnx")
