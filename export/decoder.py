@@ -2,11 +2,11 @@
 
 The graph is written rather than traced: it computes logits only at the positions that are asked
 for, takes the number of valid KV positions directly, shares past and present buffers, and needs
-only one tensor of the checkpoint in memory at a time. Inputs and outputs are those of
+one tensor of the checkpoint in memory at a time. Inputs and outputs are those of
 :class:`~tinygiant.runtime.config.DecoderConfig`.
 
-Architecture after ``Qwen3ForCausalLM`` (transformers, modeling_qwen3.py); attention is onnxruntime's
-``com.microsoft.GroupQueryAttention`` with rotary embeddings inside.
+Architecture after ``Qwen3ForCausalLM`` (transformers, modeling_qwen3.py); attention is
+onnxruntime's ``com.microsoft.GroupQueryAttention`` with rotary embeddings inside.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper
+import onnx_ir as ir
 
-from tinygiant.export.external import ExternalWeights, weights_name
+from tinygiant.quantize.graph import save_graph
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
 
-__all__ = ["LM_HEAD", "TensorSource", "build_decoder"]
+__all__ = ["LM_HEAD", "OPSET", "TensorSource", "build_decoder"]
 
 TensorSource = npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
 """An array, or a function that reads it when it is needed."""
@@ -32,7 +31,7 @@ TensorSource = npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
 LM_HEAD = "lm_head"
 """Name of the node that turns hidden states into logits."""
 
-_OPSET = 21
+OPSET = 21
 _IR_VERSION = 10
 _CONTRIB = "com.microsoft"
 
@@ -41,30 +40,25 @@ def build_decoder(config: DecoderConfig, tensors: Mapping[str, TensorSource], pa
     """Write the decoder graph to ``path`` and its weights beside it.
 
     ``tensors`` has the names of ``Qwen3ForCausalLM.state_dict()``; without ``lm_head.weight`` the
-    head is tied to the token embeddings. Every tensor is read once (the embeddings only if tied),
+    head is tied to the token embeddings. Every tensor is read when its turn to be written comes,
     converted to float32 and dropped again.
 
     Raises:
-        CheckpointError: missing or wrongly shaped tensors, all of them in one message.
+        CheckpointError: missing, unknown or wrongly shaped tensors.
     """
     _check_names(config, tensors)
-    with ExternalWeights(path.parent / weights_name(path.name)) as weights:
-        builder = _Builder(config, tensors, weights)
-        builder.decoder()
-    graph = helper.make_graph(
-        builder.nodes,
-        "qwen3_decoder",
-        inputs=_inputs(config),
-        outputs=_outputs(config),
-        initializer=weights.initializers,
+    builder = _Builder(config, tensors)
+    logits, presents = builder.decoder()
+    graph = ir.Graph(
+        inputs=builder.inputs,
+        outputs=[logits, *presents],
+        nodes=builder.nodes,
+        initializers=builder.weights,
+        opset_imports={"": OPSET, _CONTRIB: 1},
+        name="qwen3_decoder",
     )
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", _OPSET), helper.make_opsetid(_CONTRIB, 1)],
-        ir_version=_IR_VERSION,
-        producer_name="tinygiant",
-    )
-    onnx.save(model, path)
+    model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="tinygiant")
+    save_graph(model, path)
 
 
 def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -112,37 +106,6 @@ def _shorten(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _cache_shape(config: DecoderConfig) -> list[int | str]:
-    return [1, config.n_kv_heads, "capacity", config.head_dim]
-
-
-def _inputs(config: DecoderConfig) -> list[onnx.ValueInfoProto]:
-    value = helper.make_tensor_value_info
-    return [
-        value("inputs_embeds", TensorProto.FLOAT, [1, "sequence", config.hidden_size]),
-        value("seqlens_k", TensorProto.INT32, [1]),
-        value("total_sequence_length", TensorProto.INT32, []),
-        value("logits_positions", TensorProto.INT64, ["n_logits"]),
-        *(
-            value(f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, _cache_shape(config))
-            for layer in range(config.n_layers)
-            for kind in ("key", "value")
-        ),
-    ]
-
-
-def _outputs(config: DecoderConfig) -> list[onnx.ValueInfoProto]:
-    value = helper.make_tensor_value_info
-    return [
-        value("logits", TensorProto.FLOAT, [1, "n_logits", config.vocab_size]),
-        *(
-            value(f"present.{layer}.{kind}", TensorProto.FLOAT, _cache_shape(config))
-            for layer in range(config.n_layers)
-            for kind in ("key", "value")
-        ),
-    ]
-
-
 def _rotary_caches(
     config: DecoderConfig,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -151,73 +114,82 @@ def _rotary_caches(
     Angles are computed in float32 because the reference does; at far positions the rounding of the
     product is part of what the model was trained with.
     """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.int64).astype(np.float32)
-    frequencies = 1.0 / (np.float32(config.rope_theta) ** (exponents / np.float32(config.head_dim)))
-    positions = np.arange(config.max_positions, dtype=np.float32)
-    angles = np.outer(positions, frequencies.astype(np.float32))
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
+    angles = np.outer(np.arange(config.max_positions, dtype=np.float32), frequencies)
     return np.cos(angles), np.sin(angles)
 
 
 class _Builder:
-    """Collects the nodes of the graph; weights go straight to ``weights``."""
+    """Collects inputs, weights and nodes; every value has the name of the module it comes from."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        tensors: Mapping[str, TensorSource],
-        weights: ExternalWeights,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, tensors: Mapping[str, TensorSource]) -> None:
         self._config = config
         self._tensors = tensors
-        self._weights = weights
-        self.nodes: list[onnx.NodeProto] = []
-
-    def decoder(self) -> None:
-        """Layers, final norm, the asked-for rows, LM head."""
-        config, weights = self._config, self._weights
-        cos, sin = _rotary_caches(config)
-        weights.add("rotary.cos_cache", cos)
-        weights.add("rotary.sin_cache", sin)
+        self.inputs: list[ir.Value] = []
+        self.weights: list[ir.Value] = []
+        self.nodes: list[ir.Node] = []
         # 0 keeps a dimension of the input: (1, T, heads * head_dim) <-> (1, T, heads, head_dim)
-        weights.add("shape.heads", np.array([0, 0, -1, config.head_dim], dtype=np.int64))
-        weights.add("shape.flat", np.array([0, 0, -1], dtype=np.int64))
-        residual, branch = "inputs_embeds", None
-        for layer in range(config.n_layers):
-            residual, branch = self._layer(layer, residual, branch)
-        _, hidden = self._norm("model.norm", (config.hidden_size,), residual, branch)
-        self._node("Gather", "logits_rows", [hidden, "logits_positions"], ["logits_rows"], axis=1)
-        head = self._tensor(_head_name(self._tensors), (config.vocab_size, config.hidden_size))
-        weights.add(f"{LM_HEAD}.weight", head.T)
-        self._node("MatMul", LM_HEAD, ["logits_rows", f"{LM_HEAD}.weight"], ["logits"])
+        self._heads = self._constant("shape.heads", np.array([0, 0, -1, config.head_dim]))
+        self._flat = self._constant("shape.flat", np.array([0, 0, -1]))
 
-    def _layer(self, index: int, residual: str, branch: str | None) -> tuple[str, str]:
-        """One transformer layer; returns the residual and the branch still to be added to it."""
-        config, shapes = self._config, _layer_shapes(self._config)
-        name = f"model.layers.{index}"
-        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-
-        def linear(module: str, source: str) -> str:
-            return self._linear(f"{name}.{module}", shapes[f"{module}.weight"], source)
-
+    def decoder(self) -> tuple[ir.Value, list[ir.Value]]:
+        """Layers, final norm, the asked-for rows, LM head: ``logits`` and the presents."""
+        config = self._config
         hidden_shape = (config.hidden_size,)
-        residual, hidden = self._norm(f"{name}.input_layernorm", hidden_shape, residual, branch)
-        query = self._head_norm(f"{attention}.q_norm", linear("self_attn.q_proj", hidden))
-        key = self._head_norm(f"{attention}.k_norm", linear("self_attn.k_proj", hidden))
-        value = linear("self_attn.v_proj", hidden)
-        self._node(
+        embeds = self._input("inputs_embeds", ir.DataType.FLOAT, [1, "sequence", *hidden_shape])
+        seqlens = self._input("seqlens_k", ir.DataType.INT32, [1])
+        total = self._input("total_sequence_length", ir.DataType.INT32, [])
+        positions = self._input("logits_positions", ir.DataType.INT64, ["n_logits"])
+        cos, sin = _rotary_caches(config)
+        attention_inputs = [
+            seqlens,
+            total,
+            self._constant("rotary.cos_cache", cos),
+            self._constant("rotary.sin_cache", sin),
+        ]
+        residual: ir.Value = embeds
+        branch: ir.Value | None = None
+        presents: list[ir.Value] = []
+        for index in range(config.n_layers):
+            residual, branch, present = self._layer(index, residual, branch, attention_inputs)
+            presents += present
+        _, hidden = self._norm("model.norm", residual, branch, last=True)
+        (rows,) = self._node("Gather", "logits_rows", [hidden, positions], axis=1)
+        weight = self._weight(
+            f"{LM_HEAD}.weight",
+            _head_name(self._tensors),
+            (config.vocab_size, config.hidden_size),
+            transpose=True,
+        )
+        (logits,) = self._node("MatMul", LM_HEAD, [rows, weight], ["logits"])
+        _declare(logits, [1, "n_logits", config.vocab_size])
+        return logits, presents
+
+    def _layer(
+        self,
+        index: int,
+        residual: ir.Value,
+        branch: ir.Value | None,
+        attention_inputs: list[ir.Value],
+    ) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
+        """One transformer layer: the residual, the branch not yet added to it, the presents."""
+        config, name = self._config, f"model.layers.{index}"
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        cache_shape = [1, config.n_kv_heads, "capacity", config.head_dim]
+
+        residual, hidden = self._norm(f"{name}.input_layernorm", residual, branch)
+        query = self._head_norm(f"{attention}.q_norm", self._linear(f"{attention}.q_proj", hidden))
+        key = self._head_norm(f"{attention}.k_norm", self._linear(f"{attention}.k_proj", hidden))
+        value = self._linear(f"{attention}.v_proj", hidden)
+        pasts = [
+            self._input(f"past_key_values.{index}.{kind}", ir.DataType.FLOAT, cache_shape)
+            for kind in ("key", "value")
+        ]
+        attended, *presents = self._node(
             "GroupQueryAttention",
             attention,
-            [
-                query,
-                key,
-                value,
-                f"past_key_values.{index}.key",
-                f"past_key_values.{index}.value",
-                "seqlens_k",
-                "total_sequence_length",
-                "rotary.cos_cache",
-                "rotary.sin_cache",
-            ],
+            [query, key, value, *pasts, *attention_inputs],
             [f"{attention}.out", f"present.{index}.key", f"present.{index}.value"],
             domain=_CONTRIB,
             num_heads=config.n_heads,
@@ -226,66 +198,118 @@ class _Builder:
             rotary_interleaved=0,
             scale=float(config.head_dim**-0.5),
         )
-        attended = linear("self_attn.o_proj", f"{attention}.out")
-        residual, hidden = self._norm(
-            f"{name}.post_attention_layernorm", hidden_shape, residual, attended
-        )
-        gate = linear("mlp.gate_proj", hidden)
-        self._node("QuickGelu", f"{mlp}.silu", [gate], [f"{mlp}.silu"], domain=_CONTRIB, alpha=1.0)
-        up = linear("mlp.up_proj", hidden)
-        self._node("Mul", f"{mlp}.gated", [f"{mlp}.silu", up], [f"{mlp}.gated"])
-        return residual, linear("mlp.down_proj", f"{mlp}.gated")
+        for present in presents:
+            _declare(present, cache_shape)
+        attended = self._linear(f"{attention}.o_proj", attended)
+
+        residual, hidden = self._norm(f"{name}.post_attention_layernorm", residual, attended)
+        gate = self._linear(f"{mlp}.gate_proj", hidden)
+        # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one node.
+        (gate,) = self._node("QuickGelu", f"{mlp}.silu", [gate], domain=_CONTRIB, alpha=1.0)
+        up = self._linear(f"{mlp}.up_proj", hidden)
+        (gated,) = self._node("Mul", f"{mlp}.gated", [gate, up])
+        return residual, self._linear(f"{mlp}.down_proj", gated), presents
 
     def _norm(
-        self, name: str, shape: tuple[int, ...], residual: str, branch: str | None
-    ) -> tuple[str, str]:
-        """RMS norm of residual plus branch; returns that sum and its norm."""
-        scale = self._weights.add(f"{name}.weight", self._tensor(f"{name}.weight", shape))
+        self, name: str, residual: ir.Value, branch: ir.Value | None, *, last: bool = False
+    ) -> tuple[ir.Value, ir.Value]:
+        """Residual plus branch, and the RMS norm of that sum."""
+        scale = self._weight(f"{name}.weight", f"{name}.weight", (self._config.hidden_size,))
         epsilon = self._config.rms_norm_eps
         if branch is None:
-            self._node(
-                "SimplifiedLayerNormalization", name, [residual, scale], [name],
-                axis=-1, epsilon=epsilon, stash_type=1,
-            )  # fmt: skip
-            return residual, name
-        total = f"{name}.residual"
-        # Outputs: the norm, two that only training uses, the sum (unless nobody reads it).
-        outputs = [name] if name == "model.norm" else [name, "", "", total]
-        self._node(
-            "SkipSimplifiedLayerNormalization", name, [branch, residual, scale], outputs,
-            domain=_CONTRIB, epsilon=epsilon,
-        )  # fmt: skip
-        return total, name
+            return residual, self._rms_norm(name, residual, scale)
+        # Outputs 1 and 2 are for training; the sum is left out where nobody reads it.
+        outputs = [name] if last else [name, "", "", f"{name}.residual"]
+        normed, *rest = self._node(
+            "SkipSimplifiedLayerNormalization",
+            name,
+            [branch, residual, scale],
+            outputs,
+            domain=_CONTRIB,
+            epsilon=epsilon,
+        )
+        return (rest[-1] if rest else residual), normed
 
-    def _head_norm(self, name: str, source: str) -> str:
+    def _head_norm(self, name: str, source: ir.Value) -> ir.Value:
         """RMS norm over each head of ``(1, T, heads * head_dim)``."""
-        shape = (self._config.head_dim,)
-        scale = self._weights.add(f"{name}.weight", self._tensor(f"{name}.weight", shape))
-        heads, normed, flat = f"{name}.heads", f"{name}.normed", f"{name}.flat"
-        self._node("Reshape", heads, [source, "shape.heads"], [heads])
-        self._node(
-            "SimplifiedLayerNormalization", name, [heads, scale], [normed],
-            axis=-1, epsilon=self._config.rms_norm_eps, stash_type=1,
-        )  # fmt: skip
-        self._node("Reshape", flat, [normed, "shape.flat"], [flat])
+        scale = self._weight(f"{name}.weight", f"{name}.weight", (self._config.head_dim,))
+        (heads,) = self._node("Reshape", f"{name}.heads", [source, self._heads])
+        normed = self._rms_norm(name, heads, scale)
+        (flat,) = self._node("Reshape", f"{name}.flat", [normed, self._flat])
         return flat
 
-    def _linear(self, name: str, shape: tuple[int, ...], source: str) -> str:
-        """``source @ weight.T``, with the weight stored as (in, out) for quantizers."""
-        weight = self._weights.add(f"{name}.weight", self._tensor(f"{name}.weight", shape).T)
-        self._node("MatMul", name, [source, weight], [f"{name}.out"])
-        return f"{name}.out"
+    def _rms_norm(self, name: str, source: ir.Value, scale: ir.Value) -> ir.Value:
+        (normed,) = self._node(
+            "SimplifiedLayerNormalization",
+            name,
+            [source, scale],
+            axis=-1,
+            epsilon=self._config.rms_norm_eps,
+            stash_type=1,
+        )
+        return normed
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        source = self._tensors[name]
-        array = np.asarray(source() if callable(source) else source, dtype=np.float32)
-        if array.shape != shape:
-            raise CheckpointError(
-                f"decoder tensor {name} has shape {array.shape}, the config says {shape}"
-            )
-        return array
+    def _linear(self, module: str, source: ir.Value) -> ir.Value:
+        """``source @ weight.T``; the weight is stored as (in, out), which quantizers expect."""
+        name = f"{module}.weight"
+        shape = _layer_shapes(self._config)[name.split(".", 3)[3]]
+        (out,) = self._node("MatMul", module, [source, self._weight(name, name, shape, True)])
+        return out
+
+    def _weight(
+        self, name: str, source: str, shape: tuple[int, ...], transpose: bool = False
+    ) -> ir.Value:
+        """A weight that is read from ``tensors[source]`` when it is written."""
+
+        def read() -> ir.TensorProtocol:
+            found = self._tensors[source]
+            array = np.asarray(found() if callable(found) else found, dtype=np.float32)
+            if array.shape != shape:
+                raise CheckpointError(
+                    f"decoder tensor {source} has shape {array.shape}, the config says {shape}"
+                )
+            return ir.Tensor(np.ascontiguousarray(array.T if transpose else array), name=name)
+
+        stored = ir.Shape(shape[::-1] if transpose else shape)
+        tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=stored, name=name)
+        return self._initializer(name, tensor)
+
+    def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        return self._initializer(name, ir.Tensor(array, name=name))
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.weights.append(value)
+        return value
+
+    def _input(self, name: str, dtype: ir.DataType, shape: list[Any]) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self.inputs.append(value)
+        return value
 
     def _node(
-        self, kind: str, name: str, inputs: list[str], outputs: list[str], **attributes: Any
-    ) -> None:
-        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, **attributes))
+        self,
+        kind: str,
+        name: str,
+        inputs: list[ir.Value],
+        outputs: list[str] | None = None,
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """Add a node; returns its outputs but those with an empty name."""
+        values = [ir.Value(name=output) for output in outputs or [f"{name}.out"]]
+        self.nodes.append(
+            ir.node(kind, inputs, attributes, domain=domain, outputs=values, name=name)
+        )
+        return [value for value in values if value.name]
+
+
+def _declare(value: ir.Value, shape: list[Any]) -> None:
+    """Give a graph output the type and shape that the file must state."""
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)

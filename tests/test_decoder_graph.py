@@ -9,10 +9,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
 from tinygiant.export.decoder import build_decoder
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 CONFIG = DecoderConfig(
     vocab_size=97,
