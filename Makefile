@@ -53,6 +53,7 @@ constraints: $(VENV)/.installed ## pin constraints.txt to the versions in .venv
 	@{ sed -n '/^#/p' constraints.txt; $(VENV)/bin/python -m pip list --format=freeze \
 	  --exclude-editable --exclude pip | sed 's/+.*//' | sort -f; } > constraints.new
 	@mv constraints.new constraints.txt
+	@touch $(VENV)/.installed
 
 clean: ## remove build outputs and caches
 	rm -rf build dist *.egg-info .namespace
@@ -80,6 +81,6 @@ $(DEMO_VENV)/.installed: $(DEMO_VENV)/.python constraints.txt setup.cfg pyprojec
 
 $(VENV)/.installed: $(VENV)/.python constraints.txt setup.cfg pyproject.toml
 	@echo "Installing everything into $(VENV) (once, some minutes) ..." >&2
-	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps --extra-index-url $(TORCH_INDEX) torch
+	@$(VENV)/bin/python $(PIP_INSTALL) --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) torch
 	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,mic,train]'
 	@touch $@

@@ -1,0 +1,79 @@
+"""Put this folder on PYTHONPATH and a Python process has no network.
+
+Python's own socket calls are written to the file named by ``NO_NETWORK_LOG`` and refused. On Linux
+(x86-64, aarch64) the kernel also ends the process, with SIGSYS, if native code opens an Internet
+socket. Sockets within the machine (AF_UNIX) stay allowed: multiprocessing needs them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import socket
+import sys
+import traceback
+
+LOOKUPS = {
+    "socket.getaddrinfo",
+    "socket.gethostbyaddr",
+    "socket.gethostbyname",
+    "socket.getnameinfo",
+}
+# machine -> (AUDIT_ARCH constant, number of the socket system call), from the Linux headers
+SOCKET_CALL = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
+
+
+class Filter(ctypes.Structure):
+    """``struct sock_filter``."""
+
+    _fields_ = (
+        ("code", ctypes.c_uint16),
+        ("jump_true", ctypes.c_uint8),
+        ("jump_false", ctypes.c_uint8),
+        ("k", ctypes.c_uint32),
+    )
+
+
+class Program(ctypes.Structure):
+    """``struct sock_fprog``."""
+
+    _fields_ = (("length", ctypes.c_uint16), ("filters", ctypes.POINTER(Filter)))
+
+
+def refuse(event: str, arguments: tuple[object, ...]) -> None:
+    """Audit hook: log and refuse whatever would leave the machine."""
+    opens = event == "socket.__new__" and arguments[1] in (socket.AF_INET, socket.AF_INET6)
+    if not (opens or event in LOOKUPS):
+        return
+    with open(os.environ["NO_NETWORK_LOG"], "a") as log:
+        log.write(f"{event}\n{''.join(traceback.format_stack())}\n")
+    raise PermissionError(f"no network here: {event}")
+
+
+def forbid_internet_sockets() -> None:
+    """A seccomp filter: ``socket(AF_INET or AF_INET6, ...)`` ends the process."""
+    arch, call = SOCKET_CALL[platform.machine()]
+    load, equal, leave = 0x20, 0x15, 0x06
+    allow, kill = 0x7FFF0000, 0x80000000
+    program = (Filter * 9)(
+        Filter(load, 0, 0, 4),  # seccomp_data.arch
+        Filter(equal, 0, 5, arch),
+        Filter(load, 0, 0, 0),  # seccomp_data.nr
+        Filter(equal, 0, 3, call),
+        Filter(load, 0, 0, 16),  # seccomp_data.args[0], the address family
+        Filter(equal, 2, 0, socket.AF_INET),
+        Filter(equal, 1, 0, socket.AF_INET6),
+        Filter(leave, 0, 0, allow),
+        Filter(leave, 0, 0, kill),
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    no_new_privileges, set_seccomp, mode_filter = 38, 22, 2
+    pointer = ctypes.byref(Program(len(program), program))
+    if libc.prctl(no_new_privileges, 1, 0, 0, 0) or libc.prctl(set_seccomp, mode_filter, pointer):
+        raise OSError(ctypes.get_errno(), "seccomp filter refused")
+
+
+sys.addaudithook(refuse)
+if sys.platform == "linux" and platform.machine() in SOCKET_CALL:
+    forbid_internet_sockets()

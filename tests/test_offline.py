@@ -1,0 +1,66 @@
+"""Nothing the project runs reaches for the network."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(sys.executable).parent
+GUARD = ROOT / "tests" / "no_network"
+KERNEL_GUARD = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+
+
+class Offline:
+    """Runs commands in a process without network and keeps the log of what they tried."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "network.log"
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ORT_"))}
+        environment |= {
+            "PYTHONPATH": str(GUARD),
+            "NO_NETWORK_LOG": str(self.log),
+            # an empty cache: what is not in the repository would have to be fetched
+            "HF_HOME": str(self.folder / "hf"),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "HOME": str(self.folder),
+        }
+        return subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=self.folder,
+            timeout=300,
+            check=False,
+        )
+
+    def attempts(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> Offline:
+    return Offline(tmp_path)
+
+
+def test_the_guard_sees_python_sockets(offline: Offline) -> None:
+    attempt = "import urllib.request; urllib.request.urlopen('http://localhost:9')"
+    result = offline.run(sys.executable, "-c", attempt)
+    assert result.returncode == 1
+    assert "socket.getaddrinfo" in offline.attempts()
+
+
+@pytest.mark.skipif(not KERNEL_GUARD, reason="the kernel's filter is for Linux")
+def test_the_guard_ends_native_sockets(offline: Offline) -> None:
+    attempt = "import ctypes; ctypes.CDLL(None).socket(2, 1, 0)"
+    assert offline.run(sys.executable, "-c", attempt).returncode == -signal.SIGSYS

@@ -1,0 +1,249 @@
+"""The project as a whole: what is installed, what imports what, what the documents promise."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tinygiant.runtime import errors
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("runtime", "models", "quantize", "export")
+# What the bare install brings, by import name, and the one module of the [mic] extra.
+RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "sounddevice", "soundfile", "soxr", "tokenizers"}
+FORBIDDEN = ("torch", "transformers", "onnx", "librosa", "optimum", "safetensors", "scipy")
+
+
+def tree_files() -> set[str]:
+    """Every file of the four packages, relative to the repository."""
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*"))
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def modules() -> Iterator[Path]:
+    return (ROOT / name for name in sorted(tree_files()) if name.endswith(".py"))
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=kept | environment,
+        timeout=300,
+        check=False,
+    )
+
+
+# --- the wheel ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the sources so that no build folder is left in the tree."""
+    source = tmp_path_factory.mktemp("source")
+    for name in (*PACKAGES, "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source / name)
+    built = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=source)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = (source / "dist").glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_tree(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == {f"tinygiant/{name}" for name in tree_files()}
+
+
+def requirements(distribution: str, found: dict[str, importlib.metadata.Distribution]) -> None:
+    """Add a distribution and everything it needs, extras left out, to ``found``."""
+    key = re.sub(r"[-_.]+", "-", distribution).lower()
+    if key in found:
+        return
+    try:
+        found[key] = importlib.metadata.distribution(key)
+    except importlib.metadata.PackageNotFoundError:
+        return  # for another platform; a library that is really missing fails at import
+    for requirement in found[key].requires or ():
+        name, _, marker = requirement.partition(";")
+        if "extra ==" not in marker:
+            requirements(re.split(r"[^\w.-]", name, maxsplit=1)[0], found)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment's bin folder: the wheel and the runtime's own requirements, no more.
+
+    The libraries are linked from the environment the tests run in, so that no network is needed.
+    """
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    found: dict[str, importlib.metadata.Distribution] = {}
+    for requirement in re.findall(r"^Requires-Dist: ([\w.-]+)[^;\n]*$", metadata, re.MULTILINE):
+        requirements(requirement, found)
+    assert {"numpy", "onnxruntime", "soundfile", "soxr", "tokenizers"} <= set(found)
+    for distribution in found.values():
+        tops = {file.parts[0] for file in distribution.files or () if ".." not in file.parts}
+        for top in tops - {"__pycache__"}:
+            target = site / top
+            if not target.exists():
+                target.symlink_to(Path(str(distribution.locate_file(top))).resolve())
+    python = folder / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
+    done = run(*pip, wheel, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "bin"
+
+
+def test_the_wheel_works_outside_the_repository(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import importlib.util, tinygiant.runtime\n"
+        f"print(*[m for m in {FORBIDDEN} if importlib.util.find_spec(m)], sep=',')\n"
+        "print(tinygiant.runtime.__file__)"
+    )
+    result = run(installed / "python", "-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    available, file = result.stdout.splitlines()
+    assert available == ""
+    assert Path(file).is_relative_to(installed.parent)
+
+
+# --- imports -----------------------------------------------------------------------------------
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or ""))
+    return names
+
+
+def test_the_runtime_imports_only_its_own_libraries() -> None:
+    allowed = RUNTIME_LIBRARIES | set(sys.stdlib_module_names)
+    strangers = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in modules()
+        if path.is_relative_to(ROOT / "runtime")
+        for name in imported(path)
+        if name.split(".")[0] not in allowed and not f"{name}.".startswith("tinygiant.runtime.")
+    }
+    assert not strangers
+
+
+def lint_imports(cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = (Path(sys.executable).parent / "lint-imports", "--no-logo", "--no-cache")
+    config = ("--config", ROOT / "pyproject.toml")
+    return run(*command, *config, cwd=cwd, NO_COLOR="1", **environment)
+
+
+def test_imports_run_one_way() -> None:
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("runtime/errors.py", "import tinygiant.export", "runtime <- quantize, models <- export"),
+        ("models/__init__.py", "import tinygiant.quantize", "runtime <- quantize"),
+        ("runtime/errors.py", "import torch", "no training or export library"),
+        ("quantize/__init__.py", "import torch", "works on graphs"),
+        ("export/__init__.py", "import tests", "tests and benchmarks"),
+    ],
+)
+def test_a_wrong_import_is_caught(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__", "bundles")
+        shutil.copytree(ROOT / package, tmp_path / "tinygiant" / package, ignore=ignored)
+    with (tmp_path / "tinygiant" / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    result = lint_imports(tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1, result.stdout + result.stderr
+    (broken,) = re.findall(r"^(.*) BROKEN$", result.stdout, re.MULTILINE)
+    assert contract in broken
+
+
+@pytest.mark.parametrize("line", ["import runtime", "from export.decoder import build"])
+def test_the_short_import_path_is_banned(line: str) -> None:
+    # `import runtime` works from the repository's root and makes a second copy of the module.
+    ruff = (Path(sys.executable).parent / "ruff", "check", "--no-cache", "--select", "TID251")
+    result = subprocess.run(
+        [*ruff, "--stdin-filename", "tests/example.py", "-"],
+        input=f"{line}\n",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "TID251" in result.stdout
+
+
+def assigned(module: ast.Module) -> set[str]:
+    """Names a module assigns at its top level."""
+    return {
+        target.id
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def test_every_module_states_its_contract_and_its_names() -> None:
+    missing = []
+    for path in modules():
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        if len(ast.get_docstring(module) or "") < 20:
+            missing.append(f"{path.relative_to(ROOT)}: docstring")
+        if "__all__" not in assigned(module):
+            missing.append(f"{path.relative_to(ROOT)}: __all__")
+    assert not missing
+
+
+# --- documents ---------------------------------------------------------------------------------
+
+
+def test_the_documented_exit_codes_are_the_codes() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| `(\w+)`", (ROOT / "docs/errors.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    documented = {name: int(code) for code, name in rows}
+    actual = {
+        name: kind.exit_code
+        for name, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.TinyGiantError)
+    }
+    assert documented == actual
+    assert set(errors.__all__) == set(actual)
