@@ -51,6 +51,7 @@ from typing import Any, Literal
 
 from tinygiant.runtime.config import ModelConfig, config_from_dict, config_to_dict
 from tinygiant.runtime.errors import BundleError
+from tinygiant.runtime.text import one_line, printable
 
 __all__ = [
     "BUNDLE_VARIABLE",
@@ -236,7 +237,7 @@ class Bundle:
             BundleError: whatever is missing, damaged, unknown or outside the folder.
         """
         folder = Path(path)
-        where = _shown(folder)
+        where = printable(folder)
         try:
             if not folder.exists():
                 raise BundleError(f"{where}: no such bundle; export one with tg-export")
@@ -249,7 +250,7 @@ class Bundle:
         except BundleError as error:
             raise BundleError(_prefixed(where, str(error))) from error
         except (OSError, ValueError) as error:
-            raise BundleError(f"{where}: cannot be read: {_one_line(error)}") from error
+            raise BundleError(f"{where}: cannot be read: {one_line(error)}") from error
         return cls(root, manifest)
 
     @property
@@ -268,7 +269,7 @@ class Bundle:
             BundleError: the bundle has no such graph.
         """
         if name not in self.manifest.graphs:
-            raise BundleError(f"{_shown(self.root)}: the bundle has no graph {name}")
+            raise BundleError(f"{printable(self.root)}: the bundle has no graph {name}")
         return self.root / self.manifest.graphs[name].file
 
 
@@ -353,7 +354,7 @@ def _read_manifest(root: Path) -> Manifest:
         data = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise BundleError(
-            f"{MANIFEST_NAME} is damaged ({_one_line(error)}); copy or export the bundle again"
+            f"{MANIFEST_NAME} is damaged ({one_line(error)}); copy or export the bundle again"
         ) from error
     return Manifest.from_dict(data)
 
@@ -410,14 +411,5 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _shown(path: Path) -> str:
-    """A path fit for a one-line message, whatever its characters."""
-    return str(path).encode("unicode_escape", "backslashreplace").decode("ascii")
-
-
 def _prefixed(where: str, message: str) -> str:
     return message if message.startswith(where) else f"bundle {where}: {message}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,0 +1,87 @@
+"""Keys and values of the tokens a decoder has read: pre-allocated once, written in place.
+
+Layout: for every layer one key and one value buffer ``(1, n_kv_heads, capacity, head_dim)``
+float32. The decoder graph gets each buffer as past and as present, so a step copies nothing: it
+writes its own positions behind ``length`` and reads those before. :class:`~tinygiant.runtime.
+decoder.Decoder` alone advances the length; going back is :meth:`KvCache.truncate`, which costs
+nothing because positions behind ``length`` are never read.
+
+Memory: ``n_bytes = capacity * kv_values_per_token * 4`` (224 KiB a token at full size). The system
+hands out zeroed pages when they are first written, so a long capacity costs only what is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.errors import UsageError
+
+__all__ = ["KvCache"]
+
+
+class KvCache:
+    """The key/value buffers of one sequence of at most ``capacity`` positions."""
+
+    def __init__(self, config: DecoderConfig, capacity: int) -> None:
+        """Allocate the buffers.
+
+        Raises:
+            UsageError: a capacity below 1 or beyond the decoder's positions.
+        """
+        if not 1 <= capacity <= config.max_positions:
+            raise UsageError(
+                f"{capacity} tokens of prompt and answer do not fit the decoder's "
+                f"{config.max_positions} positions; shorten the audio, the question or the answer"
+            )
+        shape = (1, config.n_kv_heads, capacity, config.head_dim)
+        self._buffers: tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...] = tuple(
+            (np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+            for _ in range(config.n_layers)
+        )
+        self.capacity = capacity
+        self.length = 0  # positions that hold a token
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(key.nbytes + value.nbytes for key, value in self._buffers)
+
+    def buffers(self) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+        """Layer, key buffer, value buffer, in order."""
+        for layer, (key, value) in enumerate(self._buffers):
+            yield layer, key, value
+
+    def advance(self, n_tokens: int) -> None:
+        """Count ``n_tokens`` positions behind the length as written.
+
+        Raises:
+            UsageError: they do not fit.
+        """
+        self.require(n_tokens)
+        self.length += n_tokens
+
+    def require(self, n_tokens: int) -> None:
+        """Check that ``n_tokens`` more positions fit.
+
+        Raises:
+            UsageError: they do not.
+        """
+        if self.length + n_tokens > self.capacity:
+            raise UsageError(
+                f"the KV cache holds {self.length} of {self.capacity} tokens, {n_tokens} more do "
+                "not fit; ask for a larger capacity"
+            )
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on.
+
+        Raises:
+            UsageError: a length below 0 or beyond what is held.
+        """
+        if not 0 <= length <= self.length:
+            raise UsageError(f"cannot cut a KV cache of {self.length} tokens to {length}")
+        self.length = length

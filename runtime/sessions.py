@@ -1,0 +1,228 @@
+"""onnxruntime sessions: the only module that imports onnxruntime.
+
+A :class:`Graph` is one loaded ONNX graph; a :class:`GraphPool` hands out a bundle's graphs and
+decides whether they stay in memory. Threads default to the physical cores this process may use;
+whatever onnxruntime raises becomes a :class:`BundleError` of one line. Importing this module turns
+onnxruntime's telemetry off (its Linux wheels carry some since 1.29).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from tinygiant.runtime.bundle import Bundle
+from tinygiant.runtime.errors import BundleError, UsageError
+from tinygiant.runtime.text import one_line, printable
+
+# Read by onnxruntime while it is imported.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import onnxruntime  # noqa: E402
+
+__all__ = [
+    "Binding",
+    "Graph",
+    "GraphPool",
+    "SessionSettings",
+    "onnxruntime_version",
+    "physical_cores",
+    "require_onnxruntime",
+]
+
+_FATAL = 4
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How graphs are run.
+
+    ``threads``: threads of one operator, the physical cores if None. ``spin``: threads wait for
+    work by spinning for a moment, which is faster and keeps cores busy. ``arena``: onnxruntime
+    keeps freed memory for the next run; without it peak memory is lower and runs are slower.
+    """
+
+    threads: int | None = None
+    spin: bool = True
+    arena: bool = True
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise UsageError(f"{self.threads} threads: expected a number from 1 to 1024")
+
+
+class Graph:
+    """One ONNX graph, ready to run on the CPU."""
+
+    def __init__(self, path: Path, settings: SessionSettings | None = None) -> None:
+        """Load the graph at ``path``.
+
+        Raises:
+            BundleError: onnxruntime cannot read it; also if it points to data outside its folder.
+        """
+        self.name = path.stem
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path),
+                _session_options(settings or SessionSettings()),
+                providers=["CPUExecutionProvider"],
+            )
+        except Exception as error:
+            raise BundleError(
+                f"graph {printable(path)} cannot be loaded by onnxruntime "
+                f"{onnxruntime.__version__}: {one_line(error)}"
+            ) from error
+        self.input_names = tuple(node.name for node in self._session.get_inputs())
+        self.output_names = tuple(node.name for node in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the graph on named arrays; returns every output by name.
+
+        Raises:
+            BundleError: names, shapes or types that the graph does not take.
+        """
+        try:
+            outputs = self._session.run(list(self.output_names), dict(inputs))
+        except Exception as error:
+            raise self._failed(error) from error
+        return dict(zip(self.output_names, outputs, strict=True))
+
+    def bind(self) -> Binding:
+        """A fresh binding of the graph's inputs and outputs to arrays of the caller."""
+        return Binding(self._session.io_binding(), self)
+
+    def run_bound(self, binding: Binding) -> None:
+        """Run the graph on what ``binding`` holds."""
+        try:
+            self._session.run_with_iobinding(binding.io)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> BundleError:
+        return BundleError(f"graph {self.name} failed: {one_line(error)}")
+
+
+class Binding:
+    """Arrays bound to a graph's inputs and outputs; nothing is copied.
+
+    The graph reads and writes the arrays in place: two names bound to one array share it, which is
+    how the decoder's past and present are the same buffer.
+    """
+
+    def __init__(self, io: Any, graph: Graph) -> None:
+        self.io = io
+        self._graph = graph
+
+    def input(self, name: str, array: NDArray[Any]) -> None:
+        """Let input ``name`` read the C-contiguous ``array``."""
+        self.io.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+
+    def output(self, name: str, array: NDArray[Any]) -> None:
+        """Let output ``name`` be written into the C-contiguous ``array``."""
+        self.io.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+
+    def run(self) -> None:
+        """Run the graph; the bound outputs hold the result."""
+        self._graph.run_bound(self)
+
+
+class GraphPool:
+    """A bundle's graphs by name: kept once loaded, or released after each use.
+
+    With ``keep`` false, peak memory is that of the largest graph instead of their sum.
+    """
+
+    def __init__(self, bundle: Bundle, settings: SessionSettings, *, keep: bool = True) -> None:
+        """Raises BundleError if this onnxruntime is older than the bundle asks for."""
+        require_onnxruntime(bundle.manifest.min_onnxruntime)
+        self._bundle = bundle
+        self._settings = settings
+        self._keep = keep
+        self._graphs: dict[str, Graph] = {}
+
+    def load_all(self) -> None:
+        """Load every graph now, so that the first question does not wait; only with ``keep``."""
+        if self._keep:
+            for name in self._bundle.manifest.graphs:
+                self._graphs[name] = self._graphs.get(name) or self._load(name)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Graph]:
+        """Graph ``name`` for the length of a ``with`` block."""
+        if self._keep:
+            if name not in self._graphs:
+                self._graphs[name] = self._load(name)
+            yield self._graphs[name]
+            return
+        graph = self._load(name)
+        try:
+            yield graph
+        finally:
+            del graph
+            gc.collect()
+
+    def _load(self, name: str) -> Graph:
+        return Graph(self._bundle.graph(name), self._settings)
+
+
+def onnxruntime_version() -> str:
+    """The installed onnxruntime's version."""
+    return str(onnxruntime.__version__)
+
+
+def require_onnxruntime(minimum: str) -> None:
+    """Refuse an onnxruntime older than ``minimum``, a dotted version.
+
+    Raises:
+        BundleError: it is older.
+    """
+    if _version_key(onnxruntime_version()) < _version_key(minimum):
+        raise BundleError(
+            f"the bundle needs onnxruntime {minimum} or newer, found {onnxruntime_version()}; "
+            f"run: pip install 'onnxruntime>={minimum}'"
+        )
+
+
+def physical_cores() -> int:
+    """Physical cores this process may run on; logical ones where the system does not tell."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # not Linux
+        return max(os.cpu_count() or 1, 1)
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    cores = set()
+    for cpu in allowed:
+        try:
+            cores.add(Path(topology.format(cpu)).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            cores.add(str(cpu))
+    return max(len(cores), 1)
+
+
+def _session_options(settings: SessionSettings) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.threads or physical_cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # Shapes change from step to step, so a planned pattern is never used twice.
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = settings.arena
+    # Errors are raised and shown once, by us; onnxruntime would print them a second time.
+    options.log_severity_level = _FATAL
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "1" if settings.spin else "0"
+    )
+    return options
+
+
+def _version_key(version: str) -> tuple[int, ...]:
+    key = [int(number) for number in re.findall(r"\d+", version)[:3]]
+    return tuple(key + [0] * (3 - len(key)))
