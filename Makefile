@@ -66,10 +66,13 @@ distclean: clean ## clean, and remove the virtual environments
 # The environments. The stamp files make a second call do no work.
 
 %/.python:
-	@"$(PYTHON)" -c '$(PYTHON_FITS)' 2>/dev/null || { echo "Python 3.11 to 3.14 is needed and \
-	$$(python3 --version 2>&1 || true) is here; name one: make $(MAKECMDGOALS) PYTHON=PATH" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) lacks its venv module;\
-	 install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(PYTHON_FITS)' 2>/dev/null || { \
+	  echo "needs Python 3.11 to 3.14; $(or $(PYTHON),python3) is" \
+	    "$$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo missing)." \
+	    "Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) lacks its venv module; install it (Debian, Ubuntu: apt install python3-venv)" \
+	    >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(@D)
 	@touch $@
 
