@@ -1,0 +1,323 @@
+"""Configuration of the PyTorch reference model, and its presets.
+
+A :class:`TinyGiantConfig` holds the configurations of the public parts in their upstream form
+(``WhisperConfig``, ``ClapAudioConfig``, ``Qwen3Config`` of transformers) plus what is this model's
+own. The runtime's :class:`~tinygiant.runtime.config.ModelConfig` is derived from it, so that no
+constant is written twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from tinygiant.runtime.config import (
+    AudioContext,
+    ClapFeatures,
+    DecoderConfig,
+    EventStream,
+    ModelConfig,
+    ProjectorConfig,
+    PromptConfig,
+    TemporalStream,
+    WhisperFeatures,
+    config_from_dict,
+    config_to_dict,
+)
+from tinygiant.runtime.errors import CheckpointError, TinyGiantError, UsageError
+from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
+
+__all__ = ["PRESETS", "TinyGiantConfig", "preset"]
+
+# Only what decides shapes and arithmetic is kept: the rest of an upstream configuration (dropout,
+# generation settings, the halves of a model that are not used) says nothing about this model.
+_WHISPER_FIELDS = (
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "num_mel_bins",
+    "max_source_positions",
+    "activation_function",
+)
+_CLAP_FIELDS = (
+    "patch_embeds_hidden_size",
+    "depths",
+    "num_attention_heads",
+    "hidden_size",
+    "num_mel_bins",
+    "spec_size",
+    "window_size",
+    "patch_size",
+    "patch_stride",
+    "mlp_ratio",
+    "qkv_bias",
+    "enable_fusion",
+    "layer_norm_eps",
+    "hidden_act",
+)
+_QWEN3_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "attention_bias",
+    "hidden_act",
+)
+
+
+@dataclass(frozen=True)
+class TinyGiantConfig:
+    """Everything needed to build a TinyGiantALM in PyTorch.
+
+    ``whisper``, ``htsat``, ``clap`` and ``decoder`` are fields of the transformers configurations
+    of the same name; ``clap = None`` means that HTS-AT's tower also gives the anchor.
+    """
+
+    name: str
+    whisper: dict[str, Any]
+    htsat: dict[str, Any]
+    clap: dict[str, Any] | None
+    decoder: dict[str, Any]
+    projector: ProjectorConfig
+    eos_token_ids: tuple[int, ...]
+    think_end_token_id: int
+    tokens_per_chunk: int = 300
+    audio_context: AudioContext = "full"
+    clip_margin_s: float = 1.0
+    event_features: ClapFeatures = field(default_factory=ClapFeatures)
+    anchor_features: ClapFeatures = field(default_factory=ClapFeatures)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+
+    @property
+    def whisper_config(self) -> WhisperConfig:
+        """The temporal encoder's configuration, as transformers reads it."""
+        return WhisperConfig(**self.whisper, attn_implementation="sdpa")
+
+    @property
+    def htsat_config(self) -> ClapAudioConfig:
+        """The event encoder's configuration, as transformers reads it."""
+        return ClapAudioConfig(**self.htsat)
+
+    @property
+    def clap_config(self) -> ClapAudioConfig | None:
+        """The anchor encoder's configuration; None if the event tower gives the anchor."""
+        return None if self.clap is None else ClapAudioConfig(**self.clap)
+
+    @property
+    def decoder_config(self) -> Qwen3Config:
+        """The decoder's configuration, as transformers reads it."""
+        return Qwen3Config(**self.decoder, attn_implementation="sdpa")
+
+    @property
+    def runtime(self) -> ModelConfig:
+        """The contract that the exporter and the runtime work from."""
+        whisper, htsat, qwen3 = self.whisper_config, self.htsat_config, self.decoder_config
+        anchor = self.clap_config or htsat
+        n_stages = len(htsat.depths)
+        # Swin halves the patch grid between stages; HTS-AT's folded spectrogram is unfolded again
+        # into `spec_size / n_mels` pieces along time (ClapAudioEncoder.forward, transformers).
+        patches = htsat.spec_size // htsat.patch_stride[1] // 2 ** (n_stages - 1)
+        return ModelConfig(
+            name=self.name,
+            tokens_per_chunk=self.tokens_per_chunk,
+            audio_context=self.audio_context,
+            clip_margin_s=self.clip_margin_s,
+            temporal=TemporalStream(
+                features=WhisperFeatures(
+                    n_mels=whisper.num_mel_bins,
+                    window_s=whisper.max_source_positions / 50,
+                ),
+                hidden_size=whisper.d_model,
+            ),
+            event=EventStream(
+                features=self.event_features,
+                anchor_features=self.anchor_features,
+                hidden_size=htsat.hidden_size,
+                steps_per_window=patches * (htsat.spec_size // htsat.num_mel_bins),
+                anchor_size=anchor.hidden_size,
+                shared_tower=self.clap is None,
+            ),
+            projector=self.projector,
+            decoder=DecoderConfig(
+                vocab_size=qwen3.vocab_size,
+                hidden_size=qwen3.hidden_size,
+                n_layers=qwen3.num_hidden_layers,
+                n_heads=qwen3.num_attention_heads,
+                n_kv_heads=qwen3.num_key_value_heads,
+                head_dim=qwen3.head_dim,
+                ffn_size=qwen3.intermediate_size,
+                rms_norm_eps=qwen3.rms_norm_eps,
+                rope_theta=float(qwen3.rope_theta),
+                max_positions=qwen3.max_position_embeddings,
+                eos_token_ids=self.eos_token_ids,
+                think_end_token_id=self.think_end_token_id,
+            ),
+            prompt=self.prompt,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as JSON."""
+        path.write_text(json.dumps(config_to_dict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> TinyGiantConfig:
+        """Read :meth:`save`'s output.
+
+        Raises:
+            CheckpointError: the file is missing, is not JSON, or its fields do not fit.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a readable TinyGiantALM config ({error})") from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        upstream = {name: data.pop(name, {}) for name in ("whisper", "htsat", "clap", "decoder")}
+        try:
+            own = config_from_dict(_OwnFields, data, where=str(path))
+            return cls(**upstream, **{f.name: getattr(own, f.name) for f in _OWN})
+        except TinyGiantError as error:
+            raise CheckpointError(str(error)) from error
+
+
+_OWN = tuple(
+    f
+    for f in dataclasses.fields(TinyGiantConfig)
+    if f.name not in ("whisper", "htsat", "clap", "decoder")
+)
+# The strict reader of the contract serves these fields too; the upstream dictionaries are checked
+# by the transformers classes that take them.
+_OwnFields = cast(
+    "type[Any]",
+    dataclasses.make_dataclass("_OwnFields", [(f.name, f.type) for f in _OWN], frozen=True),
+)
+_OwnFields.__module__ = __name__
+
+
+def upstream_fields(config: WhisperConfig | ClapAudioConfig | Qwen3Config) -> dict[str, Any]:
+    """The fields of a transformers configuration that :class:`TinyGiantConfig` keeps."""
+    names = {
+        WhisperConfig: _WHISPER_FIELDS,
+        ClapAudioConfig: _CLAP_FIELDS,
+        Qwen3Config: _QWEN3_FIELDS,
+    }[type(config)]
+    return {name: getattr(config, name) for name in names}
+
+
+def _full() -> TinyGiantConfig:
+    """The paper's 1.5 B: whisper-large-v3-turbo, clap-htsat-unfused, larger_clap_general, Qwen3-0.6B."""
+    whisper = WhisperConfig(
+        d_model=1280,
+        encoder_layers=32,
+        encoder_attention_heads=20,
+        encoder_ffn_dim=5120,
+        num_mel_bins=128,
+        max_source_positions=1500,
+    )
+    tiny = ClapAudioConfig(
+        patch_embeds_hidden_size=96,
+        depths=[2, 2, 6, 2],
+        num_attention_heads=[4, 8, 16, 32],
+        hidden_size=768,
+    )
+    base = ClapAudioConfig(
+        patch_embeds_hidden_size=128,
+        depths=[2, 2, 12, 2],
+        num_attention_heads=[4, 8, 16, 32],
+        hidden_size=1024,
+    )
+    qwen3 = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        rope_theta=1_000_000.0,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+    )
+    return TinyGiantConfig(
+        name="tinygiant-full",
+        whisper=upstream_fields(whisper),
+        htsat=upstream_fields(tiny),
+        clap=upstream_fields(base),
+        decoder=upstream_fields(qwen3),
+        projector=ProjectorConfig(),
+        eos_token_ids=(151_645, 151_643),
+        think_end_token_id=151_668,
+    )
+
+
+def _nano() -> TinyGiantConfig:
+    """The same architecture in a few million parameters, one tower for events and anchor."""
+    whisper = WhisperConfig(
+        d_model=160,
+        encoder_layers=4,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=480,
+        num_mel_bins=128,
+        max_source_positions=1500,
+    )
+    htsat = ClapAudioConfig(
+        patch_embeds_hidden_size=48,
+        depths=[2, 2, 2],
+        num_attention_heads=[2, 4, 8],
+        hidden_size=192,
+        patch_size=8,
+        patch_stride=[8, 8],
+    )
+    qwen3 = Qwen3Config(
+        vocab_size=NANO_VOCAB_SIZE,
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=576,
+        rope_theta=10_000.0,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    return TinyGiantConfig(
+        name="tinygiant-nano",
+        whisper=upstream_fields(whisper),
+        htsat=upstream_fields(htsat),
+        clap=None,
+        decoder=upstream_fields(qwen3),
+        projector=ProjectorConfig(hidden_size=192, n_layers=2, n_heads=4, cgmlp_size=384),
+        eos_token_ids=(NANO_SPECIAL_TOKENS.index("<|im_end|>"), 0),
+        think_end_token_id=NANO_SPECIAL_TOKENS.index("</think>"),
+        audio_context="clip",
+        prompt=PromptConfig(system="Listen, think, then answer."),
+    )
+
+
+# Nano's own byte-level BPE has Qwen3's control tokens as its first ids.
+NANO_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+NANO_VOCAB_SIZE = 1024
+
+PRESETS = {"full": _full, "nano": _nano}
+
+
+def preset(name: str) -> TinyGiantConfig:
+    """The named configuration, ``nano`` or ``full``.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"preset {name!r} is unknown: choose one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]()

@@ -1,0 +1,187 @@
+"""Reading weights from disk one tensor at a time, by name.
+
+A checkpoint of several gigabytes is never held twice: safetensors files are mapped and a tensor is
+read when it is asked for. PyTorch's pickled formats are read with ``weights_only=True``, which
+executes nothing that the file contains.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tinygiant.runtime.errors import CheckpointError
+from torch import Tensor, nn
+
+__all__ = ["PrefixedTensors", "TensorFile", "load_into", "open_tensors", "read_json"]
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file, or a folder's worth of them, as a lazy mapping from name to tensor."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """``files`` says for each tensor's name which safetensors file holds it."""
+        self._files = dict(files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class PrefixedTensors(Mapping[str, Tensor]):
+    """The tensors whose names start with ``prefix``, under their names without it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self._tensors = tensors
+        self._prefix = prefix
+        self._names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_tensors(path: Path) -> Mapping[str, Tensor]:
+    """Open the weights of a checkpoint file or of a Hugging Face folder.
+
+    Args:
+        path: ``*.safetensors``, a pickled ``*.bin``/``*.pt``/``*.ckpt``, or a folder holding
+            ``model.safetensors``, its sharded form with an index, or ``pytorch_model.bin``.
+
+    Raises:
+        CheckpointError: nothing readable is there.
+    """
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            return _sharded(index)
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / name).is_file():
+                return open_tensors(path / name)
+        raise CheckpointError(
+            f"{path}: no weights found; expected model.safetensors, "
+            "model.safetensors.index.json or pytorch_model.bin in this folder"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give a weights file or its folder")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise CheckpointError(
+                f"{path}: a git-lfs pointer, not the weights; run 'git lfs pull' in its repository"
+            )
+    if path.suffix == ".safetensors":
+        return TensorFile(dict.fromkeys(_names(path), path))
+    return _pickled(path)
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Fill every parameter and persistent buffer of ``module`` from ``tensors``, as float32.
+
+    Tensors that a module can compute itself (position indexes, batch counters, a tied LM head) may
+    be absent. Unknown tensors are errors: a name that fits nothing is weights lost.
+
+    Raises:
+        CheckpointError: naming every missing, unknown and misshapen tensor at once.
+    """
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in tensors and not _derived(name)]
+    problems += [f"unknown {name}" for name in tensors if name not in own and not _derived(name)]
+    state = {}
+    for name in own:
+        if name not in tensors or _derived(name):
+            continue
+        tensor = tensors[name]
+        if tensor.shape != own[name].shape:
+            problems.append(
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+            )
+        elif tensor.dtype.is_floating_point:
+            if not bool(torch.isfinite(tensor).all()):
+                problems.append(f"{name} holds NaN or infinity")
+            state[name] = tensor.to(own[name].dtype)
+        else:
+            state[name] = tensor
+    if problems:
+        raise CheckpointError(f"{where}: {len(problems)} tensors do not fit: " + "; ".join(problems))
+    module.load_state_dict(state, strict=False, assign=True)
+    tie = getattr(module, "tie_weights", None)
+    if callable(tie):
+        tie()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def _derived(name: str) -> bool:
+    return name.endswith(("relative_position_index", "num_batches_tracked", "lm_head.weight"))
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError, struct.error) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _sharded(index: Path) -> TensorFile:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: no 'weight_map'; fetch the checkpoint again")
+    files = {}
+    for name, shard in weight_map.items():
+        # A shard is a file beside its index; anything else could name any file of this machine.
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: shard {shard!r} is not a file name in this folder")
+        files[name] = index.parent / shard
+    missing = sorted({str(path) for path in files.values() if not path.is_file()})
+    if missing:
+        raise CheckpointError(f"{index}: shards are missing: {', '.join(missing)}")
+    return TensorFile(files)
+
+
+def _pickled(path: Path) -> Mapping[str, Tensor]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable PyTorch checkpoint ({reason})") from error
+    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
+        data = data["state_dict"]
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a state dict, found {type(data).__name__}")
+    return {str(name): value for name, value in data.items() if isinstance(value, Tensor)}

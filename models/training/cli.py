@@ -1,0 +1,130 @@
+"""``tg-train``: make checkpoints.
+
+``tg-train nano`` makes the small model from nothing; ``tg-train cota`` trains a full model's
+projector and decoder by the paper's recipe on data of CoTA's format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from tinygiant.models.training.nano import ENCODERS, NanoRun, pretrain, train_nano
+from tinygiant.models.training.picture import draw_losses
+from tinygiant.runtime.errors import TinyGiantError, UsageError
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``tg-train``; returns the exit code (see tinygiant.runtime.errors)."""
+    options = _parser().parse_args(argv)
+    try:
+        torch.set_num_threads(options.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        options.run(options)
+    except TinyGiantError as error:
+        print(f"tg-train: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tg-train: interrupted; the same command goes on from the last state", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tg-train", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", "-o", type=Path, required=True, help="the run's folder")
+    common.add_argument("--seed", type=int, default=0, help="of weights and order (default 0)")
+    common.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    common.add_argument(
+        "--recipe", type=Path, help="a TOML file in place of the one that comes with the command"
+    )
+
+    nano = commands.add_parser(
+        "nano", parents=[common], help="the small model, from nothing, on synthesised audio"
+    )
+    nano.add_argument("--data", type=Path, help="the world's folder (default: OUT/world)")
+    nano.add_argument("--cache", type=Path, help="the engines' banks (default: OUT/banks)")
+    nano.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    nano.add_argument("--no-intent-query", action="store_true", help="ablation")
+    nano.add_argument("--no-semantic-gate", action="store_true", help="ablation")
+    nano.add_argument(
+        "--encoders", type=Path, metavar="RUN", help="take tokenizer and encoders from this run"
+    )
+    nano.set_defaults(run=_nano)
+
+    encoder = commands.add_parser(
+        "encoder", parents=[common], help="one step of nano: pre-train one encoder"
+    )
+    encoder.add_argument("component", choices=ENCODERS)
+    encoder.add_argument("--data", type=Path, help="the world's folder (default: OUT/world)")
+    encoder.add_argument("--threads", type=int, default=1)
+    encoder.set_defaults(run=_encoder)
+    return parser
+
+
+def _nano(options: argparse.Namespace) -> None:
+    run = NanoRun(
+        folder=options.out,
+        data=options.data or options.out / "world",
+        cache=options.cache or options.out / "banks",
+        recipe=read_recipe(options.recipe, "nano"),
+        seed=options.seed,
+        device=_device(options.device),
+        intent_query=not options.no_intent_query,
+        semantic_gate=not options.no_semantic_gate,
+        encoders=options.encoders,
+    )
+    checkpoint = train_nano(run)
+    draw_losses(options.out)
+    print(checkpoint)
+
+
+def _encoder(options: argparse.Namespace) -> None:
+    run = NanoRun(
+        folder=options.out,
+        data=options.data or options.out / "world",
+        cache=options.out / "banks",
+        recipe=read_recipe(options.recipe, "nano"),
+        seed=options.seed,
+        device=_device(options.device),
+    )
+    pretrain(run, options.component)
+
+
+def read_recipe(path: Path | None, default: str) -> dict[str, Any]:
+    """A recipe's tables, from a file or from those that come with the package.
+
+    Raises:
+        UsageError: the file is missing or is not TOML.
+    """
+    try:
+        if path is not None:
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        own = resources.files("tinygiant.models.training") / "recipes" / f"{default}.toml"
+        return tomllib.loads(own.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"recipe {path}: cannot be read ({error})") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is unknown: use cpu, cuda or auto") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Nano from nothing: world, tokenizer, encoders, cached streams, projector and decoder, checkpoint.
+
+Every step leaves its result in the run's folder and is skipped when it is there, so the same
+command resumes an interrupted run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tinygiant.models.checkpoint import save
+from tinygiant.models.config import TinyGiantConfig, preset
+from tinygiant.models.tensors import load_into, open_tensors
+from tinygiant.models.tinygiant import build
+from tinygiant.models.training.encoders import EncoderTask, pretrain_encoder
+from tinygiant.models.training.loop import LoopConfig
+from tinygiant.models.training.reasoning import ReasoningTask, train_reasoning
+from tinygiant.models.training.streams import cache_streams
+from tinygiant.models.training.tokenizer import train_tokenizer
+from tinygiant.models.training.world_set import WorldReasoningSet, training_texts
+from tinygiant.models.world.dataset import WorldDataset, build as build_world
+from tinygiant.runtime.errors import TinyGiantError
+from tinygiant.runtime.tokenizer import Tokenizer
+
+__all__ = ["ENCODERS", "NanoRun", "pretrain", "train_nano"]
+
+ENCODERS = ("whisper", "htsat")
+
+
+@dataclass(frozen=True)
+class NanoRun:
+    """One run: where everything is, and what it varies.
+
+    ``encoders`` is another run's folder whose tokenizer, encoders and streams are taken over, as
+    for the ablations, which share them.
+    """
+
+    folder: Path
+    data: Path
+    cache: Path
+    recipe: dict[str, Any]
+    seed: int
+    device: torch.device
+    intent_query: bool = True
+    semantic_gate: bool = True
+    encoders: Path | None = None
+
+    @property
+    def shared(self) -> Path:
+        """The folder with tokenizer, encoders and streams."""
+        return self.encoders or self.folder
+
+    @property
+    def config(self) -> TinyGiantConfig:
+        """Nano's configuration with this run's ablations."""
+        nano = preset("nano")
+        projector = dataclasses.replace(
+            nano.projector, intent_query=self.intent_query, semantic_gate=self.semantic_gate
+        )
+        return dataclasses.replace(nano, projector=projector)
+
+
+def train_nano(run: NanoRun) -> Path:
+    """Do whatever is still missing of a run; returns the checkpoint's folder."""
+    checkpoint = run.folder / "checkpoint"
+    if checkpoint.is_dir():
+        return checkpoint
+    world = run.recipe["world"]
+    for split in ("train", "validation"):
+        build_world(
+            split, world[f"{split}_clips"], run.data, run.cache, workers=2, seed=world["seed"]
+        )
+    train_set, validation_set = (WorldDataset(run.data / s) for s in ("train", "validation"))
+    config = run.config
+    tokenizer_path = run.shared / "tokenizer.json"
+    if not tokenizer_path.is_file():
+        run.shared.mkdir(parents=True, exist_ok=True)
+        texts = training_texts(train_set, config.prompt)
+        train_tokenizer(texts, config.decoder["vocab_size"], tokenizer_path)
+    _pretrain_encoders(run)
+    model = build(config, run.seed)
+    for name in ENCODERS:
+        path = _encoder_file(run, name)
+        load_into(getattr(model, name), open_tensors(path), where=str(path))
+    streams = {}
+    for split, dataset in (("train", train_set), ("validation", validation_set)):
+        print_ = _fingerprint(run, dataset)
+        streams[split] = cache_streams(
+            model, dataset, run.shared / "streams" / split, fingerprint=print_
+        )
+    tokenizer = Tokenizer.from_file(tokenizer_path)
+    sets = [
+        WorldReasoningSet(dataset, streams[split], tokenizer, config.prompt)
+        for split, dataset in (("train", train_set), ("validation", validation_set))
+    ]
+    settings = dict(run.recipe["reasoning"])
+    task = ReasoningTask(
+        batch_size=settings.pop("batch_size"),
+        projector_learning_rate=settings.pop("projector_learning_rate"),
+        decoder_learning_rate=settings.pop("decoder_learning_rate"),
+        loop=LoopConfig(seed=run.seed, **settings),
+    )
+    train_reasoning(model, task, sets[0], sets[1], run.folder / "reasoning", run.device)
+    save(model.cpu(), checkpoint, tokenizer=tokenizer_path)
+    return checkpoint
+
+
+def pretrain(run: NanoRun, name: str) -> None:
+    """Pre-train one encoder of a run and leave its weights in the run's folder."""
+    settings = dict(run.recipe["encoders"][name])
+    task = EncoderTask(
+        component=name,
+        batch_size=settings.pop("batch_size"),
+        learning_rate=settings.pop("learning_rate"),
+        loop=LoopConfig(seed=run.seed, **settings),
+    )
+    train_set, validation_set = (WorldDataset(run.data / s) for s in ("train", "validation"))
+    encoder = pretrain_encoder(
+        run.config,
+        task,
+        train_set,
+        validation_set,
+        run.folder / f"encoder-{name}",
+        run.device,
+        run.seed,
+    )
+    path = _encoder_file(run, name)
+    partial = path.with_suffix(".partial")
+    save_file({k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}, partial)
+    partial.replace(path)
+
+
+def _pretrain_encoders(run: NanoRun) -> None:
+    """Both encoders; on a CPU at the same time, a core each, which wastes less than two a step."""
+    missing = [name for name in ENCODERS if not _encoder_file(run, name).is_file()]
+    if run.encoders is not None and missing:
+        raise TinyGiantError(
+            f"{run.encoders}: no trained encoders ({', '.join(missing)}); finish that run first"
+        )
+    if run.device.type != "cpu":
+        for name in missing:
+            pretrain(run, name)
+        return
+    command = [sys.executable, "-m", "tinygiant.models.training.cli", "encoder"]
+    options = ["--out", str(run.folder), "--data", str(run.data), "--seed", str(run.seed)]
+    processes = [subprocess.Popen([*command, name, *options]) for name in missing]
+    failed = [name for name, p in zip(missing, processes, strict=True) if p.wait() != 0]
+    if failed:
+        raise TinyGiantError(f"pre-training failed for {', '.join(failed)}; see the lines above")
+
+
+def _encoder_file(run: NanoRun, name: str) -> Path:
+    return run.shared / f"encoder-{name}" / "encoder.safetensors"
+
+
+def _fingerprint(run: NanoRun, dataset: WorldDataset) -> str:
+    digest = hashlib.sha256(json.dumps([len(dataset), run.recipe["world"]]).encode())
+    for name in ENCODERS:
+        digest.update(_encoder_file(run, name).read_bytes())
+    return digest.hexdigest()

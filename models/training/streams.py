@@ -1,0 +1,86 @@
+"""Frozen encoders run once: their outputs for a whole split, kept on disk.
+
+After pre-training the encoders never change (paper: frozen), so the second stage reads cached
+streams. That is most of the cost of a step saved, and what makes training on a CPU bearable.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tinygiant.models.tinygiant import TinyGiantALM
+from tinygiant.models.world.dataset import WorldDataset
+from tinygiant.runtime.chunks import Chunk
+from tqdm import tqdm
+
+__all__ = ["CachedStreams", "cache_streams"]
+
+
+class CachedStreams:
+    """Streams and anchors of a split: ``streams(i) (N, stream_size)``, ``anchor(i) (anchor_size,)``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._rows = np.load(folder / "streams.npy", mmap_mode="r")
+        self._offsets = np.load(folder / "offsets.npy")
+        self._anchors = np.load(folder / "anchors.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._anchors)
+
+    def n_tokens(self, index: int) -> int:
+        """Audio tokens of clip ``index``."""
+        return int(self._offsets[index + 1] - self._offsets[index])
+
+    def streams(self, index: int) -> NDArray[np.float32]:
+        """Joined streams of clip ``index``, ``(N, stream_size) float32``."""
+        start, stop = self._offsets[index : index + 2]
+        return np.asarray(self._rows[start:stop], dtype=np.float32)
+
+    def anchor(self, index: int) -> NDArray[np.float32]:
+        """CLAP anchor of clip ``index``, ``(anchor_size,) float32``."""
+        return np.asarray(self._anchors[index], dtype=np.float32)
+
+
+def cache_streams(
+    model: TinyGiantALM, dataset: WorldDataset, folder: Path, *, fingerprint: str
+) -> CachedStreams:
+    """Run the encoders over a split, or reuse what an earlier run with the same weights left.
+
+    Args:
+        model: encoders in evaluation mode.
+        dataset: the split.
+        folder: where the arrays go.
+        fingerprint: of encoders and data; a cache of another one is made anew.
+    """
+    stamp = folder / "fingerprint.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == fingerprint:
+        return CachedStreams(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    config = model.config.runtime
+    rows: list[NDArray[np.float16]] = []
+    anchors: list[NDArray[np.float16]] = []
+    for index in tqdm(range(len(dataset)), desc=f"encoding {folder.name}", unit="clip"):
+        whisper, clap = dataset.features(index)
+        n_tokens = len(dataset.frame_labels(index))
+        n_frames = config.temporal_frames(n_tokens * config.token_s)
+        temporal = np.full((whisper.shape[0], n_frames), float(whisper.min()), dtype=np.float32)
+        width = min(n_frames, whisper.shape[1])
+        temporal[:, :width] = whisper[:, :width]
+        chunk = Chunk(
+            duration_s=n_tokens * config.token_s,
+            n_tokens=n_tokens if config.audio_context == "clip" else config.tokens_per_chunk,
+            temporal_features=temporal,
+            event_features=(clap.astype(np.float32),),
+        )
+        streams, anchor = model.encode_chunk(chunk)
+        rows.append(streams[0].cpu().numpy().astype(np.float16))
+        anchors.append(anchor[0].cpu().numpy().astype(np.float16))
+    np.save(folder / "streams.npy", np.concatenate(rows))
+    np.save(folder / "offsets.npy", np.cumsum([0, *(len(r) for r in rows)]))
+    np.save(folder / "anchors.npy", np.stack(anchors))
+    stamp.write_text(json.dumps(fingerprint))
+    return CachedStreams(folder)

@@ -1,0 +1,73 @@
+"""The synthetic world as training samples for the second stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tinygiant.models.training.reasoning import Sample
+from tinygiant.models.training.streams import CachedStreams
+from tinygiant.models.world.dataset import WorldDataset
+from tinygiant.models.world.thought import format_response
+from tinygiant.runtime.config import PromptConfig
+from tinygiant.runtime.prompt import build_prompt
+from tinygiant.runtime.tokenizer import Tokenizer
+
+__all__ = ["END_OF_TURN", "WorldReasoningSet", "training_texts"]
+
+END_OF_TURN = "<|im_end|>"
+
+
+class WorldReasoningSet:
+    """Every question of every clip of a split; the choices' order varies from epoch to epoch."""
+
+    def __init__(
+        self,
+        dataset: WorldDataset,
+        streams: CachedStreams,
+        tokenizer: Tokenizer,
+        prompt: PromptConfig,
+    ) -> None:
+        self._streams = streams
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._records: list[tuple[int, dict[str, Any]]] = [
+            (clip, record) for clip in range(len(dataset)) for record in dataset.records(clip)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def lengths(self) -> Sequence[int]:
+        """Audio rows plus a quarter of the response's characters: tokens, roughly."""
+        return [
+            self._streams.n_tokens(clip) + len(format_response(record)) // 4
+            for clip, record in self._records
+        ]
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Question ``index`` with its choices in an order drawn from ``rng``."""
+        clip, record = self._records[index]
+        choices = [str(choice) for choice in rng.permutation(record["choices"])]
+        prompt = build_prompt(record["question"], choices, self._tokenizer, self._prompt)
+        response = self._tokenizer.encode_markup(format_response(record) + END_OF_TURN)
+        return Sample(
+            streams=self._streams.streams(clip),
+            anchor=self._streams.anchor(clip),
+            prefix_ids=prompt.prefix_ids,
+            suffix_ids=prompt.suffix_ids,
+            instruction_ids=prompt.instruction_ids,
+            response_ids=response,
+        )
+
+
+def training_texts(dataset: WorldDataset, prompt: PromptConfig) -> list[str]:
+    """All text a tokenizer should write well: questions, choices and responses of a split."""
+    texts = [f"system\n{prompt.system}", "user\n", "assistant\n"] * 100
+    for clip in range(len(dataset)):
+        for record in dataset.records(clip):
+            lines = [record["question"], prompt.choices_header]
+            lines += [prompt.choice_prefix + choice for choice in record["choices"]]
+            texts += ["\n".join(lines), format_response(record)]
+    return texts
