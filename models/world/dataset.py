@@ -1,0 +1,258 @@
+"""Building and reading a split of the world on disk.
+
+    DIR/<split>/
+        shards/0000/            500 clips, complete or absent
+            whisper.npy         (sum of frames, 128) float16, log-mel at 100 frames a second
+            clap.npy            (500, 1001, 64) float16, log-mel of the first 10 s
+            frames.npy          (sum of rows, n_frame_tags) uint8, dense labels at 10 rows a second
+            offsets.npy         (501, 2) int64, first frame and first row of every clip, and the end
+            clips.jsonl         scene and clip-level tags
+            meta.jsonl          questions, MMAR's fields
+        audio/<id>.flac         48 kHz, on request
+        clips.jsonl, meta.jsonl all shards' lines, written when the split is complete
+
+A clip's Whisper frames cover its label rows and 1 s of zeros: ``10 * (rows + 10)`` frames. Shards
+are made independently and renamed when complete, so that an interrupted build goes on where it
+was, and any number of workers gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile as sf
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from tinygiant.models.world.dsp import RATE_HZ, Audio
+from tinygiant.models.world.engines import Banks, load_banks
+from tinygiant.models.world.labels import CLIP_TAGS, FRAME_TAGS, clip_labels, frame_labels, n_rows
+from tinygiant.models.world.questions import question_records
+from tinygiant.models.world.render import render
+from tinygiant.models.world.scene import Scene, sample_scene, scene_from_dict, scene_to_dict
+from tinygiant.models.world.vocabulary import Split
+from tinygiant.runtime.audio import resample
+from tinygiant.runtime.errors import StorageError
+from tinygiant.runtime.features import clap_log_mel, whisper_log_mel
+
+__all__ = ["SHARD_CLIPS", "WorldDataset", "build", "clip_features"]
+
+SHARD_CLIPS = 500
+MARGIN_ROWS = 10
+_FRAMES_PER_ROW = 10
+_JOINED = ("clips.jsonl", "meta.jsonl")
+
+
+def clip_features(
+    samples: Audio, scene: Scene
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """Whisper ``(n_frames, 128)`` and CLAP ``(1001, 64)`` log-mel of a clip at 48 kHz.
+
+    ``n_frames = 10 * (n_rows(scene) + 10)``: the clip and 1 s of zeros.
+    """
+    n_frames = _FRAMES_PER_ROW * (n_rows(scene) + MARGIN_ROWS)
+    whisper = whisper_log_mel(resample(samples, RATE_HZ, 16_000), n_frames)
+    return whisper.T.astype(np.float16), clap_log_mel(samples).astype(np.float16)
+
+
+def build(
+    split: Split,
+    n_clips: int,
+    out_dir: Path,
+    cache_dir: Path,
+    workers: int = 2,
+    seed: int = 0,
+    audio: bool = False,
+    questions: int = 4,
+) -> Path:
+    """Make ``n_clips`` clips of a split under ``out_dir/<split>``, which is returned.
+
+    Shards that are already there are kept. ``audio`` also writes 48 kHz FLAC files.
+
+    Raises:
+        MissingEngineError: the banks are not in ``cache_dir`` and an engine is missing.
+        StorageError: a file cannot be written, or the folder holds a build with other settings.
+    """
+    folder = out_dir / split
+    settings = {"split": split, "clips": n_clips, "seed": seed, "questions": questions,
+                "audio": audio, "frame_tags": list(FRAME_TAGS), "clip_tags": list(CLIP_TAGS)}
+    try:
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        _keep_settings(folder / "settings.json", settings)
+        load_banks(cache_dir, workers)
+        jobs = []
+        for shard, first in enumerate(range(0, n_clips, SHARD_CLIPS)):
+            size = min(SHARD_CLIPS, n_clips - first)
+            if not (folder / "shards" / f"{shard:04d}").is_dir():
+                jobs.append((folder, cache_dir, split, shard, size, seed, audio, questions))
+        done = n_clips - sum(job[4] for job in jobs)
+        with (
+            tqdm(total=n_clips, initial=done, unit="clip", desc=split) as bar,
+            ProcessPoolExecutor(workers) as pool,
+        ):
+            for finished in as_completed([pool.submit(_build_shard, *job) for job in jobs]):
+                bar.update(finished.result())
+        for name in _JOINED:
+            partial = folder / f"{name}.partial"
+            with partial.open("wb") as joined:
+                for shard_dir in sorted((folder / "shards").glob("[0-9]*[0-9]")):
+                    joined.write((shard_dir / name).read_bytes())
+            partial.rename(folder / name)
+    except OSError as e:
+        if isinstance(e, StorageError):
+            raise
+        raise StorageError(f"{folder} could not be written: {e}; free space or change --out") from e
+    return folder
+
+
+def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to mix two builds in one folder; only the number of clips may grow by whole shards."""
+    if path.is_file():
+        old = json.loads(path.read_text())
+        grows = old["clips"] % SHARD_CLIPS == 0 and settings["clips"] >= old["clips"]
+        if {**old, "clips": 0} != {**settings, "clips": 0} or not (
+            grows or old["clips"] == settings["clips"]
+        ):
+            raise StorageError(
+                f"{path.parent} holds a build with other settings: choose another folder, "
+                f"remove it, or repeat the settings in {path.name}"
+            )
+    path.write_text(json.dumps(settings, indent=1))
+
+
+def _build_shard(
+    folder: Path,
+    cache_dir: Path,
+    split: Split,
+    shard: int,
+    size: int,
+    seed: int,
+    audio: bool,
+    questions: int,
+) -> int:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    banks = load_banks(cache_dir)
+    building = folder / "shards" / f"{shard:04d}.building"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    if audio:
+        (folder / "audio").mkdir(exist_ok=True)
+    whispers, claps, frames = [], [], []
+    offsets = [(0, 0)]
+    with (building / "clips.jsonl").open("w") as clips, (building / "meta.jsonl").open("w") as meta:
+        for index in range(shard * SHARD_CLIPS, shard * SHARD_CLIPS + size):
+            scene, samples = _make_clip(split, index, seed, banks)
+            whisper, clap = clip_features(samples, scene)
+            rows = frame_labels(scene)
+            whispers.append(whisper)
+            claps.append(clap)
+            frames.append(rows)
+            offsets.append((offsets[-1][0] + len(whisper), offsets[-1][1] + len(rows)))
+            tags = [CLIP_TAGS[k] for k in np.flatnonzero(clip_labels(scene))]
+            clips.write(json.dumps({"scene": scene_to_dict(scene), "tags": tags}) + "\n")
+            for record in question_records(scene, questions):
+                meta.write(json.dumps(record) + "\n")
+            if audio:
+                sf.write(folder / "audio" / f"{scene.id}.flac", samples, RATE_HZ, subtype="PCM_16")
+    np.save(building / "whisper.npy", np.concatenate(whispers))
+    np.save(building / "clap.npy", np.stack(claps))
+    np.save(building / "frames.npy", np.concatenate(frames))
+    np.save(building / "offsets.npy", np.array(offsets, np.int64))
+    building.rename(folder / "shards" / f"{shard:04d}")
+    return size
+
+
+def _make_clip(split: Split, index: int, seed: int, banks: Banks) -> tuple[Scene, Audio]:
+    """A scene and its audio as a 16-bit file holds it, so that features agree with the FLAC."""
+    scene = sample_scene(split, index, seed, banks.word_duration_s)
+    samples = render(scene, banks)
+    return scene, (np.clip(np.round(samples * 32768), -32768, 32767) / 32768).astype(np.float32)
+
+
+class WorldDataset:
+    """The complete shards of a built split, memory-mapped; ``folder`` is ``DIR/<split>``.
+
+    A split that is still being built can be read too: it has the clips that are complete, in the
+    order of their indices.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Open ``folder``; raises StorageError if it holds no complete shard."""
+        self.folder = Path(folder)
+        self._shards = sorted((self.folder / "shards").glob("[0-9][0-9][0-9][0-9]"))
+        if not self._shards:
+            raise StorageError(
+                f"{self.folder} holds no complete shard: build it with python -m "
+                f"tinygiant.models.world --split {self.folder.name} --out {self.folder.parent}"
+            )
+        self._arrays = [
+            {
+                name: np.load(shard / f"{name}.npy", mmap_mode="r")
+                for name in ("whisper", "clap", "frames", "offsets")
+            }
+            for shard in self._shards
+        ]
+        sizes = [len(arrays["offsets"]) - 1 for arrays in self._arrays]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, i: int) -> tuple[dict[str, NDArray[Any]], int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"clip {i} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._arrays[shard], i - int(self._starts[shard])
+
+    def features(self, i: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """Whisper ``(128, n_frames)`` and CLAP ``(1001, 64)`` float16 log-mel of clip ``i``."""
+        arrays, k = self._locate(i)
+        (first, _), (last, _) = arrays["offsets"][k : k + 2]
+        return arrays["whisper"][first:last].T, arrays["clap"][k]
+
+    def n_frames(self, i: int) -> int:
+        """Whisper frames of clip ``i``, without touching the features."""
+        arrays, k = self._locate(i)
+        return int(arrays["offsets"][k + 1, 0] - arrays["offsets"][k, 0])
+
+    def frame_labels(self, i: int) -> NDArray[np.uint8]:
+        """``(n_rows, len(FRAME_TAGS)) uint8``; ``n_frames = 10 * (n_rows + 10)``."""
+        arrays, k = self._locate(i)
+        (_, first), (_, last) = arrays["offsets"][k : k + 2]
+        return arrays["frames"][first:last]
+
+    def clip_labels(self, i: int) -> NDArray[np.uint8]:
+        """``(len(CLIP_TAGS),) uint8``."""
+        return clip_labels(self.scene(i))
+
+    def scene(self, i: int) -> Scene:
+        """The scene of clip ``i``."""
+        return scene_from_dict(self._clips[i]["scene"])
+
+    def records(self, i: int) -> list[dict[str, Any]]:
+        """The question records of clip ``i``."""
+        return self._records[self._clips[i]["scene"]["id"]]
+
+    @cached_property
+    def _clips(self) -> list[dict[str, Any]]:
+        return list(self._lines("clips.jsonl"))
+
+    @cached_property
+    def _records(self) -> dict[str, list[dict[str, Any]]]:
+        by_clip: dict[str, list[dict[str, Any]]] = {}
+        for record in self._lines("meta.jsonl"):
+            by_clip.setdefault(record["id"].rpartition("-q")[0], []).append(record)
+        return by_clip
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        for shard in self._shards:
+            for line in (shard / name).read_text().splitlines():
+                yield json.loads(line)

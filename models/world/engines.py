@@ -1,0 +1,241 @@
+"""Banks of real engines' sound: notes of fluidsynth, words of espeak-ng and flite, background beds.
+
+Starting a program for every clip would cost more than everything else, so each engine runs once,
+into a cache folder, and clips are cut from the memory-mapped result. ``load_banks`` builds what is
+missing; the folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+from numpy.typing import NDArray
+
+from tinygiant.models.world.dsp import RATE_HZ, Audio, loudness
+from tinygiant.models.world.sounds import bed
+from tinygiant.models.world.vocabulary import (
+    BACKGROUNDS,
+    INSTRUMENT_PROGRAMS,
+    INSTRUMENTS,
+    SPLITS,
+    WORDS,
+    Split,
+)
+from tinygiant.models.world.voices import VOICES, Voice
+from tinygiant.runtime.audio import resample
+from tinygiant.runtime.errors import MissingEngineError
+
+__all__ = ["NOTE_RANGE", "SOUND_FONTS", "Banks", "check_engines", "load_banks", "midi_file"]
+
+# The shifted split plays another sound font: the same instruments, recorded by other people.
+SOUND_FONTS: dict[str, Path] = {
+    "fluid": Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"),
+    "timgm": Path("/usr/share/sounds/sf2/TimGM6mb.sf2"),
+}
+_FONT_PACKAGE = {"fluid": "fluid-soundfont-gm", "timgm": "timgm6mb-soundfont"}
+# Notes from an octave below an instrument's lowest tonic: 12 tonics and a melody of 17 semitones.
+NOTE_RANGE = 12 + 12 + 17
+_VELOCITIES = (75, 112)
+_NOTE_S = 1.15
+_NOTE_SLOT_S = 1.8
+_BED_S = 30
+_VERSION = "banks-1"
+
+
+@dataclass(frozen=True)
+class Banks:
+    """Memory-mapped sound, int16 at 48 kHz.
+
+    ``notes[font]``: ``(n_instruments, NOTE_RANGE, 2 velocities, n)``; ``words``: ``(n,)`` with
+    ``index["voice|setting|word"] = (start, length)``; ``beds[split]``: ``(n_backgrounds, n)``.
+    """
+
+    notes: dict[str, NDArray[np.int16]]
+    words: NDArray[np.int16]
+    index: dict[str, tuple[int, int]]
+    beds: dict[Split, NDArray[np.int16]]
+
+    def word_duration_s(self, voice: str, setting: int, word: str) -> float:
+        """Length of a spoken word as it lies in the bank."""
+        return self.index[f"{voice}|{setting}|{word}"][1] / RATE_HZ
+
+    def word(self, voice: str, setting: int, word: str) -> Audio:
+        """A spoken word, ``(n,) float32``, its loudest 50 ms at RMS 0.2."""
+        start, length = self.index[f"{voice}|{setting}|{word}"]
+        return _to_float(self.words[start : start + length])
+
+    def note(self, font: str, instrument: str, midi: int, accent: bool) -> Audio:
+        """A note of 1.15 s, ``(n,) float32``, its loudest 50 ms at RMS 0.2."""
+        pitch = midi - (INSTRUMENT_PROGRAMS[instrument][1] - 12)
+        row = self.notes[font][INSTRUMENTS.index(instrument), pitch, int(accent)]
+        return _to_float(row)
+
+
+def check_engines() -> None:
+    """Raise MissingEngineError, naming the Debian package, unless every engine is installed."""
+    for program in ("espeak-ng", "flite", "fluidsynth"):
+        if shutil.which(program) is None:
+            raise MissingEngineError(
+                f"{program} was not found, and the synthetic world is made with it: "
+                f"install the Debian package {program}"
+            )
+    for font, path in SOUND_FONTS.items():
+        if not path.is_file():
+            raise MissingEngineError(
+                f"the sound font {path} was not found: "
+                f"install the Debian package {_FONT_PACKAGE[font]}"
+            )
+
+
+def load_banks(cache_dir: Path, threads: int = 2) -> Banks:
+    """Open the banks in ``cache_dir``, building them first if they are not there (2 minutes).
+
+    Raises:
+        MissingEngineError: the banks must be built and an engine is missing.
+    """
+    folder = cache_dir / _VERSION
+    if not folder.is_dir():
+        check_engines()
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix="building-") as scratch:
+            building = Path(scratch) / _VERSION
+            building.mkdir()
+            _build(building, Path(scratch), threads)
+            building.rename(folder)
+    index = json.loads((folder / "words.json").read_text())
+    return Banks(
+        notes={font: np.load(folder / f"notes-{font}.npy", mmap_mode="r") for font in SOUND_FONTS},
+        words=np.load(folder / "words.npy", mmap_mode="r"),
+        index={key: (start, length) for key, (start, length) in index.items()},
+        beds={split: np.load(folder / f"beds-{split}.npy", mmap_mode="r") for split in SPLITS},
+    )
+
+
+def _build(folder: Path, scratch: Path, threads: int) -> None:
+    for font in SOUND_FONTS:
+        np.save(folder / f"notes-{font}.npy", _render_notes(font, scratch, threads))
+    index: dict[str, tuple[int, int]] = {}
+    chunks: list[NDArray[np.int16]] = []
+    position = 0
+    jobs = [
+        (voice, setting, word)
+        for split in SPLITS
+        for voice in VOICES[split]
+        for setting in range(len(voice.settings))
+        for word in WORDS
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        spoken = pool.map(lambda job: _speak(job[0], job[1], job[2], scratch), jobs)
+        for (voice, setting, word), audio in zip(jobs, spoken, strict=True):
+            index[f"{voice.name}|{setting}|{word}"] = (position, audio.size)
+            chunks.append(audio)
+            position += audio.size
+    words = np.concatenate(chunks)
+    np.save(folder / "words.npy", words)
+    (folder / "words.json").write_text(json.dumps(index))
+    for number, split in enumerate(SPLITS):
+        babble = _babble(words, index, split)
+        beds = [
+            bed(kind, _BED_S * RATE_HZ, np.random.default_rng([number, k]), babble)
+            for k, kind in enumerate(BACKGROUNDS)
+        ]
+        np.save(folder / f"beds-{split}.npy", np.stack([_to_int16(b) for b in beds]))
+
+
+def _babble(words: NDArray[np.int16], index: dict[str, tuple[int, int]], split: Split) -> Audio:
+    """Some seconds of a split's own voices, every word once, in a fixed order."""
+    voices = VOICES[split]
+    parts = []
+    for k, word in enumerate(WORDS):
+        start, length = index[f"{voices[k % len(voices)].name}|0|{word}"]
+        parts.append(words[start : start + length])
+    return _to_float(np.concatenate(parts))
+
+
+def _speak(voice: Voice, setting: int, word: str, scratch: Path) -> NDArray[np.int16]:
+    """One word by one voice: trimmed of silence, 48 kHz."""
+    pitch, speed = voice.settings[setting]
+    out = scratch / f"{voice.name}-{setting}-{word}.wav"
+    if voice.engine == "espeak-ng":
+        command = ["espeak-ng", "-v", voice.name, "-p", f"{pitch:g}", "-s", f"{speed:g}"]
+        command += ["-w", str(out), word]
+    else:
+        command = ["flite", "-voice", voice.name, "--setf", f"int_f0_target_mean={pitch:g}"]
+        command += ["--setf", f"duration_stretch={speed:g}", "-t", word, "-o", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    samples, rate_hz = sf.read(out, dtype="float32")
+    out.unlink()
+    audible = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
+    margin = rate_hz // 100
+    samples = samples[max(0, audible[0] - margin) : audible[-1] + margin]
+    return _to_int16(_levelled(resample(samples, rate_hz, RATE_HZ)))
+
+
+def _render_notes(font: str, scratch: Path, threads: int) -> NDArray[np.int16]:
+    """All notes of a sound font: one long fluidsynth run an instrument, cut at known times."""
+
+    def one(instrument: str) -> NDArray[np.int16]:
+        program, lowest_tonic = INSTRUMENT_PROGRAMS[instrument]
+        pitches = range(lowest_tonic - 12, lowest_tonic - 12 + NOTE_RANGE)
+        notes = [(midi, velocity) for midi in pitches for velocity in _VELOCITIES]
+        midi_path = scratch / f"{font}-{instrument}.mid"
+        wave_path = midi_path.with_suffix(".wav")
+        midi_path.write_bytes(midi_file(program, notes, _NOTE_S, _NOTE_SLOT_S))
+        command = ["fluidsynth", "-ni", "-R", "0", "-C", "0", "-g", "0.8", "-r", str(RATE_HZ)]
+        command += ["-F", str(wave_path), str(SOUND_FONTS[font]), str(midi_path)]
+        subprocess.run(command, check=True, capture_output=True)
+        samples = sf.read(wave_path, dtype="float32")[0].mean(axis=1)
+        wave_path.unlink()
+        n = round(_NOTE_S * RATE_HZ)
+        starts = [round(k * _NOTE_SLOT_S * RATE_HZ) for k in range(len(notes))]
+        cut = [_to_int16(_levelled(samples[s : s + n].astype(np.float32))) for s in starts]
+        return np.stack(cut).reshape(NOTE_RANGE, len(_VELOCITIES), n)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.stack(list(pool.map(one, INSTRUMENTS)))
+
+
+def _levelled(samples: Audio) -> Audio:
+    return (samples * (0.2 / max(1e-6, loudness(samples)))).astype(np.float32)
+
+
+def _to_float(samples: NDArray[np.int16]) -> Audio:
+    return np.asarray(samples, np.float32) * np.float32(1 / 32768)
+
+
+def _to_int16(samples: Audio) -> NDArray[np.int16]:
+    return np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
+
+
+def midi_file(program: int, notes: list[tuple[int, int]], note_s: float, slot_s: float) -> bytes:
+    """A one-track MIDI file playing ``(midi, velocity)`` notes one by one, each in its slot.
+
+    Written by hand because it is thirty lines: 480 ticks a quarter at 120 quarters a minute make
+    960 ticks a second.
+    """
+
+    def delta(seconds: float) -> bytes:
+        ticks = round(seconds * 960)
+        out = bytes([ticks & 0x7F])
+        while ticks := ticks >> 7:
+            out = bytes([0x80 | ticks & 0x7F]) + out
+        return out
+
+    track = b"\x00\xff\x51\x03\x07\xa1\x20" + bytes([0, 0xC0, program])
+    gap_s = 0.0
+    for midi, velocity in notes:
+        track += delta(gap_s) + bytes([0x90, midi, velocity])
+        track += delta(note_s) + bytes([0x80, midi, 0])
+        gap_s = slot_s - note_s
+    track += delta(gap_s) + b"\xff\x2f\x00"
+    header = b"MThd" + struct.pack(">IHHH", 6, 0, 1, 480)
+    return header + b"MTrk" + struct.pack(">I", len(track)) + track

@@ -1,0 +1,121 @@
+"""From a scene to audio: ``render(scene, banks) -> (n_samples,) float32`` at 48 kHz, peak <= 1."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import soundfile as sf
+
+from tinygiant.models.world.dsp import RATE_HZ, Audio, convolve, loudness, muffle, room_response
+from tinygiant.models.world.engines import Banks
+from tinygiant.models.world.scene import Music, Scene, Speech
+from tinygiant.models.world.sounds import synthesise
+from tinygiant.models.world.vocabulary import BACKGROUNDS
+from tinygiant.runtime.audio import resample
+
+__all__ = ["render"]
+
+_FULL_LEVEL = 0.2  # RMS of the loudest 50 ms of a layer at 0 dB
+_RELEASE = RATE_HZ * 6 // 100
+
+
+def render(scene: Scene, banks: Banks) -> Audio:
+    """The clip's audio: ``(round(duration_s * 48000),) float32``.
+
+    The only randomness left is the fine grain of noise and rooms, seeded by the scene.
+    """
+    rng = np.random.default_rng([*scene.seed, 1])
+    n = round(scene.duration_s * RATE_HZ)
+    mix = np.zeros(n, np.float32)
+    near_room = room_response(scene.room.rt60_s, scene.room.wet_near, 6000, rng)
+    # Far sounds lose their highs on the way, in air and walls; the direct path too.
+    cutoff_hz = scene.room.far_cutoff_hz
+    far_room = room_response(scene.room.rt60_s + 0.2, scene.room.wet_far, cutoff_hz, rng)
+    far_room = muffle(far_room, cutoff_hz)
+    dry = np.zeros(n, np.float32)  # music and speech share one convolution
+    if scene.music:
+        _add(dry, _play(scene.music, banks), scene.music.start_s, scene.music.level_db)
+    if scene.speech:
+        _add_speech(dry, scene.speech, banks)
+    if scene.music or scene.speech:
+        mix += convolve(dry, near_room)[:n]
+    for event in scene.sounds:
+        sound = synthesise(event.kind, event.params, np.random.default_rng(event.grain))
+        heard = convolve(sound, near_room if event.near else far_room)
+        _add(mix, heard, event.start_s, event.level_db)
+    if scene.background:
+        recording = banks.beds[scene.split][BACKGROUNDS.index(scene.background.kind)]
+        first = int(scene.background.offset * (recording.size - n))
+        layer = recording[first : first + n].astype(np.float32) * np.float32(1 / 32768)
+        mix += layer * np.float32(10 * _FULL_LEVEL * 10 ** (scene.background.level_db / 20))
+    hiss = rng.standard_normal(n, np.float32)
+    mix += hiss * np.float32(_FULL_LEVEL * 10 ** (scene.noise_db / 20))
+    mix *= np.float32(0.9 / max(1e-6, float(np.abs(mix).max())) * 10 ** (scene.gain_db / 20))
+    return _copy(mix, scene.copy)
+
+
+def _add(mix: Audio, layer: Audio, start_s: float, level_db: float) -> None:
+    """Add ``layer`` at ``start_s``, its loudest 50 ms at ``level_db``."""
+    first = round(start_s * RATE_HZ)
+    layer = layer[: mix.size - first]
+    gain = _FULL_LEVEL * 10 ** (level_db / 20) / loudness(layer)
+    mix[first : first + layer.size] += np.float32(gain) * layer
+
+
+def _play(music: Music, banks: Banks) -> Audio:
+    """Melody, one note a beat, with the tonic triad an octave below on every downbeat."""
+    beat = music.beat_s * music.detune  # stretched back by the detuning below
+    n = round((len(music.pitches) + 0.6) * beat * RATE_HZ)
+    out = np.zeros(n, np.float32)
+    triad = (0, 4 if music.major else 3, 7)
+    for k, pitch in enumerate(music.pitches):
+        downbeat = k % music.meter == 0
+        first = round(k * beat * RATE_HZ)
+        last = k == len(music.pitches) - 1
+        hold_s = beat * (1.5 if last else 0.95)
+        note = banks.note(music.font, music.instrument, pitch, downbeat)
+        _strike(out, first, note, hold_s, 1.0 if downbeat else 0.75)
+        if downbeat:
+            hold_s = beat * (1.5 if last else 0.85 * music.meter)
+            for interval in triad:
+                note = banks.note(music.font, music.instrument, music.tonic - 12 + interval, True)
+                _strike(out, first, note, hold_s, 0.55)
+    positions = np.arange(round(n / music.detune)) * music.detune
+    return np.interp(positions, np.arange(n), out).astype(np.float32)
+
+
+def _strike(out: Audio, first: int, note: Audio, hold_s: float, gain: float) -> None:
+    note = note[: min(note.size, round(hold_s * RATE_HZ), out.size - first)]
+    release = min(_RELEASE, note.size)
+    out[first : first + note.size - release] += gain * note[: note.size - release]
+    fade = np.linspace(gain, 0, release, dtype=np.float32)
+    out[first + note.size - release : first + note.size] += fade * note[note.size - release :]
+
+
+def _add_speech(mix: Audio, speech: Speech, banks: Banks) -> None:
+    """The words, each played ``rate`` times as fast, at one level for the whole utterance."""
+    gain = np.float32(10 ** (speech.level_db / 20))
+    for word, start_s in zip(speech.words, speech.starts_s, strict=True):
+        audio = banks.word(speech.voice, speech.setting, word)
+        positions = np.arange(int(audio.size / speech.rate)) * speech.rate
+        audio = np.interp(positions, np.arange(audio.size), audio).astype(np.float32)
+        first = round(start_s * RATE_HZ)
+        audio = audio[: mix.size - first]
+        mix[first : first + audio.size] += gain * audio
+
+
+def _copy(samples: Audio, copy: str) -> Audio:
+    if copy == "8 kHz":
+        there = resample(samples, RATE_HZ, 8000)
+        back = resample(there, 8000, RATE_HZ)
+        return np.clip(np.resize(back, samples.size), -1, 1)
+    if copy == "mp3":
+        buffer = io.BytesIO()
+        sf.write(buffer, samples, RATE_HZ, format="MP3", subtype="MPEG_LAYER_III")
+        buffer.seek(0)
+        back = sf.read(buffer, dtype="float32")[0]
+        out = np.zeros_like(samples)
+        out[: back.size] = back[: out.size]
+        return np.clip(out, -1, 1)
+    return samples

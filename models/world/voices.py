@@ -1,0 +1,69 @@
+"""The voices of each split: no voice is heard in two of them.
+
+A voice is a name of espeak-ng (language + variant) or of flite; a *setting* is one pitch and speed
+at which the word bank holds all its words. espeak-ng silently ignores an unknown variant, so every
+voice here was checked to differ from the plain voice and to have the pitch of its gender.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tinygiant.models.world.vocabulary import Split
+
+__all__ = ["VOICES", "VOICE_BY_NAME", "Gender", "Voice"]
+
+Gender = Literal["woman", "man"]
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One synthetic speaker; ``settings`` are (pitch, speed) in the engine's own units.
+
+    espeak-ng: pitch 0..99, words a minute. flite: mean pitch in Hz, duration stretch.
+    """
+
+    name: str
+    engine: Literal["espeak-ng", "flite"]
+    gender: Gender
+    settings: tuple[tuple[float, float], ...]
+
+
+_TRAIN = ((40.0, 140.0), (50.0, 160.0), (62.0, 150.0))
+_VALIDATION = ((45.0, 150.0),)
+_TEST = ((46.0, 145.0), (56.0, 155.0))
+_SHIFTED = ((35.0, 125.0), (68.0, 175.0))
+
+
+def _espeak(
+    gender: Gender, settings: tuple[tuple[float, float], ...], names: str
+) -> tuple[Voice, ...]:
+    return tuple(Voice(name, "espeak-ng", gender, settings) for name in names.split())
+
+
+VOICES: dict[Split, tuple[Voice, ...]] = {
+    "train": (
+        *_espeak("woman", _TRAIN, "en-us+f1 en-us+f2 en-gb-scotland+f3 en-us+f4 en-us+Annie"),
+        *_espeak("woman", _TRAIN, "en-us+linda en-us+Andrea en-gb-x-rp+aunty"),
+        Voice("slt", "flite", "woman", ((165.0, 1.0), (180.0, 1.15), (195.0, 1.05))),
+        *_espeak("man", _TRAIN, "en-us+m1 en-gb-scotland+m3 en-us+m4 en-us+m5 en-us+m7"),
+        *_espeak("man", _TRAIN, "en-us+paul en-gb-x-rp+edward"),
+        Voice("rms", "flite", "man", ((90.0, 1.0), (102.0, 1.1), (112.0, 1.0))),
+        Voice("kal16", "flite", "man", ((95.0, 1.0), (108.0, 1.05), (118.0, 1.1))),
+    ),
+    "validation": (
+        *_espeak("woman", _VALIDATION, "en-us+belinda"),
+        *_espeak("man", _VALIDATION, "en-us+max"),
+    ),
+    "test": (
+        *_espeak("woman", _TEST, "en-us+f5 en-us+steph en-us+anika"),
+        *_espeak("man", _TEST, "en-us+m2 en-us+m6 en-us+Michael"),
+    ),
+    "shifted": (
+        *_espeak("woman", _SHIFTED, "en-us+Alicia en-029+steph3"),
+        *_espeak("man", _SHIFTED, "en-us+m8 en-029+john"),
+        Voice("awb", "flite", "man", ((110.0, 1.0), (125.0, 1.2))),
+    ),
+}
+VOICE_BY_NAME: dict[str, Voice] = {v.name: v for voices in VOICES.values() for v in voices}
