@@ -1,10 +1,9 @@
 r"""Answers that are exactly one of the given choices: a trie of token sequences, decoded greedily.
 
-Each choice is encoded in its context, ``\n<RESPONSE>\n{choice}</RESPONSE>`` and the end-of-turn
-token, so that tokens that join a choice with its surroundings are those the model was trained on;
-the end token makes every sequence end in a leaf. At each node the most likely *allowed* token wins;
-where only one is allowed, nothing is computed. It fails closed: a set whose sequences cannot be
-told apart, or do not decode to the choice again, is refused before anything runs.
+Each choice is encoded in its context, ``\n<RESPONSE>\n{choice}</RESPONSE>``, so that tokens that
+join a choice with its surroundings are those the model was trained on. At each fork the most likely
+*allowed* token wins; where only one is allowed, nothing is computed. It fails closed: choices whose
+tokens cannot be told apart, or do not decode to the choice again, are refused before anything runs.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class ChoiceTrie:
         self.max_tokens = max(map(len, sequences), default=0)
 
     @classmethod
-    def of_choices(cls, choices: Sequence[str], tokenizer: Tokenizer, end_id: int) -> ChoiceTrie:
-        """The trie of answers to ``choices``, each ended by the end-of-turn token ``end_id``.
+    def of_choices(cls, choices: Sequence[str], tokenizer: Tokenizer) -> ChoiceTrie:
+        """The trie of the answers that ``choices`` allow.
 
         Raises:
             QuestionError: choices that cannot be asked or told apart, or that the tokenizer cannot
@@ -67,7 +66,7 @@ class ChoiceTrie:
             ids = tokenizer.encode(text)
             if tokenizer.decode(ids) != text:
                 raise QuestionError(f"choice {number} cannot be spelled by this model's tokenizer")
-            sequences.append([*ids, end_id])
+            sequences.append(ids)
         return cls(sequences)
 
     def decode(

@@ -3,7 +3,8 @@
 ``generate`` over ``step`` over one graph run. A :class:`Decoder` is one sequence: it owns the KV
 cache and is cheap to make; the graph and the embeddings behind it are shared. The LM head runs
 only for the positions that are asked for: the last one in :meth:`Decoder.prefill` and
-:meth:`Decoder.read`, all K in :meth:`Decoder.step`. Greedy is exact: the arg-max of the logits, the lowest id at a tie.
+:meth:`Decoder.read`, all K in :meth:`Decoder.step`. Greedy is exact: the arg-max of the logits, the
+lowest id at a tie.
 
 Shapes: ``T`` tokens of a prompt, ``K`` tokens of a step, ``D`` hidden size, ``V`` vocabulary.
 """

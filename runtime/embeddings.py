@@ -19,7 +19,7 @@ from tinygiant.runtime.text import one_line, printable
 
 __all__ = ["TokenEmbeddings"]
 
-_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
+_DTYPES: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
 class TokenEmbeddings:

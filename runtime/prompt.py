@@ -23,9 +23,12 @@ from tinygiant.runtime.errors import QuestionError
 from tinygiant.runtime.tokenizer import Tokenizer
 
 __all__ = [
+    "IM_END",
+    "IM_START",
     "MAX_CHOICES",
     "MAX_QUESTION_CHARS",
     "MAX_QUESTION_TOKENS",
+    "THINK_END",
     "Prompt",
     "build_prompt",
     "check_choices",
@@ -37,7 +40,7 @@ MAX_QUESTION_TOKENS = 2_048  # question and choices together; the paper's limit 
 MAX_QUESTION_CHARS = 16_384  # checked first, so that an enormous question costs nothing
 MAX_CHOICES = 26
 
-_IM_START, _IM_END = "<|im_start|>", "<|im_end|>"
+IM_START, IM_END, THINK_END = "<|im_start|>", "<|im_end|>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def build_prompt(
             f"the question has {len(instruction_ids)} tokens, at most {MAX_QUESTION_TOKENS} fit; "
             "shorten it"
         )
-    im_start, im_end = tokenizer.token_id(_IM_START), tokenizer.token_id(_IM_END)
+    im_start, im_end = tokenizer.token_id(IM_START), tokenizer.token_id(IM_END)
     newline = tokenizer.encode("\n")
     system_ids: list[int] = []
     if config.system:

@@ -26,7 +26,7 @@ from tinygiant.runtime.text import one_line, printable
 # Read by onnxruntime while it is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-import onnxruntime  # noqa: E402
+import onnxruntime
 
 __all__ = [
     "Binding",

@@ -43,7 +43,9 @@ class Tokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        self._added_ids = {token.content: token_id for token_id, token in added.items()}
+        self._added_ids: dict[str, int] = {
+            token.content: token_id for token_id, token in added.items()
+        }
         contents = sorted(self._added_ids, key=len, reverse=True)
         self._any_added = re.compile("|".join(map(re.escape, contents))) if contents else None
         self._bytes_of_id: dict[int, bytes] = {}
@@ -71,7 +73,8 @@ class Tokenizer:
     @property
     def max_id(self) -> int:
         """The largest token id."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return max(ids.values())
 
     def token_id(self, content: str) -> int:
         """The id of the control token spelled ``content``.
@@ -124,7 +127,7 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
     def _spell(self, token_id: int) -> bytes:
-        token = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        token: str | None = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""
         try:

@@ -1,0 +1,78 @@
+"""The runtime of TinyGiantALM: questions about sound, answered on a small CPU, offline.
+
+    >>> from tinygiant.runtime import load
+    >>> model = load()
+    >>> print(model.ask("street.wav", "What is heard?").text)
+
+Names are imported when they are first used: reading the configuration or building a prompt, as
+training does, loads neither onnxruntime nor soundfile.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinygiant.runtime.audio import Audio, read_audio, read_pcm
+    from tinygiant.runtime.bundle import Bundle
+    from tinygiant.runtime.errors import (
+        AudioError,
+        AudioTooLongError,
+        BundleError,
+        QuestionError,
+        TinyGiantError,
+        UsageError,
+    )
+    from tinygiant.runtime.events import (
+        Answer,
+        AudioAccount,
+        AudioRead,
+        Event,
+        Finished,
+        PromptRead,
+        StreamsReady,
+        TextPiece,
+        Timings,
+        TokenCounts,
+    )
+    from tinygiant.runtime.pipeline import TinyGiant, load
+
+__all__ = [
+    "Answer",
+    "Audio",
+    "AudioAccount",
+    "AudioError",
+    "AudioRead",
+    "AudioTooLongError",
+    "Bundle",
+    "BundleError",
+    "Event",
+    "Finished",
+    "PromptRead",
+    "QuestionError",
+    "StreamsReady",
+    "TextPiece",
+    "Timings",
+    "TinyGiant",
+    "TinyGiantError",
+    "TokenCounts",
+    "UsageError",
+    "load",
+    "read_audio",
+    "read_pcm",
+]
+
+_MODULE_OF = (
+    {name: "audio" for name in ("Audio", "read_audio", "read_pcm")}
+    | {name: "bundle" for name in ("Bundle",)}
+    | {name: "pipeline" for name in ("TinyGiant", "load")}
+    | {name: "errors" for name in __all__ if name.endswith("Error")}
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULE_OF.get(name, 'events')}")
+    return getattr(module, name)

@@ -1,0 +1,167 @@
+"""What an answer consists of, and the events through which it arrives.
+
+:meth:`~tinygiant.runtime.pipeline.TinyGiant.stream` yields, in this order: one :class:`AudioRead`,
+one :class:`StreamsReady`, one :class:`PromptRead`, any number of :class:`TextPiece`, one
+:class:`Finished`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygiant.runtime.answer import Section
+
+__all__ = [
+    "Answer",
+    "AudioAccount",
+    "AudioRead",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "PromptRead",
+    "StreamsReady",
+    "TextPiece",
+    "Timings",
+    "TokenCounts",
+]
+
+FinishReason = Literal["stop", "length"]
+"""``stop``: the model ended its text itself. ``length``: ``max_new_tokens`` were spent; with
+choices the runtime then closed the thought, and the answer is still one of them."""
+
+
+@dataclass(frozen=True)
+class AudioAccount:
+    """What became of the audio, in seconds; see :class:`~tinygiant.runtime.audio.Audio`."""
+
+    source: str
+    received_s: float
+    used_s: float
+    dropped_s: float
+    sampling_rate_hz: int
+    channels: int
+    n_chunks: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds spent in each stage of one question.
+
+    Time that passes while the caller handles an event is not counted. ``encode_s`` covers features
+    and encoders; with ``encode_cached`` neither had to run. ``first_token_s`` and ``total_s`` count
+    from the start of the question.
+    """
+
+    audio_s: float
+    encode_s: float
+    project_s: float
+    prefill_s: float
+    decode_s: float
+    first_token_s: float
+    total_s: float
+    encode_cached: bool
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens the decoder read (``audio`` of them stand for sound) and wrote."""
+
+    prompt: int
+    audio: int
+    generated: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        text: the answer; with choices exactly one of them, as it was given.
+        plan: the thought's four parts, empty where the model wrote none.
+        audio_analysis: see ``plan``.
+        logic: see ``plan``.
+        summary: see ``plan``.
+        unparsed: text of the model that is in none of the other fields.
+        raw_text: everything that was written, markup included.
+        choice_index: index of ``text`` among the choices; None without choices.
+        finish_reason: why the text ended.
+        model: name of the model that answered.
+        timings: seconds by stage.
+        audio: what became of the audio.
+        tokens: how much was read and written.
+    """
+
+    text: str
+    plan: str
+    audio_analysis: str
+    logic: str
+    summary: str
+    unparsed: str
+    raw_text: str
+    choice_index: int | None
+    finish_reason: FinishReason
+    model: str
+    timings: Timings
+    audio: AudioAccount
+    tokens: TokenCounts
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as JSON-ready nested dictionaries."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class AudioRead:
+    """The audio is in memory."""
+
+    audio: AudioAccount
+
+
+@dataclass(frozen=True)
+class StreamsReady:
+    """The encoders are done, after ``encode_s`` seconds; ``cached`` if they did not have to run."""
+
+    cached: bool
+    encode_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class PromptRead:
+    """The decoder has read the prompt and is about to write.
+
+    Attributes:
+        n_tokens: how many tokens it read, ``n_audio`` of which stand for sound.
+        intent_attention: ``(n_audio,)``, how much the question looks at each audio token; None if
+            the model has no intent query.
+        gate: ``(n_chunks, D)``, the semantic gate; None if the model has none.
+    """
+
+    n_tokens: int
+    intent_attention: NDArray[np.float32] | None
+    gate: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """A piece of the model's text; joined, the pieces are ``raw_text``. ``markup`` is not shown."""
+
+    text: str
+    section: Section
+    markup: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete."""
+
+    answer: Answer
+
+
+Event: TypeAlias = AudioRead | StreamsReady | PromptRead | TextPiece | Finished
