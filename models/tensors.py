@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tinygiant.runtime.errors import CheckpointError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 __all__ = ["PrefixedTensors", "TensorFile", "load_into", "open_tensors", "read_json"]
 
@@ -126,9 +127,9 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -
     if problems:
         raise CheckpointError(f"{where}: {len(problems)} tensors do not fit: " + "; ".join(problems))
     module.load_state_dict(state, strict=False, assign=True)
-    tie = getattr(module, "tie_weights", None)
-    if callable(tie):
-        tie()
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            part.tie_weights()
 
 
 def read_json(path: Path) -> dict[str, Any]:

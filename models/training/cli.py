@@ -79,6 +79,7 @@ def _nano(options: argparse.Namespace) -> None:
         data=options.data or options.out / "world",
         cache=options.cache or options.out / "banks",
         recipe=read_recipe(options.recipe, "nano"),
+        recipe_file=options.recipe,
         seed=options.seed,
         device=_device(options.device),
         intent_query=not options.no_intent_query,
@@ -96,6 +97,7 @@ def _encoder(options: argparse.Namespace) -> None:
         data=options.data or options.out / "world",
         cache=options.out / "banks",
         recipe=read_recipe(options.recipe, "nano"),
+        recipe_file=options.recipe,
         seed=options.seed,
         device=_device(options.device),
     )

@@ -53,6 +53,7 @@ class NanoRun:
     intent_query: bool = True
     semantic_gate: bool = True
     encoders: Path | None = None
+    recipe_file: Path | None = None
 
     @property
     def shared(self) -> Path:
@@ -152,6 +153,8 @@ def _pretrain_encoders(run: NanoRun) -> None:
         return
     command = [sys.executable, "-m", "tinygiant.models.training.cli", "encoder"]
     options = ["--out", str(run.folder), "--data", str(run.data), "--seed", str(run.seed)]
+    if run.recipe_file is not None:
+        options += ["--recipe", str(run.recipe_file)]
     processes = [subprocess.Popen([*command, name, *options]) for name in missing]
     failed = [name for name, p in zip(missing, processes, strict=True) if p.wait() != 0]
     if failed:

@@ -1,0 +1,74 @@
+"""Reference greedy generation in PyTorch: what the runtime must reproduce token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tinygiant.models.tinygiant import TinyGiantALM
+from tinygiant.runtime.audio import Audio
+from tinygiant.runtime.chunks import split_chunks
+from tinygiant.runtime.prompt import build_prompt
+from tinygiant.runtime.tokenizer import Tokenizer
+from torch import Tensor
+from transformers import DynamicCache
+
+__all__ = ["encode_audio", "greedy", "input_embeddings"]
+
+
+def encode_audio(model: TinyGiantALM, audio: Audio) -> list[tuple[Tensor, Tensor]]:
+    """Streams ``(1, N, stream_size)`` and anchor ``(1, anchor_size)`` of every chunk of a clip."""
+    return [model.encode_chunk(chunk) for chunk in split_chunks(audio, model.config.runtime)]
+
+
+@torch.no_grad()
+def input_embeddings(
+    model: TinyGiantALM,
+    encoded: Sequence[tuple[Tensor, Tensor]],
+    question: str,
+    choices: Sequence[str] | None,
+    tokenizer: Tokenizer,
+) -> Tensor:
+    """The decoder's input for one question, ``(1, T, D)``: prefix, audio rows, suffix."""
+    prompt = build_prompt(question, choices, tokenizer, model.config.prompt)
+    prefix, suffix, instruction = (
+        model.embed_tokens(torch.tensor([ids]))
+        for ids in (prompt.prefix_ids, prompt.suffix_ids, prompt.instruction_ids)
+    )
+    mask = torch.ones(instruction.shape[:2])
+    audio = [
+        model.projector(streams, anchor, instruction, mask).audio_embeds
+        for streams, anchor in encoded
+    ]
+    return torch.cat((prefix, *audio, suffix), dim=1)
+
+
+@torch.no_grad()
+def greedy(
+    model: TinyGiantALM, embeds: Tensor, max_new_tokens: int, *, use_cache: bool = True
+) -> list[int]:
+    """The most likely token at every step, until an end token (left out) or the limit.
+
+    Args:
+        model: in evaluation mode.
+        embeds: ``(1, T, D)`` from :func:`input_embeddings`.
+        max_new_tokens: the limit.
+        use_cache: False recomputes the whole sequence each step, the definition itself.
+    """
+    ids: list[int] = []
+    cache = DynamicCache() if use_cache else None
+    sequence = step_input = embeds
+    while len(ids) < max_new_tokens:
+        output = model.decoder(
+            inputs_embeds=step_input if use_cache else sequence,
+            past_key_values=cache,
+            use_cache=use_cache,
+            logits_to_keep=1,
+        )
+        token = int(output.logits[0, -1].argmax())
+        if token in model.config.eos_token_ids:
+            break
+        ids.append(token)
+        step_input = model.embed_tokens(torch.tensor([[token]]))
+        sequence = torch.cat((sequence, step_input), dim=1)
+    return ids
