@@ -20,6 +20,10 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --constraint constrain
 JOBS ?= 2
 PYTEST_ARGS ?=
 
+DEMO_CLIP ?= examples/tiger-and-birds.flac
+DEMO_QUESTION ?= What animal is heard in the speech?
+DEMO_CHOICES ?= monkey tiger spider rabbit
+
 SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
 
 .PHONY: help demo test check lint types imports wheel constraints clean distclean
@@ -27,6 +31,9 @@ SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pyca
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-12s", $$1, $$2; \
 	  $$1 = $$2 = ""; print}'
+
+demo: $(DEMO_VENV)/.installed ## answer a question about a clip, with the runtime alone
+	@$(DEMO_VENV)/bin/tg-run "$(DEMO_CLIP)" "$(DEMO_QUESTION)" --choices $(DEMO_CHOICES)
 
 test: $(VENV)/.installed ## run the tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

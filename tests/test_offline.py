@@ -64,3 +64,27 @@ def test_the_guard_sees_python_sockets(offline: Offline) -> None:
 def test_the_guard_ends_native_sockets(offline: Offline) -> None:
     attempt = "import ctypes; ctypes.CDLL(None).socket(2, 1, 0)"
     assert offline.run(sys.executable, "-c", attempt).returncode == -signal.SIGSYS
+
+
+def test_telemetry_is_off_before_onnxruntime_is_imported(offline: Offline) -> None:
+    # The audit event of an import comes before the module's first line runs.
+    code = """
+import os, sys
+def watch(event, arguments):
+    if event == "import" and arguments[0] == "onnxruntime":
+        print("telemetry disabled:", os.environ.get("ORT_DISABLE_TELEMETRY"))
+sys.addaudithook(watch)
+import importlib
+importlib.import_module(sys.argv[1])
+"""
+    for module in ("tinygiant.runtime.sessions", "tinygiant.runtime.pipeline"):
+        result = offline.run(sys.executable, "-c", code, module)
+        assert result.stdout.splitlines() == ["telemetry disabled: 1"], result.stderr
+    assert offline.attempts() == ""
+
+
+@pytest.mark.parametrize("command", ["tg-run", "tg-train"])
+def test_help_opens_no_socket(offline: Offline, command: str) -> None:
+    result = offline.run(SCRIPTS / command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert offline.attempts() == ""

@@ -74,6 +74,8 @@ def forbid_internet_sockets() -> None:
         raise OSError(ctypes.get_errno(), "seccomp filter refused")
 
 
+# urllib3, which transformers imports, binds a socket to ::1 to learn whether there is IPv6.
+socket.has_ipv6 = False
 sys.addaudithook(refuse)
 if sys.platform == "linux" and platform.machine() in SOCKET_CALL:
     forbid_internet_sockets()
