@@ -88,3 +88,12 @@ def test_help_opens_no_socket(offline: Offline, command: str) -> None:
     result = offline.run(SCRIPTS / command, "--help")
     assert result.returncode == 0, result.stderr
     assert offline.attempts() == ""
+
+
+def test_an_answer_opens_no_socket(offline: Offline, tiny_bundle: Path) -> None:
+    clip = ROOT / "examples" / "tiger-and-birds.flac"
+    model = ("--bundle", tiny_bundle, "--max-new-tokens", "4")
+    result = offline.run(SCRIPTS / "tg-run", clip, "What is heard?", *model)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    assert offline.attempts() == ""

@@ -21,6 +21,7 @@ from tinygiant import runtime
 from tinygiant.runtime import errors
 
 ROOT = Path(__file__).resolve().parents[1]
+CLIP = ROOT / "examples" / "tiger-and-birds.flac"
 PACKAGES = ("runtime", "models", "quantize", "export")
 # What the bare install brings, by import name, and the one module of the [mic] extra.
 RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "sounddevice", "soundfile", "soxr", "tokenizers"}
@@ -143,6 +144,17 @@ def test_the_command_works_outside_the_repository(installed: Path, tmp_path: Pat
     refused = run(installed / "tg-run", "missing.wav", "What is heard?", cwd=tmp_path)
     assert refused.returncode in (errors.AudioError.exit_code, errors.BundleError.exit_code)
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_an_answer_outside_the_repository(
+    installed: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    choices = ("monkey", "tiger")
+    command = (installed / "tg-run", CLIP, "Which animal?", "--bundle", tiny_bundle, "--quiet")
+    limit = ("--max-new-tokens", "4")
+    answered = run(*command, *limit, "--choices", *choices, cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip() in choices
 
 
 # --- imports -----------------------------------------------------------------------------------
@@ -278,6 +290,11 @@ def test_every_module_of_the_runtime_loads_without_the_heavy_libraries() -> None
     ]
     assert "tinygiant.runtime.pipeline" in names
     assert blocked(f"import importlib\nfor n in {names!r}: importlib.import_module(n)") == "[] []"
+
+
+def test_an_answer_loads_no_heavy_library(tiny_bundle: Path) -> None:
+    ask = f"load({str(tiny_bundle)!r}).ask({str(CLIP)!r}, 'What is heard?', max_new_tokens=4)"
+    assert blocked(f"from tinygiant.runtime import load\nassert {ask}.raw_text") == "[] []"
 
 
 # --- documents ---------------------------------------------------------------------------------
