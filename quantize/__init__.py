@@ -1,0 +1,28 @@
+"""Quantization: graphs in, smaller graphs out, by named recipes.
+
+Needs onnx (extra ``export``). Import direction: reads ``tinygiant.runtime`` only; knows nothing of
+PyTorch.
+"""
+
+from __future__ import annotations
+
+from tinygiant.quantize.embeddings import quantize_rows
+from tinygiant.quantize.graph import load_graph, save_graph, weights_path
+from tinygiant.quantize.quantizer import quantize_graph
+from tinygiant.quantize.recipes import RECIPES, Limits, Recipe, Scheme, recipe
+from tinygiant.quantize.report import GraphReport, graph_size_bytes
+
+__all__ = [
+    "RECIPES",
+    "GraphReport",
+    "Limits",
+    "Recipe",
+    "Scheme",
+    "graph_size_bytes",
+    "load_graph",
+    "quantize_graph",
+    "quantize_rows",
+    "recipe",
+    "save_graph",
+    "weights_path",
+]

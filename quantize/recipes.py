@@ -1,0 +1,143 @@
+"""Quantization recipes: which graph gets which scheme, and how far it may then be off.
+
+The contract: a recipe is data, fixed before anything is measured. A bundle that misses one of its
+recipe's limits is not written.
+
+Why these schemes (docs/decisions.md has the measurements): the encoders run once over hundreds of
+rows, where 8-bit integer products are fastest and 4-bit weights are slower than float32; the
+decoder runs once a token on one row, where the bytes of the weights decide. Weights of the
+encoders use 7 of the 8 bits, because the product of unsigned and signed bytes saturates on x86
+processors without VNNI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from tinygiant.runtime.bundle import GRAPH_NAMES
+from tinygiant.runtime.errors import UsageError
+
+__all__ = ["RECIPES", "Limits", "Recipe", "Scheme", "recipe"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of one graph are stored and multiplied.
+
+    ``none``: float32. ``dynamic_int8``: 8-bit weights, activations quantized as they come.
+    ``weight_only``: weights of ``bits`` bits in blocks of ``block_size`` along the input axis, each
+    with a float32 scale, and a zero point unless ``symmetric``; with ``accuracy_level`` 4,
+    activations are quantized to 8 bits for the product.
+
+    ``excluded`` are patterns (fnmatch) of node names left in float32; ``head_bits`` are the bits of
+    the node ``lm_head``, if not ``bits``.
+    """
+
+    kind: Literal["none", "dynamic_int8", "weight_only"] = "none"
+    bits: Literal[4, 8] = 8
+    per_channel: bool = True
+    reduce_range: bool = True
+    block_size: int = 32
+    symmetric: bool = True
+    accuracy_level: int = 4
+    excluded: tuple[str, ...] = ()
+    head_bits: Literal[4, 8] | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name, as the manifest and the tables show it."""
+        if self.kind == "none":
+            return "fp32"
+        if self.kind == "dynamic_int8":
+            range_ = "-7bit" if self.reduce_range else ""
+            return f"dynamic-int8{range_}{'-per-channel' if self.per_channel else ''}"
+        zero_point = "" if self.symmetric else "-zp"
+        head = f"-head{self.head_bits}" if self.head_bits not in (None, self.bits) else ""
+        return f"int{self.bits}-b{self.block_size}{zero_point}{head}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a graph's outputs may be from PyTorch's, on the same inputs.
+
+    ``relative_error`` is ``||a - b|| / ||b||`` over an output, the largest over all checks;
+    ``cosine`` the smallest.
+    """
+
+    relative_error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named choice of schemes, and the limits its result must keep.
+
+    ``token_agreement`` is the share of decoding steps at which the bundle, given the tokens that
+    PyTorch chose so far, chooses PyTorch's next token too. Steps at which PyTorch's two best logits
+    lie within ``tie_margin`` standard deviations of the logits do not count: there, rounding
+    decides.
+    """
+
+    name: str
+    graphs: Mapping[str, Scheme]
+    limits: Mapping[str, Limits]
+    embeddings: Literal["fp32", "int8"]
+    token_agreement: float
+    tie_margin: float
+
+
+_DYNAMIC = Scheme("dynamic_int8")
+
+_ENCODERS_INT8 = {
+    "whisper_encoder": _DYNAMIC,
+    "htsat_encoder": _DYNAMIC,
+    "clap_encoder": _DYNAMIC,
+    "projector": _DYNAMIC,
+}
+
+_FP32_LIMITS = dict.fromkeys(GRAPH_NAMES, Limits(relative_error=1e-4, cosine=0.999999))
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "fp32": Recipe(
+            name="fp32",
+            graphs=dict.fromkeys(GRAPH_NAMES, Scheme()),
+            limits=_FP32_LIMITS,
+            embeddings="fp32",
+            token_agreement=1.0,
+            tie_margin=1e-3,
+        ),
+        "int8": Recipe(
+            name="int8",
+            graphs=_ENCODERS_INT8 | {"decoder_model": Scheme("weight_only", bits=8)},
+            limits=dict.fromkeys(GRAPH_NAMES, Limits(relative_error=0.1, cosine=0.995)),
+            embeddings="int8",
+            token_agreement=0.98,
+            tie_margin=0.05,
+        ),
+        "int4": Recipe(
+            name="int4",
+            graphs=_ENCODERS_INT8 | {"decoder_model": Scheme("weight_only", bits=4, head_bits=8)},
+            limits=dict.fromkeys(GRAPH_NAMES, Limits(relative_error=0.1, cosine=0.995))
+            | {"decoder_model": Limits(relative_error=0.3, cosine=0.95)},
+            embeddings="int8",
+            token_agreement=0.9,
+            tie_margin=0.3,
+        ),
+    }
+)
+"""All recipes by name."""
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called ``name``.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"recipe {name!r} is unknown; expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]
