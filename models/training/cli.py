@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tinygiant.models.parts import Parts
+from tinygiant.models.training.cota import CotaRun, train_cota
 from tinygiant.models.training.nano import ENCODERS, NanoRun, pretrain, train_nano
 from tinygiant.models.training.picture import draw_losses
 from tinygiant.runtime.errors import TinyGiantError, UsageError
@@ -63,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     nano.set_defaults(run=_nano)
 
+    cota = commands.add_parser(
+        "cota",
+        parents=[common],
+        help="the paper's recipe: projector and decoder on parquet files of CoTA's format",
+    )
+    cota.add_argument("data", type=Path, nargs="+", help="parquet files: audio, user, assistant")
+    cota.add_argument("--validation", type=Path, nargs="+", help="parquet files (default: DATA)")
+    cota.add_argument("--checkpoint", type=Path, help="start from a checkpoint of this project")
+    for part in ("whisper", "htsat", "clap", "qwen3", "projector"):
+        cota.add_argument(f"--{part}", type=Path, help="or from public checkpoints on disk")
+    cota.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    cota.set_defaults(run=_cota)
+
     encoder = commands.add_parser(
         "encoder", parents=[common], help="one step of nano: pre-train one encoder"
     )
@@ -102,6 +117,29 @@ def _encoder(options: argparse.Namespace) -> None:
         device=_device(options.device),
     )
     pretrain(run, options.component)
+
+
+def _cota(options: argparse.Namespace) -> None:
+    if options.checkpoint is not None:
+        start: Path | Parts = options.checkpoint
+    elif options.whisper and options.htsat and options.qwen3:
+        start = Parts(
+            options.whisper, options.htsat, options.qwen3, options.clap, options.projector
+        )
+    else:
+        raise UsageError("give --checkpoint, or at least --whisper, --htsat and --qwen3")
+    run = CotaRun(
+        folder=options.out,
+        data=options.data,
+        validation=options.validation or options.data,
+        start=start,
+        recipe=read_recipe(options.recipe, "paper"),
+        seed=options.seed,
+        device=_device(options.device),
+    )
+    checkpoint = train_cota(run)
+    draw_losses(options.out)
+    print(checkpoint)
 
 
 def read_recipe(path: Path | None, default: str) -> dict[str, Any]:
