@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any, BinaryIO, TypeAlias
+from typing import IO, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 import soundfile
@@ -106,12 +106,12 @@ def read_audio(source: AudioSource, *, max_audio_s: float = MAX_AUDIO_S) -> Audi
     if isinstance(source, tuple):
         return _from_array(source, max_audio_s)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_file(io.BytesIO(source), "audio bytes", max_audio_s)
+        return _from_bytes(source, "audio bytes", max_audio_s)
     if isinstance(source, str | os.PathLike):
         return _from_path(source, max_audio_s)
     if hasattr(source, "read"):
         name = _stream_name(source)
-        return _from_file(io.BytesIO(_read_stream(source, name)), name, max_audio_s)
+        return _from_bytes(_read_stream(source, name), name, max_audio_s)
     raise AudioError(
         f"audio given as {type(source).__name__}: expected a path, bytes, a binary stream or "
         "(array, sampling_rate_hz); pass one of these"
@@ -147,7 +147,7 @@ def read_pcm(
 def _from_path(path: str | os.PathLike[str], max_audio_s: float) -> Audio:
     name = _printable(os.fsdecode(path))
     try:
-        with _Unnamed(io.FileIO(path)) as file:
+        with _EncodedFile(io.FileIO(path)) as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return _from_file(file, name, max_audio_s)
             encoded = _read_stream(file, name)
@@ -162,10 +162,15 @@ def _from_path(path: str | os.PathLike[str], max_audio_s: float) -> Audio:
             raise
         reason = getattr(error, "strerror", None) or error
         raise AudioError(f"{name}: cannot be opened ({reason}); check the path") from error
-    return _from_file(io.BytesIO(encoded), name, max_audio_s)
+    return _from_bytes(encoded, name, max_audio_s)
 
 
-def _from_file(file: BinaryIO | IO[bytes], name: str, max_audio_s: float) -> Audio:
+def _from_bytes(encoded: bytes | bytearray | memoryview, name: str, max_audio_s: float) -> Audio:
+    # Typeshed asks for a raw stream; at run time any object with readinto and seek will do.
+    return _from_file(_EncodedFile(cast(io.RawIOBase, io.BytesIO(encoded))), name, max_audio_s)
+
+
+def _from_file(file: _EncodedFile, name: str, max_audio_s: float) -> Audio:
     """Decode an encoded file from a seekable stream."""
     n_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -239,10 +244,21 @@ def _full_scale(array: NDArray[Any], name: str) -> NDArray[np.float32]:
     )
 
 
-class _Unnamed(io.BufferedReader):
-    """A file without its name: soundfile would judge the format by it, where content decides."""
+class _EncodedFile(io.BufferedReader):
+    """Encoded bytes as libsndfile's callbacks should meet them."""
 
+    # soundfile would judge the format by the name's ending, where the content decides.
     name = ""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Stay in place when a damaged header sends the decoder before the start.
+
+        An exception in a callback cannot reach the caller: it would be printed.
+        """
+        try:
+            return super().seek(offset, whence)
+        except (OSError, ValueError):
+            return self.tell()
 
 
 class _ForwardSoundFile(soundfile.SoundFile):  # type: ignore[misc]
@@ -344,16 +360,16 @@ def _audio(
 
 def _mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean over channels: ``(n, channels) -> (n,)``."""
-    if frames.shape[1] == 1:
-        return frames[:, 0]
-    weights = np.full(frames.shape[1], 1.0 / frames.shape[1], dtype=np.float32)
+    mono = frames[:, 0].copy()
     with np.errstate(invalid="ignore", over="ignore"):  # the caller looks for infinities
-        mono: NDArray[np.float32] = frames @ weights
+        for channel in range(1, frames.shape[1]):
+            mono += frames[:, channel]
+    mono /= frames.shape[1]
     return mono
 
 
 @contextmanager
-def _piped(file: BinaryIO | IO[bytes]) -> Iterator[int]:
+def _piped(file: _EncodedFile) -> Iterator[int]:
     """The read end of a pipe through which the file's bytes come."""
     file.seek(0)
     read_end, write_end = os.pipe()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +326,22 @@ def test_damaged_files_give_audio_or_one_line(
         assert_sound(audio)
         assert audio.used_s <= 5
         assert np.isfinite(audio.samples).all()
+
+
+def test_a_header_that_points_before_the_file_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    rng = np.random.default_rng(0)
+    encoded = [encode(STEREO[:2_000], container) for container in ("WAV", "AIFF", "W64", "RF64")]
+    for index in range(400):
+        damaged = bytearray(encoded[index % len(encoded)])
+        position, length = rng.integers(0, 120), rng.integers(1, 17)
+        damaged[position : position + length] = rng.bytes(length)
+        with contextlib.suppress(AudioError):
+            read_audio(bytes(damaged))
+    assert unraisable == []
 
 
 def test_git_lfs_pointer(tmp_path: Path) -> None:
