@@ -177,10 +177,10 @@ class Manifest:
         verification = _object_of(fields, "verification")
         recipe = expected["recipe"]
         unknown = set(fields) ^ set(cls.__dataclass_fields__)
-        if unknown or set(recipe) != {"name", "details"}:
-            raise BundleError(
-                f"manifest: unknown or missing fields {sorted(unknown) or sorted(recipe)}"
-            )
+        if unknown:
+            raise BundleError(f"manifest: unknown or missing fields {sorted(unknown)}")
+        if set(recipe) != {"name", "details"} or not isinstance(recipe["name"], str):
+            raise BundleError("manifest.recipe: expected a name and details")
         if not all(isinstance(value, str) for value in expected["created"].values()):
             raise BundleError("manifest.created: expected tool names and their versions")
         simple = config_from_dict(
@@ -196,7 +196,7 @@ class Manifest:
             },
             embeddings=simple.embeddings,
             tokenizer=simple.tokenizer,
-            recipe=RecipeEntry(str(recipe["name"]), _object_of(recipe, "details")),
+            recipe=RecipeEntry(recipe["name"], _object_of(recipe, "details")),
             opset=simple.opset,
             min_onnxruntime=simple.min_onnxruntime,
             source=simple.source,

@@ -57,13 +57,13 @@ class TokenEmbeddings:
 
 def _map(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        # Not np.load, which also opens archives and pickles.
+        table = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # of many kinds: NumPy's header is a Python literal
         raise BundleError(f"{printable(path)}: cannot be mapped: {one_line(error)}") from error
-    if not isinstance(table, np.ndarray) or table.shape != shape or table.dtype != dtype:
-        found = f"{table.dtype} {table.shape}" if isinstance(table, np.ndarray) else "an archive"
+    if table.shape != shape or table.dtype != dtype:
         raise BundleError(
-            f"{printable(path)}: holds {found}, the manifest says {np.dtype(dtype)} {shape}; "
-            "export the bundle again"
+            f"{printable(path)}: holds {table.dtype} {table.shape}, the manifest says "
+            f"{np.dtype(dtype)} {shape}; export the bundle again"
         )
     return table

@@ -1,0 +1,205 @@
+"""What many tests share: a tiny model with seeded weights, its tokenizer, its exported bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Before any numeric library starts its threads: the tests share the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tinygiant.runtime.config import ProjectorConfig, PromptConfig
+from tinygiant.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tinygiant.models.config import TinyGiantConfig
+    from tinygiant.models.tinygiant import TinyGiantALM
+    from tinygiant.runtime.pipeline import TinyGiant
+
+VOCAB_SIZE = 512
+TEXTS = (
+    "Listen to the audio, think step by step, then answer. What is heard? Which sound comes first?",
+    "<PLANNING>\n<CAPTION>\n<REASONING>\n<SUMMARY>\n</PLANNING>\n</CAPTION>\n</REASONING>",
+    "</SUMMARY>\n<RESPONSE>\na dog barks</RESPONSE>",
+    "Choices:\n- a dog\n- a siren\n- the bell rings\n- a door closes\n- somebody is speaking",
+    "system\nuser\nassistant\n",
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``tokenizer.json`` of Qwen's kind with few merges."""
+    from tinygiant.models.training.tokenizer import train_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer(TEXTS, VOCAB_SIZE, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file: Path) -> Tokenizer:
+    return Tokenizer.from_file(tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> TinyGiantConfig:
+    """Nano's architecture at sizes that run in milliseconds."""
+    from tinygiant.models.config import preset
+
+    nano = preset("nano")
+    return dataclasses.replace(
+        nano,
+        name="tiny",
+        whisper=nano.whisper
+        | {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+        },
+        htsat=nano.htsat
+        | {
+            "patch_embeds_hidden_size": 16,
+            "depths": [1, 1, 1],
+            "num_attention_heads": [1, 2, 4],
+            "hidden_size": 64,
+        },
+        decoder=nano.decoder
+        | {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 64,
+        },
+        projector=ProjectorConfig(hidden_size=48, n_layers=1, n_heads=4, cgmlp_size=64),
+        prompt=PromptConfig(system="Listen, think, then answer."),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: TinyGiantConfig) -> TinyGiantALM:
+    """Seeded weights, large enough that logits do not nearly tie."""
+    import torch
+
+    from tinygiant.models.tinygiant import build
+
+    model = build(tiny_config, seed=7)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(8)
+        for parameter in model.decoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as an fp32 bundle. Tests must not write into it; see ``bundle_copy``.
+
+    Exporting takes seconds, so the processes of one run (pytest-xdist) share one bundle.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    bundle = shared / "tiny-bundle"
+    with open(shared / "tiny-bundle.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not bundle.exists():
+            model = request.getfixturevalue("tiny_model")
+            tokenizer_file = request.getfixturevalue("tokenizer_file")
+            draft = write_bundle(model, tokenizer_file, tmp_path_factory.mktemp("draft") / "tiny")
+            draft.rename(bundle)
+    return bundle
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of one's own, to damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_bundle: Path) -> TinyGiant:
+    from tinygiant.runtime import load
+
+    return load(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="session")
+def tone() -> Callable[[float, int], NDArray[np.float32]]:
+    """Seconds and rate in Hz -> a swelling tone with some noise, ``(n_samples,)``."""
+
+    def make(seconds: float, rate_hz: int = 16_000) -> NDArray[np.float32]:
+        t = np.arange(round(seconds * rate_hz)) / rate_hz
+        noise = np.random.default_rng(3).standard_normal(t.size)
+        swell = 0.4 * np.sin(2 * np.pi * 0.7 * t) * np.sin(2 * np.pi * 440.0 * t)
+        return np.asarray(swell + 0.02 * noise, dtype=np.float32)
+
+    return make
+
+
+def write_bundle(model: TinyGiantALM, tokenizer_file: Path, root: Path) -> Path:
+    """Export every part of ``model`` in fp32 and write the manifest."""
+    import onnx_ir as ir
+
+    from tinygiant.export.decoder import build_decoder
+    from tinygiant.export.encoders import (
+        export_anchor_encoder,
+        export_event_encoder,
+        export_temporal_encoder,
+    )
+    from tinygiant.export.projector import export_projector
+    from tinygiant.runtime import bundle as b
+
+    config = model.config.runtime
+    onnx_folder = root / "onnx"
+    onnx_folder.mkdir(parents=True)
+    graphs = {
+        "whisper_encoder": export_temporal_encoder(model.whisper, config),
+        "htsat_encoder": export_event_encoder(model.htsat, config),
+        "projector": export_projector(model.projector, config),
+    }
+    if model.clap is not None:
+        graphs["clap_encoder"] = export_anchor_encoder(model.clap, config)
+    for name, graph in graphs.items():
+        ir.save(graph, onnx_folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
+    state = {name: tensor.numpy() for name, tensor in model.decoder.state_dict().items()}
+    build_decoder(config.decoder, state, onnx_folder / "decoder_model.onnx")
+    np.save(root / "embed_tokens.npy", state["model.embed_tokens.weight"].astype(np.float32))
+    shutil.copyfile(tokenizer_file, root / "tokenizer.json")
+    names = [*graphs, "decoder_model"]
+    external = {
+        name: tuple(
+            path.relative_to(root).as_posix()
+            for path in sorted(onnx_folder.glob(f"{name}*"))
+            if path.suffix != ".onnx"
+        )
+        for name in names
+    }
+    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    manifest = b.Manifest(
+        model=config,
+        graphs={name: b.GraphEntry(f"onnx/{name}.onnx", external[name], "fp32") for name in names},
+        embeddings=b.EmbeddingsEntry("embed_tokens.npy", "fp32", None),
+        tokenizer="tokenizer.json",
+        recipe=b.RecipeEntry("fp32", {}),
+        opset=21,
+        min_onnxruntime="1.20.0",
+        source=b.SourceEntry("tiny", "0" * 64, "seeded-random", 7),
+        created={},
+        verification={},
+        files=tuple(b.describe_file(root, path) for path in files),
+    )
+    (root / b.MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return root

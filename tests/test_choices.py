@@ -1,0 +1,181 @@
+"""Choices: whatever the logits, the answer is one of them, and it is the likeliest path."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tinygiant.runtime.choices import ChoiceTrie
+from tinygiant.runtime.errors import BundleError, QuestionError
+from tinygiant.runtime.prompt import check_choices
+from tinygiant.runtime.tokenizer import Tokenizer
+
+VOCAB = 512
+TRICKY = st.sampled_from(
+    ["a dog", "a dog barks", "a dog.", "a", "ab", "1", "10", "1.5", " 2", "yes", "Yes", "YES!",
+     "<RESPONSE>", "</think>", "<|im_end|>", "- a dog", "caf\u00e9", "\u97f3", "\u97f3\u58f0",
+     "\U0001f3b5", "\U0001f3b6", "don't", "don", "'", '"quoted"', "...", "?!", "\\n", "a  b"]
+)  # fmt: skip
+CHOICES = st.lists(
+    st.one_of(TRICKY, st.text(min_size=1, max_size=6)), min_size=2, max_size=26, unique=True
+)
+
+
+class Model:
+    """A decoder of random but fixed opinions: logits depend on everything read so far."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.read_so_far: list[int] = []
+        self.n_runs = 0
+
+    def read(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        assert token_ids
+        self.n_runs += 1
+        self.read_so_far += token_ids
+        return self.logits(self.read_so_far)
+
+    def logits(self, context: Sequence[int]) -> NDArray[np.float32]:
+        rng = np.random.default_rng([self.seed, *context])
+        return rng.standard_normal(VOCAB).astype(np.float32)
+
+
+def decode(trie: ChoiceTrie, model: Model, unread: list[int]) -> tuple[list[int], int]:
+    steps, tokens = trie.decode(model.read, unread), []
+    while True:
+        try:
+            tokens.append(next(steps))
+        except StopIteration as end:
+            return tokens, end.value
+
+
+def asked(choices: list[str], tokenizer: Tokenizer) -> tuple[str, ...]:
+    try:
+        checked = check_choices(choices)
+        ChoiceTrie.of_choices(choices, tokenizer)
+    except QuestionError:
+        assume(False)
+    return checked
+
+
+@given(choices=CHOICES, seed=st.integers(0, 2**32))
+def test_the_answer_is_exactly_one_choice(
+    choices: list[str], seed: int, tokenizer: Tokenizer
+) -> None:
+    checked = asked(choices, tokenizer)
+    tokens, index = decode(ChoiceTrie.of_choices(choices, tokenizer), Model(seed), [4])
+    assert tokenizer.decode(tokens) == f"\n<RESPONSE>\n{checked[index]}</RESPONSE>"
+
+
+@given(choices=CHOICES, seed=st.integers(0, 2**32))
+def test_it_is_the_greedy_path_among_the_choices(
+    choices: list[str], seed: int, tokenizer: Tokenizer
+) -> None:
+    checked = asked(choices, tokenizer)
+    model = Model(seed)
+    tokens, index = decode(ChoiceTrie.of_choices(choices, tokenizer), Model(seed), [4])
+    # The same, without a trie: keep the sequences that agree, token by token.
+    sequences = [tokenizer.encode(f"\n<RESPONSE>\n{choice}</RESPONSE>") for choice in checked]
+    left = list(range(len(sequences)))
+    for position in range(len(tokens)):
+        logits = model.logits([4, *tokens[:position]])
+        allowed = sorted({sequences[i][position] for i in left})
+        best = max(allowed, key=lambda token: (logits[token], -token))
+        left = [i for i in left if sequences[i][position] == best]
+    assert left == [index]
+    assert tokens == sequences[index]
+
+
+@given(choices=CHOICES, seed=st.integers(0, 2**32))
+def test_the_model_runs_at_forks_only(choices: list[str], seed: int, tokenizer: Tokenizer) -> None:
+    checked = asked(choices, tokenizer)
+    sequences = [tokenizer.encode(f"\n<RESPONSE>\n{choice}</RESPONSE>") for choice in checked]
+    model = Model(seed)
+    tokens, _ = decode(ChoiceTrie.of_choices(choices, tokenizer), model, [4])
+    forks = sum(
+        len({s[i] for s in sequences if s[:i] == tokens[:i] and len(s) > i}) > 1
+        for i in range(len(tokens))
+    )
+    assert model.n_runs == forks
+    assert model.read_so_far == [4, *tokens][: len(model.read_so_far)]
+
+
+def test_every_choice_can_win(tokenizer: Tokenizer) -> None:
+    choices = [f"{letter} sound" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    trie = ChoiceTrie.of_choices(choices, tokenizer)
+    for index, choice in enumerate(choices):
+        wanted = tokenizer.encode(f"\n<RESPONSE>\n{choice}</RESPONSE>")
+
+        def logits(_: Sequence[int], wanted: list[int] = wanted) -> NDArray[np.float32]:
+            rows = np.zeros(VOCAB, np.float32)
+            rows[wanted] = 1.0
+            return rows
+
+        steps, tokens = trie.decode(logits, [4]), []
+        while True:
+            try:
+                tokens.append(next(steps))
+            except StopIteration as end:
+                assert end.value == index
+                break
+        assert tokens == wanted
+
+
+def test_a_prefix_of_another_choice_can_win(tokenizer: Tokenizer) -> None:
+    trie = ChoiceTrie.of_choices(["a dog barks", "a dog"], tokenizer)
+    found = {decode(trie, Model(seed), [4])[1] for seed in range(20)}
+    assert found == {0, 1}
+
+
+def test_composed_and_decomposed_spelling_is_one_choice(tokenizer: Tokenizer) -> None:
+    choices = ["cafe\u0301", "tea"]
+    tokens, index = decode(ChoiceTrie.of_choices(choices, tokenizer), Model(1), [4])
+    assert unicodedata.normalize("NFC", choices[index]) in tokenizer.decode(tokens)
+
+
+def test_choices_that_contain_the_closing_tag_cannot_be_told_apart(tokenizer: Tokenizer) -> None:
+    for choices in (["a", "a</RESPONSE>"], ["a</RESPONSE>", "a"]):
+        with pytest.raises(QuestionError, match="cannot be told apart"):
+            ChoiceTrie.of_choices(choices, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [[[1, 2], [1, 2]], [[1], [1, 2]], [[1, 2], [1]], [[3], [1, 2], [1, 2, 3]], [[], [1]]],
+)
+def test_sequences_that_end_inside_another_are_refused(sequences: list[list[int]]) -> None:
+    with pytest.raises(QuestionError, match="cannot be told apart"):
+        ChoiceTrie(sequences)
+
+
+def test_a_choice_the_tokenizer_cannot_spell_is_refused(tokenizer: Tokenizer) -> None:
+    class Lossy(Tokenizer):
+        def __init__(self) -> None:
+            pass
+
+        def encode(self, text: str) -> list[int]:
+            return tokenizer.encode(text.replace("z", ""))
+
+        def decode(self, token_ids: object) -> str:
+            return tokenizer.decode(token_ids)  # type: ignore[arg-type]
+
+    with pytest.raises(QuestionError, match="choice 2 cannot be spelled"):
+        ChoiceTrie.of_choices(["a", "zebra"], Lossy())
+
+
+@pytest.mark.parametrize("choices", [["a"], ["a", "a"], ["a", ""], ["a", "b\n"]])
+def test_choices_are_checked_first(choices: list[str], tokenizer: Tokenizer) -> None:
+    with pytest.raises(QuestionError):
+        ChoiceTrie.of_choices(choices, tokenizer)
+
+
+def test_not_a_number_is_an_error(tokenizer: Tokenizer) -> None:
+    trie = ChoiceTrie.of_choices(["a", "b"], tokenizer)
+    with pytest.raises(BundleError, match="NaN"):
+        list(trie.decode(lambda _: np.full(VOCAB, np.nan, np.float32), [4]))

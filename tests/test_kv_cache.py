@@ -1,0 +1,60 @@
+"""The KV cache: its size, and who may move its length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.errors import UsageError
+from tinygiant.runtime.kv_cache import KvCache
+
+CONFIG = DecoderConfig(n_layers=3, n_kv_heads=2, head_dim=4, max_positions=32)
+
+
+def test_one_token_costs_what_the_contract_says() -> None:
+    assert DecoderConfig().kv_values_per_token == 57_344
+    cache = KvCache(CONFIG, 10)
+    assert cache.n_bytes == 10 * CONFIG.kv_values_per_token * 4
+    assert cache.capacity == 10
+
+
+def test_buffers_are_contiguous_and_one_a_layer_and_kind() -> None:
+    cache = KvCache(CONFIG, 5)
+    buffers = list(cache.buffers())
+    assert [layer for layer, _, _ in buffers] == [0, 1, 2]
+    arrays = [array for _, key, value in buffers for array in (key, value)]
+    assert len({array.ctypes.data for array in arrays}) == 6
+    for array in arrays:
+        assert array.shape == (1, 2, 5, 4)
+        assert array.dtype == np.float32
+        assert array.flags.c_contiguous
+
+
+def test_length_moves_within_the_capacity() -> None:
+    cache = KvCache(CONFIG, 5)
+    cache.advance(3)
+    cache.require(2)
+    with pytest.raises(UsageError, match="holds 3 of 5 tokens, 3 more do not fit"):
+        cache.require(3)
+    with pytest.raises(UsageError):
+        cache.advance(3)
+    assert cache.length == 3
+    cache.truncate(1)
+    assert cache.length == 1
+    cache.advance(4)
+    assert cache.length == 5
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_truncating_only_goes_back(length: int) -> None:
+    cache = KvCache(CONFIG, 5)
+    cache.advance(3)
+    with pytest.raises(UsageError, match="cannot cut"):
+        cache.truncate(length)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 33])
+def test_impossible_capacities(capacity: int) -> None:
+    with pytest.raises(UsageError, match="32 positions"):
+        KvCache(CONFIG, capacity)
