@@ -19,11 +19,11 @@ was, and any number of workers gives the same bytes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ SHARD_CLIPS = 500
 MARGIN_ROWS = 10
 _FRAMES_PER_ROW = 10
 _JOINED = ("clips.jsonl", "meta.jsonl")
+# folder, cache_dir, split, shard, size, seed, audio, questions
+_Job = tuple[Path, Path, Split, int, int, int, bool, int]
 
 
-def clip_features(
-    samples: Audio, scene: Scene
-) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+def clip_features(samples: Audio, scene: Scene) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     """Whisper ``(n_frames, 128)`` and CLAP ``(1001, 64)`` log-mel of a clip at 48 kHz.
 
     ``n_frames = 10 * (n_rows(scene) + 10)``: the clip and 1 s of zeros.
@@ -82,24 +82,28 @@ def build(
         StorageError: a file cannot be written, or the folder holds a build with other settings.
     """
     folder = out_dir / split
-    settings = {"split": split, "clips": n_clips, "seed": seed, "questions": questions,
-                "audio": audio, "frame_tags": list(FRAME_TAGS), "clip_tags": list(CLIP_TAGS)}
+    settings = {
+        "split": split,
+        "clips": n_clips,
+        "seed": seed,
+        "questions": questions,
+        "audio": audio,
+        "frame_tags": list(FRAME_TAGS),
+        "clip_tags": list(CLIP_TAGS),
+    }
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         _keep_settings(folder / "settings.json", settings)
         load_banks(cache_dir, workers)
-        jobs = []
+        jobs: list[_Job] = []
         for shard, first in enumerate(range(0, n_clips, SHARD_CLIPS)):
             size = min(SHARD_CLIPS, n_clips - first)
             if not (folder / "shards" / f"{shard:04d}").is_dir():
                 jobs.append((folder, cache_dir, split, shard, size, seed, audio, questions))
         done = n_clips - sum(job[4] for job in jobs)
-        with (
-            tqdm(total=n_clips, initial=done, unit="clip", desc=split) as bar,
-            ProcessPoolExecutor(workers) as pool,
-        ):
-            for finished in as_completed([pool.submit(_build_shard, *job) for job in jobs]):
-                bar.update(finished.result())
+        with tqdm(total=n_clips, initial=done, unit="clip", desc=split) as bar:
+            for clips in _run(jobs, workers):
+                bar.update(clips)
         for name in _JOINED:
             partial = folder / f"{name}.partial"
             with partial.open("wb") as joined:
@@ -128,6 +132,17 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=1))
 
 
+def _run(jobs: list[_Job], workers: int) -> Iterator[int]:
+    """The clips of each shard as it gets done: here if there is one worker, else in processes."""
+    if workers == 1:
+        yield from (_build_shard(*job) for job in jobs)
+        return
+    # A forked child of a process that holds torch's threads can hang: start fresh ones.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for finished in as_completed([pool.submit(_build_shard, *job) for job in jobs]):
+            yield finished.result()
+
+
 def _build_shard(
     folder: Path,
     cache_dir: Path,
@@ -138,7 +153,6 @@ def _build_shard(
     audio: bool,
     questions: int,
 ) -> int:
-    os.environ["OMP_NUM_THREADS"] = "1"
     banks = load_banks(cache_dir)
     building = folder / "shards" / f"{shard:04d}.building"
     shutil.rmtree(building, ignore_errors=True)

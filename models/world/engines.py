@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,15 @@ from tinygiant.models.world.voices import VOICES, Voice
 from tinygiant.runtime.audio import resample
 from tinygiant.runtime.errors import MissingEngineError
 
-__all__ = ["NOTE_RANGE", "SOUND_FONTS", "Banks", "check_engines", "load_banks", "midi_file"]
+__all__ = [
+    "NOTE_RANGE",
+    "SOUND_FONTS",
+    "Banks",
+    "check_engines",
+    "load_banks",
+    "render_notes",
+    "speak",
+]
 
 # The shifted split plays another sound font: the same instruments, recorded by other people.
 SOUND_FONTS: dict[str, Path] = {
@@ -121,8 +130,10 @@ def load_banks(cache_dir: Path, threads: int = 2) -> Banks:
 
 
 def _build(folder: Path, scratch: Path, threads: int) -> None:
-    for font in SOUND_FONTS:
-        np.save(folder / f"notes-{font}.npy", _render_notes(font, scratch, threads))
+    with ThreadPoolExecutor(threads) as pool:
+        for font in SOUND_FONTS:
+            rendered = pool.map(partial(_instrument_notes, font, scratch=scratch), INSTRUMENTS)
+            np.save(folder / f"notes-{font}.npy", np.stack(list(rendered)))
     index: dict[str, tuple[int, int]] = {}
     chunks: list[NDArray[np.int16]] = []
     position = 0
@@ -134,7 +145,7 @@ def _build(folder: Path, scratch: Path, threads: int) -> None:
         for word in WORDS
     ]
     with ThreadPoolExecutor(threads) as pool:
-        spoken = pool.map(lambda job: _speak(job[0], job[1], job[2], scratch), jobs)
+        spoken = pool.map(lambda job: speak(job[0], job[1], job[2], scratch), jobs)
         for (voice, setting, word), audio in zip(jobs, spoken, strict=True):
             index[f"{voice.name}|{setting}|{word}"] = (position, audio.size)
             chunks.append(audio)
@@ -161,7 +172,7 @@ def _babble(words: NDArray[np.int16], index: dict[str, tuple[int, int]], split: 
     return _to_float(np.concatenate(parts))
 
 
-def _speak(voice: Voice, setting: int, word: str, scratch: Path) -> NDArray[np.int16]:
+def speak(voice: Voice, setting: int, word: str, scratch: Path) -> NDArray[np.int16]:
     """One word by one voice: trimmed of silence, 48 kHz."""
     pitch, speed = voice.settings[setting]
     out = scratch / f"{voice.name}-{setting}-{word}.wav"
@@ -180,28 +191,32 @@ def _speak(voice: Voice, setting: int, word: str, scratch: Path) -> NDArray[np.i
     return _to_int16(_levelled(resample(samples, rate_hz, RATE_HZ)))
 
 
-def _render_notes(font: str, scratch: Path, threads: int) -> NDArray[np.int16]:
-    """All notes of a sound font: one long fluidsynth run an instrument, cut at known times."""
+def render_notes(
+    font: str, program: int, notes: list[tuple[int, int]], scratch: Path
+) -> NDArray[np.int16]:
+    """``(midi, velocity)`` notes of a General MIDI program: ``(n_notes, 1.15 s) int16``.
 
-    def one(instrument: str) -> NDArray[np.int16]:
-        program, lowest_tonic = INSTRUMENT_PROGRAMS[instrument]
-        pitches = range(lowest_tonic - 12, lowest_tonic - 12 + NOTE_RANGE)
-        notes = [(midi, velocity) for midi in pitches for velocity in _VELOCITIES]
-        midi_path = scratch / f"{font}-{instrument}.mid"
-        wave_path = midi_path.with_suffix(".wav")
-        midi_path.write_bytes(midi_file(program, notes, _NOTE_S, _NOTE_SLOT_S))
-        command = ["fluidsynth", "-ni", "-R", "0", "-C", "0", "-g", "0.8", "-r", str(RATE_HZ)]
-        command += ["-F", str(wave_path), str(SOUND_FONTS[font]), str(midi_path)]
-        subprocess.run(command, check=True, capture_output=True)
-        samples = sf.read(wave_path, dtype="float32")[0].mean(axis=1)
-        wave_path.unlink()
-        n = round(_NOTE_S * RATE_HZ)
-        starts = [round(k * _NOTE_SLOT_S * RATE_HZ) for k in range(len(notes))]
-        cut = [_to_int16(_levelled(samples[s : s + n].astype(np.float32))) for s in starts]
-        return np.stack(cut).reshape(NOTE_RANGE, len(_VELOCITIES), n)
+    One fluidsynth run without its reverberation and chorus, cut at the known times.
+    """
+    midi_path = scratch / f"{font}-{program}.mid"
+    wave_path = midi_path.with_suffix(".wav")
+    midi_path.write_bytes(_midi_file(program, notes, _NOTE_S, _NOTE_SLOT_S))
+    command = ["fluidsynth", "-ni", "-R", "0", "-C", "0", "-g", "0.8", "-r", str(RATE_HZ)]
+    command += ["-F", str(wave_path), str(SOUND_FONTS[font]), str(midi_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    samples = sf.read(wave_path, dtype="float32")[0].mean(axis=1)
+    wave_path.unlink()
+    n = round(_NOTE_S * RATE_HZ)
+    starts = [round(k * _NOTE_SLOT_S * RATE_HZ) for k in range(len(notes))]
+    return np.stack([_to_int16(_levelled(samples[s : s + n].astype(np.float32))) for s in starts])
 
-    with ThreadPoolExecutor(threads) as pool:
-        return np.stack(list(pool.map(one, INSTRUMENTS)))
+
+def _instrument_notes(font: str, instrument: str, scratch: Path) -> NDArray[np.int16]:
+    program, lowest_tonic = INSTRUMENT_PROGRAMS[instrument]
+    pitches = range(lowest_tonic - 12, lowest_tonic - 12 + NOTE_RANGE)
+    notes = [(midi, velocity) for midi in pitches for velocity in _VELOCITIES]
+    cut = render_notes(font, program, notes, scratch)
+    return cut.reshape(NOTE_RANGE, len(_VELOCITIES), -1)
 
 
 def _levelled(samples: Audio) -> Audio:
@@ -216,7 +231,7 @@ def _to_int16(samples: Audio) -> NDArray[np.int16]:
     return np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
 
 
-def midi_file(program: int, notes: list[tuple[int, int]], note_s: float, slot_s: float) -> bytes:
+def _midi_file(program: int, notes: list[tuple[int, int]], note_s: float, slot_s: float) -> bytes:
     """A one-track MIDI file playing ``(midi, velocity)`` notes one by one, each in its slot.
 
     Written by hand because it is thirty lines: 480 ticks a quarter at 120 quarters a minute make

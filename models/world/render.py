@@ -82,7 +82,7 @@ def _play(music: Music, banks: Banks) -> Audio:
                 note = banks.note(music.font, music.instrument, music.tonic - 12 + interval, True)
                 _strike(out, first, note, hold_s, 0.55)
     positions = np.arange(round(n / music.detune)) * music.detune
-    return np.interp(positions, np.arange(n), out).astype(np.float32)
+    return np.asarray(np.interp(positions, np.arange(n), out), np.float32)
 
 
 def _strike(out: Audio, first: int, note: Audio, hold_s: float, gain: float) -> None:

@@ -312,9 +312,7 @@ def _sample_music(rng: np.random.Generator, split: Split) -> Music:
     )
 
 
-def _sample_speech(
-    rng: np.random.Generator, split: Split, word_duration_s: WordDuration
-) -> Speech:
+def _sample_speech(rng: np.random.Generator, split: Split, word_duration_s: WordDuration) -> Speech:
     gender = "woman" if rng.random() < 0.5 else "man"
     voices = [v for v in VOICES[split] if v.gender == gender]
     voice = voices[int(rng.integers(len(voices)))]
@@ -418,8 +416,8 @@ def scene_from_dict(data: dict[str, Any]) -> Scene:
     if data["music"] is not None:
         values["music"] = Music(**{**data["music"], "pitches": tuple(data["music"]["pitches"])})
     if data["speech"] is not None:
-        lists = ("words", "starts_s", "ends_s")
-        values["speech"] = Speech(**{**data["speech"], **{k: tuple(data["speech"][k]) for k in lists}})
+        lists = {k: tuple(data["speech"][k]) for k in ("words", "starts_s", "ends_s")}
+        values["speech"] = Speech(**{**data["speech"], **lists})
     if data["background"] is not None:
         values["background"] = Background(**data["background"])
     values["room"] = Room(**data["room"])

@@ -58,16 +58,16 @@ def _bark(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
     phase = swept(p["pitch_hz"] * (0.75 + 0.6 * np.sin(np.pi * np.minimum(1, x * 1.15))))
     tone = _harmonics(phase, p["pitch_hz"], p["formant_hz"], 0.8, 12)
     breath = band(noise(rng, t.size), 500, 4000) * 0.6
-    return (tone + breath) * np.minimum(1, t / 0.015) * (1 - x) ** 0.7
+    return np.asarray((tone + breath) * np.minimum(1, t / 0.015) * (1 - x) ** 0.7)
 
 
 def _knock(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
     t = _time(p)
-    modes = sum(
-        g * np.sin(2 * np.pi * p["pitch_hz"] * r * t) * np.exp(-t / (p["decay_s"] / r**0.5))
-        for r, g in ((1, 1.0), (2.3, 0.6), (3.9, 0.35), (6.1, 0.2))
-    )
-    return modes + 0.3 * band(noise(rng, t.size), 300, 2500) * np.exp(-t / 0.006)
+    out = 0.3 * band(noise(rng, t.size), 300, 2500) * np.exp(-t / 0.006)
+    for r, g in ((1, 1.0), (2.3, 0.6), (3.9, 0.35), (6.1, 0.2)):
+        decay_s = p["decay_s"] / r**0.5
+        out += g * np.sin(2 * np.pi * p["pitch_hz"] * r * t) * np.exp(-t / decay_s)
+    return out
 
 
 def _bell(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -75,8 +75,10 @@ def _bell(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
     out = np.zeros_like(t)
     for r, g in ((1, 1.0), (2.0, 0.7), (2.76, 0.6), (5.4, 0.4), (8.9, 0.2)):
         jitter = 1 + rng.uniform(-0.01, 0.01)
-        out += g * np.sin(2 * np.pi * p["pitch_hz"] * r * jitter * t) * np.exp(
-            -t / (p["decay_s"] / r**0.3)
+        out += (
+            g
+            * np.sin(2 * np.pi * p["pitch_hz"] * r * jitter * t)
+            * np.exp(-t / (p["decay_s"] / r**0.3))
         )
     return out * np.minimum(1, t / 0.002)
 
@@ -132,7 +134,7 @@ def _chirp(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
     t = _time(p)
     x = (3 * t / t[-1]) % 1.0  # three notes make one chirp
     phase = swept(p["pitch_hz"] * p["sweep"] ** np.sin(2 * np.pi * np.minimum(1, x / 0.7)))
-    return np.sin(phase) * np.sin(np.pi * np.minimum(1, x / 0.7)) ** 2
+    return np.asarray(np.sin(phase) * np.sin(np.pi * np.minimum(1, x / 0.7)) ** 2)
 
 
 def _ring(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -216,9 +218,10 @@ def bed(kind: str, n_samples: int, rng: np.random.Generator, speech: Audio | Non
     elif kind == "wind":
         gusts = np.arange(0.0, t[-1] + 1.4, 0.7)
         slow = np.interp(t, gusts, rng.uniform(0.2, 1, gusts.size))
-        out = band(noise(rng, n_samples), 60, 350) * slow + 0.3 * band(
-            noise(rng, n_samples), 350, 900
-        ) * slow**3
+        out = (
+            band(noise(rng, n_samples), 60, 350) * slow
+            + 0.3 * band(noise(rng, n_samples), 350, 900) * slow**3
+        )
     elif kind == "hum":
         base = rng.uniform(96, 124)
         out = 0.15 * band(noise(rng, n_samples), 80, 700)
