@@ -8,6 +8,7 @@ since the last one.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -93,6 +94,7 @@ def train(
         StorageError: the state or the log cannot be written.
         TinyGiantError: the loss is not finite.
     """
+    _keep_freed_memory()
     groups = list(groups)
     optimizer = torch.optim.AdamW(
         [{"params": g.parameters, "lr": g.learning_rate, "name": g.name} for g in groups],
@@ -175,6 +177,21 @@ def _cpu_flags() -> set[str]:
     except OSError:
         pass
     return set()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep what it frees.
+
+    By default it returns every large block to the kernel and gets it back, page by page, a moment
+    later: measured at half of a step's time for nano. Other allocators have no such call.
+    """
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def _save(
