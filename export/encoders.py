@@ -1,8 +1,9 @@
 """The audio encoders as graphs: Whisper, HTS-AT, CLAP.
 
-One function a component, module in, graph out; inputs and outputs are those of
-:class:`~tinygiant.runtime.config.TemporalStream` and :class:`~tinygiant.runtime.config.EventStream`.
-The arithmetic is the reference model's own (``tinygiant.models``), pooling included.
+One function a component, module in, graph out; inputs and outputs are those that
+:class:`~tinygiant.runtime.config.TemporalStream` and
+:class:`~tinygiant.runtime.config.EventStream` state. The arithmetic is the reference model's own
+(``tinygiant.models``), pooling included.
 """
 
 from __future__ import annotations

@@ -67,15 +67,20 @@ def trace(
     model = program.model
     _split_gemms(model.graph)
     _fold_transposes(model.graph)
-    onnxscript.optimizer.optimize(model)
+    _optimize(model)
     common_passes.IdentityEliminationPass()(model)
-    onnxscript.optimizer.optimize(model)
+    _optimize(model)
     _drop_idle_reshapes(model.graph)
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
     common_passes.ClearMetadataAndDocStringPass()(model)
     _name_after_weights(model.graph)
     return model
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold constants up to the size of HTS-AT's attention masks, and simplify."""
+    onnxscript.optimizer.optimize(model, input_size_limit=1 << 20, output_size_limit=1 << 20)
 
 
 def _attention_schema() -> onnx.defs.OpSchema:
@@ -114,7 +119,7 @@ def _fused_attention(
     """Translation of ``scaled_dot_product_attention``: (B, heads, S, d) in and out."""
     if attn_mask is not None or dropout_p or is_causal or enable_gqa:
         raise NotImplementedError("only full, unmasked attention is translated")
-    op = onnxscript.opset21
+    op: Any = onnxscript.opset21
     _, n_heads, _, head_dim = query.shape
 
     def flat(heads: Any) -> Any:
@@ -154,7 +159,7 @@ def _stretched_time(
     )[0, 0]
     taps = rows.abs().topk(4).indices  # (n_out, 4)
     weights = rows.gather(1, taps)[..., None]
-    op = onnxscript.opset21
+    op: Any = onnxscript.opset21
     gathered = op.Gather(source, op.Constant(value=ir.tensor(taps)), axis=2)
     weighted = op.Mul(gathered, op.Constant(value=ir.tensor(weights)))
     return op.ReduceSum(weighted, op.Constant(value_ints=[3]), keepdims=0)
@@ -193,7 +198,7 @@ def _fold_transposes(graph: ir.Graph) -> None:
         (output,) = node.outputs
         stored = ir.Value(
             name=weight.name,
-            shape=ir.Shape([tensor.shape[axis] for axis in perm]),
+            shape=_permuted(tensor, perm),
             type=ir.TensorType(tensor.dtype),
             const_value=_transposed(tensor, perm),
         )
@@ -210,8 +215,12 @@ def _transposed(tensor: ir.TensorProtocol, perm: Sequence[int]) -> ir.LazyTensor
     def make() -> ir.TensorProtocol:
         return ir.tensor(tensor.numpy().transpose(perm).copy(), name=tensor.name)
 
-    shape = ir.Shape([tensor.shape[axis] for axis in perm])
-    return ir.LazyTensor(make, dtype=tensor.dtype, shape=shape, name=tensor.name)
+    return ir.LazyTensor(make, dtype=tensor.dtype, shape=_permuted(tensor, perm), name=tensor.name)
+
+
+def _permuted(tensor: ir.TensorProtocol, perm: Sequence[int]) -> ir.Shape:
+    sizes = tensor.shape.numpy()
+    return ir.Shape([sizes[axis] for axis in perm])
 
 
 def _drop_idle_reshapes(graph: ir.Graph) -> None:

@@ -76,7 +76,8 @@ class Recipe:
     """A named choice of schemes, and the limits its result must keep.
 
     ``token_agreement`` is the share of decoding steps at which the bundle, given the tokens that
-    PyTorch chose so far, chooses PyTorch's next token too. Steps at which PyTorch's two best logits
+    PyTorch chose so far, chooses PyTorch's next token too. ``limits`` has an entry for each graph
+    and one for ``embed_tokens``. Steps at which PyTorch's two best logits
     lie within ``tie_margin`` standard deviations of the logits do not count: there, rounding
     decides.
     """
@@ -98,14 +99,14 @@ _ENCODERS_INT8 = {
     "projector": _DYNAMIC,
 }
 
-_FP32_LIMITS = dict.fromkeys(GRAPH_NAMES, Limits(relative_error=1e-4, cosine=0.999999))
+_CHECKED = (*GRAPH_NAMES, "embed_tokens")
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "fp32": Recipe(
             name="fp32",
             graphs=dict.fromkeys(GRAPH_NAMES, Scheme()),
-            limits=_FP32_LIMITS,
+            limits=dict.fromkeys(_CHECKED, Limits(relative_error=1e-4, cosine=0.999999)),
             embeddings="fp32",
             token_agreement=1.0,
             tie_margin=1e-3,
@@ -113,7 +114,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "int8": Recipe(
             name="int8",
             graphs=_ENCODERS_INT8 | {"decoder_model": Scheme("weight_only", bits=8)},
-            limits=dict.fromkeys(GRAPH_NAMES, Limits(relative_error=0.1, cosine=0.995)),
+            limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995)),
             embeddings="int8",
             token_agreement=0.98,
             tie_margin=0.05,
@@ -121,7 +122,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "int4": Recipe(
             name="int4",
             graphs=_ENCODERS_INT8 | {"decoder_model": Scheme("weight_only", bits=4, head_bits=8)},
-            limits=dict.fromkeys(GRAPH_NAMES, Limits(relative_error=0.1, cosine=0.995))
+            limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995))
             | {"decoder_model": Limits(relative_error=0.3, cosine=0.95)},
             embeddings="int8",
             token_agreement=0.9,

@@ -33,7 +33,7 @@ def quantize_matmul(graph: ir.Graph, node: ir.Node, scheme: Scheme) -> None:
     bits = scheme.head_bits if node.name == HEAD_NODE and scheme.head_bits else scheme.bits
     n_in, n_out = (int(size) for size in weight.const_value.shape.numpy())
     packed, scales, zero_points = quantize_blocks(weight.const_value.numpy(), bits, scheme)
-    parts = {"q": packed, "scales": scales}
+    parts: dict[str, npt.NDArray[Any]] = {"q": packed, "scales": scales}
     if not scheme.symmetric:
         parts["zero_points"] = zero_points
     values = []

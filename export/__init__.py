@@ -1,0 +1,45 @@
+"""Export: a checkpoint in, a verified bundle out.
+
+Needs torch, transformers and onnx (extra ``export``). Import direction: this package may read all
+others, nobody reads it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinygiant.export.decoder import build_decoder
+    from tinygiant.export.exporter import Export, export_bundle
+    from tinygiant.export.source import CheckpointSource, PartsSource, RandomSource
+    from tinygiant.export.verify import Verification, verify_bundle
+
+__all__ = [
+    "CheckpointSource",
+    "Export",
+    "PartsSource",
+    "RandomSource",
+    "Verification",
+    "build_decoder",
+    "export_bundle",
+    "verify_bundle",
+]
+
+_MODULE_OF = {
+    "CheckpointSource": "source",
+    "Export": "exporter",
+    "PartsSource": "source",
+    "RandomSource": "source",
+    "Verification": "verify",
+    "build_decoder": "decoder",
+    "export_bundle": "exporter",
+    "verify_bundle": "verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used, so that `tg-export --help` does not wait for torch.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,0 +1,107 @@
+"""The model card: ``README.md`` of a bundle, with Hugging Face metadata, made from the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tinygiant.export.verify import EMBEDDINGS, Verification
+from tinygiant.quantize.report import GraphReport
+from tinygiant.runtime.bundle import Manifest
+
+__all__ = ["graph_table", "model_card"]
+
+_WEIGHTS = {
+    "trained": "Weights: from the checkpoint `{checkpoint}` (sha256 `{sha256:.12}`).",
+    "seeded-random": (
+        "Weights: **random** (seed {seed}). The bundle is for measuring speed and memory; what it "
+        "answers means nothing."
+    ),
+}
+
+
+def model_card(
+    manifest: Manifest, reports: Sequence[GraphReport], verification: Verification
+) -> str:
+    """The card's text, Markdown below YAML."""
+    source, model = manifest.source, manifest.model
+    tokens = verification.end_to_end
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "pipeline_tag: audio-text-to-text",
+        "tags: [audio, onnx, onnxruntime, audio-question-answering, cpu]",
+        "language: [en]",
+        "---",
+        "",
+        f"# {model.name} ({manifest.recipe.name})",
+        "",
+        "An audio-language model after TinyGiantALM (Interspeech 2026): it hears a clip, thinks in",
+        "four parts (plan, audio analysis, logic, summary) and answers a question about it. This",
+        "folder runs on a CPU with the `tinygiant` package, without PyTorch:",
+        "",
+        "```",
+        'tg-run CLIP.wav "What is heard?" --bundle THIS_FOLDER',
+        "```",
+        "",
+        "It is an independent implementation: the paper's authors have released neither code nor",
+        "weights.",
+        "",
+        _WEIGHTS[source.weights].format(
+            checkpoint=source.checkpoint, sha256=source.sha256, seed=source.seed
+        ),
+        "",
+        "## Exactness",
+        "",
+        "Measured on these files, against the PyTorch model, before the folder was written;",
+        "`verification.json` has every number.",
+        "",
+        graph_table(reports, verification),
+    ]
+    if tokens is not None:
+        lines += [
+            "",
+            f"End to end, {tokens.n_steps} decoding steps given PyTorch's tokens so far: "
+            f"{tokens.agreement:.1%} choose PyTorch's token; of the {tokens.n_decided} at which "
+            f"PyTorch's best token leads clearly, {tokens.decided_agreement:.1%}.",
+        ]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        f"Audio is heard in chunks of {model.chunk_s:g} s, {model.tokens_per_chunk} audio tokens",
+        "each. Answers may be wrong and thoughts may not describe what is heard; do not rely on",
+        "them where a mistake does harm.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def graph_table(reports: Sequence[GraphReport], verification: Verification) -> str:
+    """Sizes and errors of every graph as a Markdown table, readable as plain text too."""
+    rows = [("graph", "weights", "MB", "MB fp32", "products", "fp32 left", "rel. error", "cosine")]
+    for report in reports:
+        rows.append(
+            (
+                report.graph,
+                report.scheme,
+                f"{report.size_after_bytes / 1e6:.1f}",
+                f"{report.size_before_bytes / 1e6:.1f}",
+                str(len(report.quantized) + len(report.kept)),
+                str(len(report.kept)),
+                *_errors(verification, report.graph),
+            )
+        )
+    embeddings = verification.recipe.embeddings
+    rows.append((EMBEDDINGS, embeddings, "", "", "", "", *_errors(verification, EMBEDDINGS)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rule = tuple("-" * width for width in widths)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in (rows[0], rule, *rows[1:])
+    )
+
+
+def _errors(verification: Verification, graph: str) -> tuple[str, str]:
+    worst = verification.worst(graph)
+    if worst is None:
+        return "", ""
+    return f"{worst.relative_error:.1e}", f"{worst.cosine:.6f}"

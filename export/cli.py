@@ -1,0 +1,187 @@
+"""``tg-export``: make a bundle from a checkpoint, and prove that it reproduces it.
+
+Progress goes to standard error, the table of sizes and errors to standard output. Whatever goes
+wrong ends in one line and an exit code of :mod:`tinygiant.runtime.errors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tinygiant.runtime.errors import (
+    MissingDependencyError,
+    StorageError,
+    TinyGiantError,
+    UsageError,
+)
+from tinygiant.runtime.text import one_line
+
+if TYPE_CHECKING:
+    from tinygiant.export.source import ModelSource
+
+__all__ = ["main"]
+
+DEBUG_VARIABLE = "TINYGIANT_DEBUG"
+
+_DESCRIPTION = """\
+Make a bundle that tg-run can use: export every part of a TinyGiantALM to ONNX, quantize it, and
+compare the result with the PyTorch model. No bundle is written unless it passes."""
+
+_EPILOG = """\
+examples:
+  tg-export runs/nano -o bundles/nano --recipe int8
+  tg-export --preset full --random-weights 0 -o bundles/full-random --recipe int4
+  tg-export --whisper whisper-large-v3-turbo --htsat clap-htsat-unfused \\
+    --clap larger_clap_general --qwen3 Qwen3-0.6B --projector projector.safetensors -o bundles/full
+
+recipes: fp32 (exact), int8 (8-bit weights), int4 (4-bit decoder, 8-bit encoders)
+
+exit codes:
+  0 written · 1 unforeseen failure · 2 wrong options, or the folder exists · 6 checkpoint does not
+  fit · 7 the bundle does not reproduce the model · 8 folder cannot be written · 9 a package is
+  missing · 130 interrupted
+
+environment:
+  TINYGIANT_DEBUG=1  show the traceback of a failure
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``tg-export``; returns the exit code."""
+    debug = os.environ.get(DEBUG_VARIABLE) == "1"
+    try:
+        _run(_parser().parse_args(arguments))
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left behind", 130)
+    except TinyGiantError as error:
+        if debug:
+            raise
+        # Every missed limit is named, so this line may be long.
+        return _fail(" ".join(str(error).split()), error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        return _fail(
+            f"unforeseen {kind}: {one_line(error)}; set {DEBUG_VARIABLE}=1 to see where",
+            TinyGiantError.exit_code,
+        )
+
+
+def _run(options: argparse.Namespace) -> None:
+    try:
+        # Imported here, so that --help is instant and a missing extra is one line.
+        from tinygiant.export.card import graph_table
+        from tinygiant.export.exporter import export_bundle
+        from tinygiant.quantize.recipes import recipe
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{error.name or error} is not installed; run: pip install 'tinygiant[export]'"
+        ) from error
+    chosen = recipe(options.recipe)
+    source = _source(options)
+    done = export_bundle(
+        source,
+        Path(options.output),
+        chosen,
+        force=options.force,
+        threads=options.threads,
+        progress=_progress,
+    )
+    tokens = done.verification.end_to_end
+    size_bytes = sum(entry.size_bytes for entry in done.manifest.files)
+    lines = [graph_table(done.reports, done.verification)]
+    if tokens is not None:
+        lines.append(
+            f"tokens: {tokens.agreement:.1%} of {tokens.n_steps} as PyTorch's, "
+            f"{tokens.decided_agreement:.1%} of the {tokens.n_decided} that are decided clearly"
+        )
+    lines.append(f"{options.output}: {size_bytes / 1e6:.1f} MB, {chosen.name}, verified")
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as error:
+        raise StorageError(f"the summary cannot be written: {error.strerror}") from error
+
+
+def _source(options: argparse.Namespace) -> ModelSource:
+    from tinygiant.export.source import CheckpointSource, PartsSource, RandomSource
+    from tinygiant.models.parts import Parts
+
+    parts = {name: getattr(options, name) for name in ("whisper", "htsat", "clap", "qwen3")}
+    ways = (
+        options.checkpoint is not None,
+        options.preset is not None or options.random_weights is not None,
+        any(parts.values()) or options.projector is not None,
+    )
+    if sum(ways) != 1:
+        raise UsageError(
+            "name one model: a CHECKPOINT, or --preset with --random-weights, or the parts "
+            "--whisper, --htsat and --qwen3; see tg-export --help"
+        )
+    if options.checkpoint is not None:
+        return CheckpointSource(Path(options.checkpoint))
+    if any(parts.values()) or options.projector is not None:
+        missing = [f"--{name}" for name in ("whisper", "htsat", "qwen3") if not parts[name]]
+        if missing:
+            raise UsageError(f"the parts {', '.join(missing)} are missing; see tg-export --help")
+        paths = {name: Path(value) for name, value in parts.items() if value}
+        projector = None if options.projector is None else Path(options.projector)
+        return PartsSource(Parts(**paths, projector=projector), seed=0)
+    if options.preset is None or options.random_weights is None:
+        raise UsageError("--preset and --random-weights SEED belong together")
+    tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
+    return RandomSource(options.preset, options.random_weights, tokenizer)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other failure."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see tg-export --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tg-export",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", nargs="?", help="checkpoint folder of this project")
+    add("-o", "--output", metavar="DIR", required=True, help="bundle folder to make")
+    add("--recipe", default="int8", metavar="NAME", help="fp32, int8 or int4 (%(default)s)")
+    add("--force", action="store_true", help="replace an existing bundle")
+    add("--threads", type=int, metavar="N", help="threads of the check; default: physical cores")
+    add("--preset", metavar="NAME", help="nano or full, with --random-weights")
+    add("--random-weights", type=int, metavar="SEED", help="seeded random weights, to measure with")
+    add("--tokenizer", metavar="FILE", help="tokenizer.json for random weights; default: bytes")
+    add("--whisper", metavar="DIR", help="Whisper folder from Hugging Face")
+    add("--htsat", metavar="PATH", help="CLAP folder, or an original HTS-AT .ckpt")
+    add("--clap", metavar="DIR", help="CLAP folder; default: HTS-AT gives the anchor too")
+    add("--qwen3", metavar="DIR", help="Qwen3 folder from Hugging Face")
+    add("--projector", metavar="FILE", help="projector .safetensors; default: random, seed 0")
+    version = importlib.metadata.version("tinygiant")
+    add("--version", action="version", version=f"tg-export {version}")
+    return parser
+
+
+def _progress(line: str) -> None:
+    print(f"tg-export: {line}", file=sys.stderr, flush=True)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"tg-export: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""The whole export: one component after another, then proof, then the bundle.
+
+For each component: load it, record what PyTorch computes on the verification set, write its graph
+in float32, drop the module, quantize the graph from disk. So peak memory is that of one component,
+not of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import Qwen3ForCausalLM
+from transformers.models.clap.modeling_clap import ClapAudioEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from tinygiant.export.bundle import staged_folder
+from tinygiant.export.card import model_card
+from tinygiant.export.decoder import build_decoder
+from tinygiant.export.encoders import (
+    export_anchor_encoder,
+    export_event_encoder,
+    export_temporal_encoder,
+)
+from tinygiant.export.projector import export_projector
+from tinygiant.export.reference import Reference
+from tinygiant.export.source import ModelSource
+from tinygiant.export.tracing import OPSET
+from tinygiant.export.verify import Verification, verify_bundle
+from tinygiant.models.projector import Projector
+from tinygiant.quantize.embeddings import quantize_rows
+from tinygiant.quantize.graph import save_graph, weights_path
+from tinygiant.quantize.quantizer import quantize_graph
+from tinygiant.quantize.recipes import Recipe
+from tinygiant.quantize.report import GraphReport
+from tinygiant.runtime.bundle import (
+    MANIFEST_NAME,
+    EmbeddingsEntry,
+    GraphEntry,
+    Manifest,
+    RecipeEntry,
+    describe_file,
+    required_graphs,
+)
+from tinygiant.runtime.errors import CheckpointError
+from tinygiant.runtime.tokenizer import Tokenizer
+
+__all__ = ["Export", "export_bundle"]
+
+Progress = Callable[[str], None]
+
+GRAPH_FOLDER = "onnx"
+TOKENIZER_NAME = "tokenizer.json"
+EMBEDDINGS_NAME = "embed_tokens.npy"
+SCALES_NAME = "embed_tokens.scales.npy"
+VERIFICATION_NAME = "verification.json"
+CARD_NAME = "README.md"
+
+_MIN_ONNXRUNTIME = "1.27.0"  # as setup.cfg asks for
+_SCRATCH = ".fp32"
+_TOOLS = ("tinygiant", "torch", "transformers", "onnx", "onnxruntime", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export: what was written, how it was quantized, and the proof."""
+
+    manifest: Manifest
+    reports: tuple[GraphReport, ...]
+    verification: Verification
+
+
+def export_bundle(
+    source: ModelSource,
+    target: Path,
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress = lambda line: None,
+) -> Export:
+    """Export ``source`` to the folder ``target``; there is no such folder unless all is proven.
+
+    Args:
+        source: the model.
+        target: the folder to make.
+        recipe: how to quantize it, and how good the result must be.
+        force: replace an existing bundle.
+        threads: threads of the verification; the physical cores if None.
+        progress: called with one line when a stage ends.
+
+    Raises:
+        CheckpointError: the source's tensors do not fit.
+        UsageError: the target exists.
+        StorageError: the target cannot be written.
+        VerificationError: the bundle does not reproduce the model; every limit missed is named.
+    """
+    with staged_folder(target, force=force) as root:
+        job = _Job(source, root, recipe, progress)
+        job.write_components()
+        with job.stage("verification"):
+            (root / MANIFEST_NAME).write_text(job.manifest({}).to_json(), encoding="utf-8")
+            verification = verify_bundle(root, job.reference, recipe, threads=threads)
+        verification.require()
+        manifest = job.finish(verification)
+        return Export(manifest, tuple(job.reports), verification)
+
+
+@dataclass
+class _Job:
+    """One export under way, in the folder ``root``."""
+
+    source: ModelSource
+    root: Path
+    recipe: Recipe
+    progress: Progress
+    reports: list[GraphReport] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.config = self.source.config.runtime
+        self._entry = self.source.entry()
+        self._scratch = self.root / _SCRATCH
+        self._scratch.mkdir()
+        (self.root / GRAPH_FOLDER).mkdir()
+        tokenizer = self.root / TOKENIZER_NAME
+        tokenizer.write_text(self.source.tokenizer(), encoding="utf-8")
+        self.reference = Reference(self.source.config, Tokenizer.from_file(tokenizer))
+
+    def write_components(self) -> None:
+        """All graphs and the embeddings, one component in memory at a time."""
+        parts: list[tuple[Callable[[], None], tuple[str, ...]]] = [
+            (self._write_whisper, ("whisper_encoder",)),
+            (self._write_htsat, ("htsat_encoder",)),
+            # The projector reads the decoder's token embeddings, the decoder what it projects.
+            (self._write_projector_and_decoder, ("projector", "decoder_model")),
+        ]
+        if "clap_encoder" in required_graphs(self.config):
+            parts.insert(2, (self._write_clap, ("clap_encoder",)))
+        for write, graphs in parts:
+            write()
+            gc.collect()  # modules and traced programs refer to themselves
+            for graph in graphs:
+                self._quantize(graph)
+        shutil.rmtree(self._scratch)
+
+    def manifest(self, verification: dict[str, Any]) -> Manifest:
+        """The manifest of what lies in the folder now."""
+        files = sorted(
+            path.relative_to(self.root).as_posix()
+            for path in self.root.rglob("*")
+            if path.is_file() and path.name != MANIFEST_NAME
+        )
+        int8 = self.recipe.embeddings == "int8"
+        return Manifest(
+            model=self.config,
+            graphs={report.graph: self._graph_entry(report) for report in self.reports},
+            embeddings=EmbeddingsEntry(
+                EMBEDDINGS_NAME, self.recipe.embeddings, SCALES_NAME if int8 else None
+            ),
+            tokenizer=TOKENIZER_NAME,
+            recipe=RecipeEntry(self.recipe.name, _recipe_details(self.recipe)),
+            opset=OPSET,
+            min_onnxruntime=_MIN_ONNXRUNTIME,
+            source=self._entry,
+            created=_tool_versions(),
+            verification=verification,
+            files=tuple(describe_file(self.root, file) for file in files),
+        )
+
+    def finish(self, verification: Verification) -> Manifest:
+        """Write the report, the model card and the final manifest."""
+        with self.stage("manifest"):
+            report = verification.to_dict()
+            report["quantization"] = [dataclasses.asdict(report) for report in self.reports]
+            text = json.dumps(report, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            (self.root / VERIFICATION_NAME).write_text(text, encoding="utf-8")
+            draft = self.manifest(verification.summary())
+            card = model_card(draft, self.reports, verification)
+            (self.root / CARD_NAME).write_text(card, encoding="utf-8")
+            manifest = self.manifest(verification.summary())
+            (self.root / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Tell how long a stage took, once it is done."""
+        start = time.perf_counter()
+        yield
+        self.progress(f"{name}: {time.perf_counter() - start:.1f} s")
+
+    def _write_whisper(self) -> None:
+        encoder = cast(WhisperEncoder, self._component("whisper"))
+        with self.stage("whisper_encoder: PyTorch"):
+            self.reference.run_temporal(encoder)
+        with self.stage("whisper_encoder: graph"):
+            save_graph(export_temporal_encoder(encoder, self.config), self._fp32("whisper_encoder"))
+
+    def _write_htsat(self) -> None:
+        encoder = cast(ClapAudioEncoder, self._component("htsat"))
+        with self.stage("htsat_encoder: PyTorch"):
+            self.reference.run_events(encoder)
+        with self.stage("htsat_encoder: graph"):
+            save_graph(export_event_encoder(encoder, self.config), self._fp32("htsat_encoder"))
+
+    def _write_clap(self) -> None:
+        encoder = cast(ClapAudioEncoder, self._component("clap"))
+        with self.stage("clap_encoder: PyTorch"):
+            self.reference.run_anchors(encoder)
+        with self.stage("clap_encoder: graph"):
+            save_graph(export_anchor_encoder(encoder, self.config), self._fp32("clap_encoder"))
+
+    def _write_projector_and_decoder(self) -> None:
+        decoder = cast(Qwen3ForCausalLM, self._component("decoder"))
+        projector = cast(Projector, self._component("projector"))
+        with self.stage("projector: PyTorch"):
+            self.reference.run_projector(projector, decoder.get_input_embeddings())
+        with self.stage("projector: graph"):
+            save_graph(export_projector(projector, self.config), self._fp32("projector"))
+        del projector
+        with self.stage("decoder_model: PyTorch"):
+            self.reference.run_decoder(decoder)
+        tensors = {name: tensor.numpy() for name, tensor in decoder.state_dict().items()}
+        if decoder.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        with self.stage("decoder_model: graph"):
+            build_decoder(self.config.decoder, tensors, self._fp32("decoder_model"))
+        with self.stage("embed_tokens"):
+            self._write_embeddings(tensors["model.embed_tokens.weight"])
+
+    def _write_embeddings(self, table: NDArray[np.float32]) -> None:
+        if self.recipe.embeddings == "fp32":
+            np.save(self.root / EMBEDDINGS_NAME, table.astype(np.float32, copy=False))
+            return
+        rows, scales = quantize_rows(table)
+        np.save(self.root / EMBEDDINGS_NAME, rows)
+        np.save(self.root / SCALES_NAME, scales)
+
+    def _component(self, name: str) -> nn.Module:
+        with self.stage(f"{name}: loaded"):
+            module = self.source.component(name)
+        if module is None:
+            raise CheckpointError(f"the model has no {name}, which its configuration needs")
+        return module
+
+    def _fp32(self, graph: str) -> Path:
+        return self._scratch / f"{graph}.onnx"
+
+    def _quantize(self, graph: str) -> None:
+        """Scratch to bundle; the float32 graph is deleted at once, it may be gigabytes."""
+        source, scheme = self._fp32(graph), self.recipe.graphs[graph]
+        with self.stage(f"{graph}: {scheme.label}"):
+            target = self.root / GRAPH_FOLDER / source.name
+            self.reports.append(quantize_graph(source, target, scheme))
+        source.unlink()
+        weights_path(source).unlink(missing_ok=True)
+
+    def _graph_entry(self, report: GraphReport) -> GraphEntry:
+        file = self.root / GRAPH_FOLDER / f"{report.graph}.onnx"
+        weights = weights_path(file)
+        external = (f"{GRAPH_FOLDER}/{weights.name}",) if weights.exists() else ()
+        return GraphEntry(f"{GRAPH_FOLDER}/{file.name}", external, report.scheme)
+
+
+def _recipe_details(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON holds it; its name stands beside it."""
+    details = dataclasses.asdict(
+        dataclasses.replace(recipe, graphs=dict(recipe.graphs), limits=dict(recipe.limits))
+    )
+    del details["name"]
+    plain: dict[str, Any] = json.loads(json.dumps(details))
+    return plain
+
+
+def _tool_versions() -> dict[str, str]:
+    return {tool: importlib.metadata.version(tool) for tool in _TOOLS}

@@ -1,0 +1,204 @@
+"""Where a model comes from: a checkpoint, public parts on disk, or seeded random weights.
+
+The contract: a :class:`ModelSource` hands out one component at a time, so that no more than one
+has to be in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+
+from tinygiant.models.checkpoint import (
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    load_component,
+    load_config,
+)
+from tinygiant.models.config import TinyGiantConfig, preset
+from tinygiant.models.parts import Parts, load_part, parts_config
+from tinygiant.models.tinygiant import build_component
+from tinygiant.runtime.bundle import SourceEntry
+from tinygiant.runtime.config import config_to_dict
+from tinygiant.runtime.errors import CheckpointError
+
+__all__ = ["CheckpointSource", "ModelSource", "PartsSource", "RandomSource", "byte_tokenizer"]
+
+_BLOCK_BYTES = 1 << 20
+
+
+class ModelSource(Protocol):
+    """A model that can be exported."""
+
+    @property
+    def config(self) -> TinyGiantConfig:
+        """The model's configuration."""
+        ...
+
+    def component(self, name: str) -> nn.Module | None:
+        """One component in evaluation mode; None if the model has none of that name."""
+        ...
+
+    def tokenizer(self) -> str:
+        """The content of ``tokenizer.json``."""
+        ...
+
+    def entry(self) -> SourceEntry:
+        """What the manifest says of the source."""
+        ...
+
+
+class CheckpointSource:
+    """A checkpoint folder of this project."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError if ``path`` is not a checkpoint."""
+        self._path = path
+        self.config = load_config(path)
+
+    def component(self, name: str) -> nn.Module | None:
+        """See :class:`ModelSource`; raises CheckpointError for tensors that do not fit."""
+        return load_component(self._path, name)
+
+    def tokenizer(self) -> str:
+        """See :class:`ModelSource`."""
+        return _read_text(self._path / TOKENIZER_FILE)
+
+    def entry(self) -> SourceEntry:
+        """See :class:`ModelSource`; reads the whole weights file."""
+        digest = _sha256([self._path / WEIGHTS_FILE])
+        return SourceEntry(self._path.resolve().name, digest, "trained", None)
+
+
+class PartsSource:
+    """Public checkpoints on disk, with a projector file or a seeded random projector."""
+
+    def __init__(self, parts: Parts, seed: int) -> None:
+        """Raises CheckpointError if the parts are not what they should be."""
+        self._parts = parts
+        self._seed = seed
+        self.config = parts_config(parts)
+
+    def component(self, name: str) -> nn.Module | None:
+        """See :class:`ModelSource`; raises CheckpointError for tensors that do not fit."""
+        return load_part(self._parts, self.config, name, seed=self._seed)
+
+    def tokenizer(self) -> str:
+        """See :class:`ModelSource`."""
+        return _read_text(self._parts.qwen3 / TOKENIZER_FILE)
+
+    def entry(self) -> SourceEntry:
+        """See :class:`ModelSource`; reads every weights file."""
+        parts = self._parts
+        paths = (parts.whisper, parts.htsat, parts.clap, parts.qwen3, parts.projector)
+        digest = _sha256([file for path in paths if path for file in _weight_files(path)])
+        if parts.projector is None:
+            return SourceEntry(self.config.name, digest, "seeded-random", self._seed)
+        return SourceEntry(self.config.name, digest, "trained", None)
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """A preset with seeded random weights: for measuring, not for answers.
+
+    Without a tokenizer file the tokenizer is :func:`byte_tokenizer`.
+    """
+
+    preset_name: str
+    seed: int
+    tokenizer_file: Path | None = None
+
+    @property
+    def config(self) -> TinyGiantConfig:
+        """The preset."""
+        return preset(self.preset_name)
+
+    def component(self, name: str) -> nn.Module | None:
+        """See :class:`ModelSource`."""
+        return build_component(self.config, name, self.seed)
+
+    def tokenizer(self) -> str:
+        """See :class:`ModelSource`."""
+        if self.tokenizer_file is not None:
+            return _read_text(self.tokenizer_file)
+        return byte_tokenizer(self.config)
+
+    def entry(self) -> SourceEntry:
+        """See :class:`ModelSource`; the hash is that of configuration and seed."""
+        made_from = json.dumps([config_to_dict(self.config), self.seed], sort_keys=True)
+        digest = hashlib.sha256(made_from.encode("utf-8")).hexdigest()
+        return SourceEntry(self.config.name, digest, "seeded-random", self.seed)
+
+
+def byte_tokenizer(config: TinyGiantConfig) -> str:
+    """A ``tokenizer.json`` with one token a byte, and Qwen3's control tokens at the model's ids.
+
+    Random weights know no language, and Qwen3's own tokenizer is not ours to ship.
+    """
+    im_end, end_of_text = config.eos_token_ids
+    control = {
+        "<|endoftext|>": end_of_text,
+        "<|im_start|>": im_end - 1,
+        "<|im_end|>": im_end,
+        "<think>": config.think_end_token_id - 1,
+        "</think>": config.think_end_token_id,
+    }
+    free_ids = (index for index in range(512) if index not in control.values())
+    vocabulary = {byte: next(free_ids) for byte in sorted(ByteLevel.alphabet())}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": index, "content": token, "special": token.startswith("<|"), **flags}
+                for token, index in sorted(control.items(), key=lambda item: item[1])
+            ],
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": True,
+                "use_regex": False,
+            },
+            "post_processor": None,
+            "decoder": {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            },
+            "model": {"type": "BPE", "vocab": vocabulary | control, "merges": []},
+        },
+        ensure_ascii=False,
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    kinds = ("*.safetensors", "*.bin", "*.pt", "*.ckpt")
+    return sorted(file for kind in kinds for file in path.glob(kind))
+
+
+def _sha256(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
