@@ -87,11 +87,16 @@ class ParsedAnswer:
 
 
 class AnswerParser:
-    """Cuts a growing text into pieces and sorts them, for :meth:`result` at the end."""
+    """Cuts a growing text into pieces and sorts them, for :meth:`result` at the end.
 
-    def __init__(self) -> None:
-        self._phase: Literal["start", "thought", "after", "response", "trailer"] = "start"
-        self._section: Section = "answer"
+    With ``thinking`` the text is known to begin with a thought, even if it does not say so.
+    """
+
+    def __init__(self, *, thinking: bool = False) -> None:
+        self._phase: Literal["start", "thought", "after", "response", "trailer"] = (
+            "thought" if thinking else "start"
+        )
+        self._section: Section = "other" if thinking else "answer"
         self._held = ""  # the end of the text, while it may still become a tag or a heading
         self._line_start = True
         self._texts: dict[str, list[str]] = defaultdict(list)

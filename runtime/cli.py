@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from tinygiant.runtime.answer import Section
 from tinygiant.runtime.errors import StorageError, TinyGiantError, UsageError
+from tinygiant.runtime.interrupt import INTERRUPTED, exit_on_interrupt
 from tinygiant.runtime.text import one_line, printable
 
 if TYPE_CHECKING:
@@ -63,11 +65,15 @@ _HEADINGS: dict[Section, str] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``tg-run``; returns the exit code."""
+    """Run ``tg-run`` on ``arguments`` (the process's own if None); returns the exit code."""
+    if arguments is None:
+        exit_on_interrupt("tg-run: interrupted\n")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal can show
     try:
         return _guarded(arguments)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # Python flushes standard output once more at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -99,9 +105,14 @@ def _run(options: argparse.Namespace) -> None:
     # Imported here, so that --help is instant and an interrupt while loading is handled.
     from tinygiant.runtime.events import Finished
     from tinygiant.runtime.pipeline import load
+    from tinygiant.runtime.prompt import check_choices, check_question
 
+    # What is wrong with the input is said before a large model is loaded.
+    check_question(options.question)
+    if options.choices is not None:
+        check_choices(options.choices)
+    audio = _read(options)
     progress = _Progress(silent=options.quiet)
-    audio = options.clip if options.clip != "-" else _standard_input(options)
     model = load(
         options.bundle,
         threads=options.threads,
@@ -128,9 +139,13 @@ def _run(options: argparse.Namespace) -> None:
         writer.line(printable(answer.text, keep="\n\t"))
 
 
-def _standard_input(options: argparse.Namespace) -> Audio:
+def _read(options: argparse.Namespace) -> Audio:
     from tinygiant.runtime.audio import read_audio, read_pcm
 
+    if options.clip != "-":
+        if options.pcm_rate is not None:
+            raise UsageError("--pcm-rate describes standard input; name - as the clip")
+        return read_audio(options.clip, max_audio_s=options.max_audio)
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("- reads audio from standard input, which is a terminal; pipe audio in")
     stream = sys.stdin.buffer
@@ -261,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bundle", metavar="DIR", help="the model to use; default: the one inside")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N",
+        "--max-new-tokens", type=_positive, default=512, metavar="N",
         help="how much the model may write; with --choices, how much it may think (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -269,11 +284,14 @@ def _parser() -> argparse.ArgumentParser:
         help="longest clip to accept, in seconds (%(default)g)",
     )  # fmt: skip
     parser.add_argument(
-        "--pcm-rate", type=int, metavar="HZ",
+        "--pcm-rate", type=_positive, metavar="HZ",
         help="standard input is raw 16-bit little-endian mono at this rate",
     )  # fmt: skip
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads to compute with; default: physical cores"
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads to compute with; default: physical cores",
     )
     parser.add_argument(
         "--memory", choices=("default", "low"), default="default",
@@ -285,6 +303,13 @@ def _parser() -> argparse.ArgumentParser:
     version = f"tg-run {_version('tinygiant')} (onnxruntime {_version('onnxruntime')})"
     parser.add_argument("--version", action="version", version=version)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
 
 
 def _version(package: str) -> str:

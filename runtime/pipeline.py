@@ -192,7 +192,7 @@ class TinyGiant:
         n_audio = sum(projection.audio_embeds.shape[1] for projection in projections)
 
         raw: list[str] = []
-        parser = AnswerParser()
+        parser = AnswerParser(thinking=trie is not None)
         detokenizer = StreamingDetokenizer(self._tokenizer)
         n_generated, first_token_s = 0, 0.0
         with self._pool.use("decoder_model") as graph:

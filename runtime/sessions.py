@@ -8,7 +8,6 @@ onnxruntime's telemetry off (its Linux wheels carry some since 1.29).
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -70,7 +69,7 @@ class Graph:
         """
         self.name = path.stem
         try:
-            self._session = onnxruntime.InferenceSession(
+            self._session: Any = onnxruntime.InferenceSession(
                 str(path),
                 _session_options(settings or SessionSettings()),
                 providers=["CPUExecutionProvider"],
@@ -105,6 +104,10 @@ class Graph:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:
             raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Release the weights now, even while somebody still holds the graph."""
+        self._session = None
 
     def _failed(self, error: Exception) -> BundleError:
         return BundleError(f"graph {self.name} failed: {one_line(error)}")
@@ -166,8 +169,7 @@ class GraphPool:
         try:
             yield graph
         finally:
-            del graph
-            gc.collect()
+            graph.close()
 
     def _load(self, name: str) -> Graph:
         return Graph(self._bundle.graph(name), self._settings)

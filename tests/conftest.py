@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 from tinygiant.runtime.config import ProjectorConfig, PromptConfig
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from tinygiant.models.config import TinyGiantConfig
     from tinygiant.models.tinygiant import TinyGiantALM
     from tinygiant.runtime.pipeline import TinyGiant
+
+# The same examples every time, however busy the machine is.
+settings.register_profile(
+    "project", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("project")
 
 VOCAB_SIZE = 512
 TEXTS = (

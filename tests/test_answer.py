@@ -92,6 +92,15 @@ def test_a_thought_without_its_opening_is_not_the_answer() -> None:
     )
 
 
+def test_a_known_thought_needs_no_opening() -> None:
+    parser = AnswerParser(thinking=True)
+    pieces = parser.feed("hm</think>\n<RESPONSE>a dog</RESPONSE>")
+    assert [(piece.text, piece.section) for piece in pieces if not piece.markup] == [
+        ("hm", "other"), ("\n", "answer"), ("a dog", "answer"),
+    ]  # fmt: skip
+    assert parser.result() == ParsedAnswer("", "", "", "", "a dog", "hm")
+
+
 def test_a_part_that_comes_twice_is_joined() -> None:
     assert parse_answer("<think>Plan: a\nLogic: b\nPlan: c</think>d").plan == "a\n\nc"
 

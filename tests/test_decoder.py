@@ -102,7 +102,7 @@ def greedy_reference(reference: Qwen3ForCausalLM, ids: list[int], n: int, cache:
     return [int(token) for token in out[0, len(ids) :]]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ids=IDS, cuts=st.lists(st.integers(1, 19), max_size=3))
 def test_any_split_into_steps_gives_the_same_logits(
     ids: list[int],
