@@ -58,6 +58,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "GRAPH_NAMES",
+    "LFS_SIGNATURE",
     "MANIFEST_NAME",
     "Bundle",
     "EmbeddingsEntry",
@@ -75,11 +76,11 @@ FORMAT = "tinygiant-bundle"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 BUNDLE_VARIABLE = "TINYGIANT_BUNDLE"
+LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 GRAPH_NAMES = ("whisper_encoder", "htsat_encoder", "clap_encoder", "projector", "decoder_model")
 
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _HASH_BLOCK_BYTES = 2**20
-_LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 _PATH_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _PATH = re.compile(rf"{_PATH_PART}(?:/{_PATH_PART})*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -386,7 +387,7 @@ def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> None:
     size_bytes = path.stat().st_size
     if size_bytes != entry.size_bytes:
         with path.open("rb") as file:
-            _refuse_pointer(entry.path, file.read(len(_LFS_SIGNATURE)))
+            _refuse_pointer(entry.path, file.read(len(LFS_SIGNATURE)))
         raise BundleError(
             f"{entry.path} has {size_bytes} bytes, the manifest says {entry.size_bytes}; "
             "copy or export the bundle again"
@@ -399,7 +400,7 @@ def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> None:
 
 
 def _refuse_pointer(name: str, start: bytes) -> None:
-    if start.startswith(_LFS_SIGNATURE):
+    if start.startswith(LFS_SIGNATURE):
         raise BundleError(f"{name} is a git-lfs pointer, not the file; run: git lfs pull")
 
 

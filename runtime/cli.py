@@ -39,6 +39,7 @@ examples:
   tg-run -q street.wav "Is anybody speaking?" --choices yes no
   ffmpeg -i film.mkv -f wav - | tg-run - "Who is speaking?" --max-audio 600
   arecord -d 5 -f S16_LE -r 16000 -t raw | tg-run - "What was that?" --pcm-rate 16000
+  tg-run doctor                      is this machine fit, and if not, what to do?
 
 The model first thinks (Plan, Audio Analysis, Logic, Summary), then answers. With --choices the
 answer is always exactly one of them. The answer goes to standard output, everything else to
@@ -82,7 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _guarded(arguments: Sequence[str] | None) -> int:
     debug = os.environ.get(DEBUG_VARIABLE) == "1"
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if words[:1] == ["doctor"]:
+            from tinygiant.runtime import doctor
+
+            return doctor.main(words[1:])
         _run(_parser().parse_args(arguments))
         return 0
     except BrokenPipeError:
