@@ -123,13 +123,17 @@ class Binding:
     def __init__(self, io: Any, graph: Graph) -> None:
         self.io = io
         self._graph = graph
+        # onnxruntime keeps only the address of an array: it must live as long as it is bound.
+        self._bound: dict[str, NDArray[Any]] = {}
 
     def input(self, name: str, array: NDArray[Any]) -> None:
         """Let input ``name`` read the C-contiguous ``array``."""
+        self._bound[name] = array
         self.io.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
 
     def output(self, name: str, array: NDArray[Any]) -> None:
         """Let output ``name`` be written into the C-contiguous ``array``."""
+        self._bound[name] = array
         self.io.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
 
     def run(self) -> None:
@@ -194,19 +198,29 @@ def require_onnxruntime(minimum: str) -> None:
 
 
 def physical_cores() -> int:
-    """Physical cores this process may run on; logical ones where the system does not tell."""
+    """Physical cores this process may use: those it may run on, within its container's quota."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # not Linux
         return max(os.cpu_count() or 1, 1)
     topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    cores = set()
-    for cpu in allowed:
-        try:
-            cores.add(Path(topology.format(cpu)).read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            cores.add(str(cpu))
-    return max(len(cores), 1)
+    # Threads of one core have the same list of siblings.
+    cores = {_read(topology.format(cpu)) or str(cpu) for cpu in allowed}
+    quota = _quota(_read("/sys/fs/cgroup/cpu.max"))
+    return max(1, min(len(cores), quota or len(cores)))
+
+
+def _quota(cpu_max: str) -> int | None:
+    """Whole cores in cgroup v2's ``cpu.max`` ("150000 100000": one and a half); None: no limit."""
+    found = re.fullmatch(r"(\d+) ([1-9]\d*)", cpu_max)
+    return max(1, int(found[1]) // int(found[2])) if found else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _session_options(settings: SessionSettings) -> Any:

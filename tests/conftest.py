@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable
@@ -114,20 +116,42 @@ def tiny_model(tiny_config: TinyGiantConfig) -> TinyGiantALM:
 def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as an fp32 bundle. Tests must not write into it; see ``bundle_copy``.
 
-    Exporting takes seconds, so the processes of one run (pytest-xdist) share one bundle.
+    Exporting takes seconds, so the processes of one run share one bundle, and so do runs until
+    the code that makes it changes (``pytest --cache-clear`` forgets it).
     """
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    bundle = shared / "tiny-bundle"
-    with open(shared / "tiny-bundle.lock", "w") as lock:
+    cache = request.config.cache
+    assert cache is not None
+    folder = cache.mkdir("tiny-bundle")
+    bundle = folder / _export_digest()
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not bundle.exists():
             model = request.getfixturevalue("tiny_model")
             tokenizer_file = request.getfixturevalue("tokenizer_file")
             draft = write_bundle(model, tokenizer_file, tmp_path_factory.mktemp("draft") / "tiny")
-            draft.rename(bundle)
+            for outdated in folder.glob("*/"):
+                shutil.rmtree(outdated)
+            shutil.copytree(draft, folder / "draft")
+            (folder / "draft").rename(bundle)
     return bundle
+
+
+def _export_digest() -> str:
+    """A name for what decides the tiny bundle's contents: code and versions of the libraries."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    sources = [
+        *root.glob("export/*.py"),
+        *root.glob("models/*.py"),
+        *(root / "runtime" / name for name in ("bundle.py", "config.py")),
+        root / "models" / "training" / "tokenizer.py",
+        Path(__file__),
+    ]
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    for package in ("torch", "transformers", "onnx", "onnxscript", "tokenizers"):
+        digest.update(importlib.metadata.version(package).encode())
+    return digest.hexdigest()[:16]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from tinygiant.runtime import bundle as b
+from tinygiant.runtime import sessions
 from tinygiant.runtime.config import EventStream, ModelConfig, ProjectorConfig
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
@@ -400,6 +401,15 @@ def test_impossible_threads(threads: int) -> None:
 
 def test_physical_cores_are_at_most_the_processors_allowed() -> None:
     assert 1 <= physical_cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("cpu_max", "cores"),
+    [("200000 100000", 2), ("150000 100000", 1), ("5000 100000", 1), ("max 100000", None),
+     ("", None), ("1 0", None)],
+)  # fmt: skip
+def test_a_containers_quota(cpu_max: str, cores: int | None) -> None:
+    assert sessions._quota(cpu_max) == cores
 
 
 def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:

@@ -320,6 +320,14 @@ def test_help_and_version(run: Run) -> None:
         assert option in text
 
 
+def test_defaults_are_the_librarys() -> None:
+    from tinygiant.runtime.audio import MAX_AUDIO_S
+    from tinygiant.runtime.pipeline import MAX_NEW_TOKENS
+
+    options = cli._parser().parse_args(["clip.wav", "What?"])
+    assert (options.max_audio, options.max_new_tokens) == (MAX_AUDIO_S, MAX_NEW_TOKENS)
+
+
 def test_help_is_instant() -> None:
     program = (
         "import sys\nfrom tinygiant.runtime import cli\n"
