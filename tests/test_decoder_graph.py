@@ -177,3 +177,27 @@ def test_structure(graph: Path) -> None:
 def test_missing_and_unknown_tensors_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing model\.embed_tokens.*unknown model\.extra"):
         build_decoder(CONFIG, {"model.extra": np.zeros(1)}, tmp_path / "d.onnx")
+
+
+@pytest.mark.filterwarnings("ignore")  # optimum traces, and warns of every branch it fixes
+def test_agrees_with_optimums_export(
+    reference: Qwen3ForCausalLM, graph: Path, tmp_path: Path
+) -> None:
+    """An exporter that shares no code with ours gives the same logits."""
+    exporters = pytest.importorskip("optimum.exporters.onnx")
+    exporters.onnx_export_from_model(
+        reference, tmp_path, task="text-generation-with-past", do_validation=False
+    )
+    traced = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    token_ids = np.array([[5, 17, 3, 96, 40, 40, 8]])
+    empty = np.zeros((1, CONFIG.n_kv_heads, 0, CONFIG.head_dim), np.float32)
+    inputs = {
+        "input_ids": token_ids,
+        "attention_mask": np.ones_like(token_ids),
+        "position_ids": np.arange(token_ids.shape[1])[None],
+    }
+    past = {v.name: empty for v in traced.get_inputs() if v.name.startswith("past_key_values")}
+    (wanted,) = traced.run(["logits"], inputs | past)
+    embeds = reference.get_input_embeddings()(torch.from_numpy(token_ids)).detach().numpy()
+    found = Runner(graph).step(embeds, list(range(token_ids.shape[1])))
+    assert relative_error(found, wanted) <= TOLERANCE
