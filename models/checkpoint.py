@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import nn
+from transformers.modeling_utils import no_init_weights
+
 from tinygiant.models.config import TinyGiantConfig
 from tinygiant.models.tensors import PrefixedTensors, load_into, open_tensors
 from tinygiant.models.tinygiant import COMPONENTS, TinyGiantALM
 from tinygiant.runtime.errors import CheckpointError, StorageError
-from torch import nn
-from transformers.modeling_utils import no_init_weights
 
 __all__ = [
     "CONFIG_FILE",
@@ -97,7 +98,9 @@ def load_config(path: str | os.PathLike[str]) -> TinyGiantConfig:
         if not (folder / name).is_file()
     ]
     if missing:
-        raise CheckpointError(f"{folder}: not a TinyGiantALM checkpoint, it lacks {', '.join(missing)}")
+        raise CheckpointError(
+            f"{folder}: not a TinyGiantALM checkpoint, it lacks {', '.join(missing)}"
+        )
     return TinyGiantConfig.load(folder / CONFIG_FILE)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
+
 from tinygiant.runtime.config import (
     AudioContext,
     ClapFeatures,
@@ -28,7 +30,6 @@ from tinygiant.runtime.config import (
     config_to_dict,
 )
 from tinygiant.runtime.errors import CheckpointError, TinyGiantError, UsageError
-from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
 
 __all__ = ["PRESETS", "TinyGiantConfig", "preset"]
 
@@ -180,7 +181,9 @@ class TinyGiantConfig:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a readable TinyGiantALM config ({error})") from error
+            raise CheckpointError(
+                f"{path}: not a readable TinyGiantALM config ({error})"
+            ) from error
         if not isinstance(data, dict):
             raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
         upstream = {name: data.pop(name, {}) for name in ("whisper", "htsat", "clap", "decoder")}
@@ -216,7 +219,7 @@ def upstream_fields(config: WhisperConfig | ClapAudioConfig | Qwen3Config) -> di
 
 
 def _full() -> TinyGiantConfig:
-    """The paper's 1.5 B: whisper-large-v3-turbo, clap-htsat-unfused, larger_clap_general, Qwen3-0.6B."""
+    """The paper's 1.5 B: whisper-large-v3-turbo, two CLAP towers and Qwen3-0.6B."""
     whisper = WhisperConfig(
         d_model=1280,
         encoder_layers=32,

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
+from transformers.modeling_utils import no_init_weights
+
 from tinygiant.models.config import TinyGiantConfig, preset, upstream_fields
 from tinygiant.models.tensors import PrefixedTensors, load_into, open_tensors, read_json
 from tinygiant.models.tinygiant import COMPONENTS, TinyGiantALM, build_component
 from tinygiant.runtime.config import ClapFeatures, ProjectorConfig, config_from_dict
 from tinygiant.runtime.errors import BundleError, CheckpointError
-from torch import Tensor, nn
-from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
-from transformers.modeling_utils import no_init_weights
 
 __all__ = ["PROJECTOR_CONFIG_KEY", "Parts", "assemble", "load_part", "parts_config"]
 

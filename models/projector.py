@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tinygiant.runtime.config import ProjectorConfig
 from torch import Tensor, nn
+
+from tinygiant.runtime.config import ProjectorConfig
 
 __all__ = ["Projector", "ProjectorOutput"]
 
@@ -130,7 +131,7 @@ class IntentQuery(nn.Module):
         instruction_mask: Tensor,
         token_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """``x (B, N, D)``, instruction ``(B, L, D)`` and mask ``(B, L)`` -> rows, attention (B, N)."""
+        """``x (B, N, D)``, instruction ``(B, L, D)``, mask ``(B, L)`` -> rows, attention (B, N)."""
         weights = instruction_mask.to(x.dtype).unsqueeze(-1)
         query = (instruction_embeds * weights).sum(1) / weights.sum(1).clamp(min=1.0)
         q = self.q_proj(query).unflatten(-1, (self.n_heads, -1)).unsqueeze(2)  # (B, h, 1, d)
@@ -203,7 +204,7 @@ class Projector(nn.Module):
 
 
 def sinusoidal_positions(n: int, size: int, device: torch.device | None = None) -> Tensor:
-    """Sinusoidal position embeddings ``(n, size)``: sines in the first half, cosines in the second."""
+    """Sinusoidal positions ``(n, size)``: sines in the first half, cosines in the second."""
     half = size // 2
     frequencies = torch.exp(torch.arange(half, device=device) * (-math.log(10_000.0) / half))
     angles = torch.arange(n, device=device).unsqueeze(1) * frequencies

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tinygiant.runtime.errors import CheckpointError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from tinygiant.runtime.errors import CheckpointError
 
 __all__ = ["PrefixedTensors", "TensorFile", "load_into", "open_tensors", "read_json"]
 
@@ -125,7 +126,9 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -
         else:
             state[name] = tensor
     if problems:
-        raise CheckpointError(f"{where}: {len(problems)} tensors do not fit: " + "; ".join(problems))
+        raise CheckpointError(
+            f"{where}: {len(problems)} tensors do not fit: " + "; ".join(problems)
+        )
     module.load_state_dict(state, strict=False, assign=True)
     for part in module.modules():
         if isinstance(part, PreTrainedModel):

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from tinygiant.models.config import TinyGiantConfig
-from tinygiant.models.projector import Projector
-from tinygiant.runtime.chunks import Chunk, event_rows, join_streams, mean_anchor
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from tinygiant.models.config import TinyGiantConfig
+from tinygiant.models.projector import Projector
+from tinygiant.runtime.chunks import Chunk, event_rows, join_streams, mean_anchor
 
 __all__ = ["COMPONENTS", "TinyGiantALM", "build", "build_component"]
 
@@ -82,11 +83,14 @@ class TinyGiantALM(nn.Module):
         return out
 
 
-def encode_temporal(whisper: WhisperEncoder, input_features: Tensor, steps_per_token: int) -> Tensor:
+def encode_temporal(
+    whisper: WhisperEncoder, input_features: Tensor, steps_per_token: int
+) -> Tensor:
     """Whisper's encoder on any number of frames, average-pooled to audio tokens.
 
     ``WhisperEncoder.forward`` insists on whole 30 s windows; a shorter input is the same
-    computation with fewer positions. ``(B, n_mels, F)`` -> ``(B, F / 2 / steps_per_token, hidden)``.
+    computation with fewer positions.
+    ``(B, n_mels, F)`` -> ``(B, F / 2 / steps_per_token, hidden)``.
     """
     hidden = F.gelu(whisper.conv1(input_features))
     hidden = F.gelu(whisper.conv2(hidden)).transpose(1, 2)
@@ -94,12 +98,14 @@ def encode_temporal(whisper: WhisperEncoder, input_features: Tensor, steps_per_t
     for layer in whisper.layers:
         hidden = layer(hidden, attention_mask=None, layer_head_mask=None)[0]
     hidden = whisper.layer_norm(hidden)
-    return hidden.unflatten(1, (-1, steps_per_token)).mean(2)
+    pooled: Tensor = hidden.unflatten(1, (-1, steps_per_token)).mean(2)
+    return pooled
 
 
 def encode_event(tower: ClapAudioEncoder, input_features: Tensor) -> tuple[Tensor, Tensor]:
-    """An HTS-AT tower: ``(B, 1, n_frames, n_mels)`` -> events ``(B, steps, hidden)``, pooled ``(B, hidden)``.
+    """An HTS-AT tower: events over time, and their pooled vector.
 
+    ``(B, 1, n_frames, n_mels)`` -> ``(B, steps, hidden)`` and ``(B, hidden)``.
     The tower's output is ``(B, hidden, frequency, steps)``; events are its mean over frequency.
     """
     output = tower(input_features)

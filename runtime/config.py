@@ -90,7 +90,8 @@ class TemporalStream:
     """Fine-grained temporal stream: the encoder of a Whisper checkpoint.
 
     Graph ``whisper_encoder``: ``input_features (1, n_mels, n_frames)`` ->
-    ``temporal (1, n_frames / frames_per_token, hidden_size)``, already average-pooled to audio tokens.
+    ``temporal (1, n_frames / frames_per_token, hidden_size)``, already average-pooled to audio
+    tokens.
     """
 
     features: WhisperFeatures = field(default_factory=WhisperFeatures)

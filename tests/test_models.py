@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.clap.modeling_clap import ClapAudioEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
 from tinygiant.models import (
     COMPONENTS,
     Projector,
@@ -30,8 +33,6 @@ from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.config import ProjectorConfig
 from tinygiant.runtime.errors import CheckpointError
 from tinygiant.runtime.tokenizer import Tokenizer
-from transformers.models.clap.modeling_clap import ClapAudioEncoder
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 NANO = preset("nano")
 

@@ -13,12 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tinygiant.models import Parts, assemble, load_part, parts_config
-from tinygiant.models.parts import PROJECTOR_CONFIG_KEY
-from tinygiant.models.projector import Projector
-from tinygiant.models.training.tokenizer import train_tokenizer
-from tinygiant.runtime.config import config_to_dict
-from tinygiant.runtime.errors import CheckpointError
 from torch import Tensor
 from transformers import (
     ClapAudioConfig,
@@ -31,6 +25,13 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
+
+from tinygiant.models import Parts, assemble, load_part, parts_config
+from tinygiant.models.parts import PROJECTOR_CONFIG_KEY
+from tinygiant.models.projector import Projector
+from tinygiant.models.training.tokenizer import train_tokenizer
+from tinygiant.runtime.config import config_to_dict
+from tinygiant.runtime.errors import CheckpointError
 
 TOWER = {
     "patch_embeds_hidden_size": 8,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+
 from tinygiant.models import build, load, preset, save
 from tinygiant.models.training import cli
 from tinygiant.models.training.batching import LengthBatches
@@ -63,9 +64,13 @@ def _regression(folder: Path, steps: int) -> torch.nn.Linear:
 
     train(
         LoopConfig(
-            steps=steps, warmup_steps=5, save_every=7, log_every=1, precision="float32",
+            steps=steps,
+            warmup_steps=5,
+            save_every=7,
+            log_every=1,
+            precision="float32",
             weight_decay=0.0,
-        ),  # fmt: skip
+        ),
         modules={"model": model},
         groups=[ParameterGroup("all", list(model.parameters()), 0.1)],
         batch_at=batch_at,
@@ -169,9 +174,9 @@ def test_the_loss_is_that_of_the_response_alone() -> None:
             model.embed_tokens(torch.tensor([ids]))
             for ids in (s.prefix_ids, s.suffix_ids, s.response_ids)
         )
-        logits = model.decoder(
-            inputs_embeds=torch.cat((before, audio, after, response), 1)
-        ).logits[0]
+        logits = model.decoder(inputs_embeds=torch.cat((before, audio, after, response), 1)).logits[
+            0
+        ]
         first = 3 + len(s.streams) + 2
         log_probabilities = logits[first - 1 : -1].log_softmax(-1)
         chosen = log_probabilities[range(len(s.response_ids)), list(s.response_ids)]
@@ -251,9 +256,7 @@ def test_cota_command_trains_projector_and_decoder_only(
         same = torch.equal(tensor, after.state_dict()[name])
         if name.startswith(("whisper.", "htsat.")):
             assert same, name
-    assert not torch.equal(
-        before.decoder.model.norm.weight, after.decoder.model.norm.weight
-    )
+    assert not torch.equal(before.decoder.model.norm.weight, after.decoder.model.norm.weight)
     assert not torch.equal(before.projector.input_proj.weight, after.projector.input_proj.weight)
 
 

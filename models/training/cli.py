@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tinygiant.models.parts import Parts
 from tinygiant.models.training.cota import CotaRun, train_cota
 from tinygiant.models.training.nano import ENCODERS, NanoRun, pretrain, train_nano
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tg-train: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("tg-train: interrupted; the same command goes on from the last state", file=sys.stderr)
+        print(
+            "tg-train: interrupted; the same command goes on from the last state", file=sys.stderr
+        )
         return 130
     return 0
 

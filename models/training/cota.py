@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+
 from tinygiant.models.checkpoint import TOKENIZER_FILE, load, load_config, save
 from tinygiant.models.parts import Parts, assemble
 from tinygiant.models.tinygiant import TinyGiantALM

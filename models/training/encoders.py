@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.clap.modeling_clap import ClapAudioEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
 from tinygiant.models.config import TinyGiantConfig
 from tinygiant.models.tinygiant import build_component, encode_event, encode_temporal
 from tinygiant.models.training.batching import LengthBatches
 from tinygiant.models.training.loop import LoopConfig, ParameterGroup, autocast, train
 from tinygiant.models.world.dataset import WorldDataset
-from torch import Tensor, nn
 
 __all__ = ["EncoderTask", "pretrain_encoder"]
 
@@ -40,7 +44,7 @@ class EncoderTask:
 
 @dataclass(frozen=True)
 class EncoderBatch:
-    """Clips of one batch: features, and frame tags ``(B, N, n_tags)`` with their mask ``(B, N)``."""
+    """Clips of one batch: features, frame tags ``(B, N, n_tags)`` and their mask ``(B, N)``."""
 
     features: Tensor
     frame_tags: Tensor
@@ -87,12 +91,12 @@ def pretrain_encoder(
 
     def logits(batch: EncoderBatch) -> tuple[Tensor, Tensor]:
         if temporal:
-            rows = encode_temporal(encoder, batch.features, steps_per_token)
+            rows = encode_temporal(cast(WhisperEncoder, encoder), batch.features, steps_per_token)
             rows = rows[:, : batch.frame_tags.shape[1]]
             weights = batch.frame_mask.to(rows.dtype).unsqueeze(-1)
             pooled = (rows * weights).sum(1) / weights.sum(1)
         else:
-            events, pooled = encode_event(encoder, batch.features)
+            events, pooled = encode_event(cast(ClapAudioEncoder, encoder), batch.features)
             rows = F.adaptive_avg_pool1d(events.transpose(1, 2), window_tokens).transpose(1, 2)
             rows = rows[:, : batch.frame_tags.shape[1]]
         return heads.frame(rows).float(), heads.clip(pooled).float()

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
 import torch
-from tinygiant.runtime.errors import CheckpointError, StorageError, TinyGiantError
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from tinygiant.runtime.errors import CheckpointError, StorageError, TinyGiantError
 
 __all__ = ["LoopConfig", "ParameterGroup", "train"]
 
@@ -38,7 +39,7 @@ class LoopConfig:
     """How long and how fast to learn.
 
     ``steps`` optimizer steps, each over ``accumulate`` batches. The learning rate of each group
-    rises linearly for ``warmup_steps``, then falls along a cosine to ``final_fraction`` of its peak.
+    rises linearly for ``warmup_steps``, then falls as a cosine to ``final_fraction`` of the peak.
     ``precision = auto`` uses bfloat16 autocast where the device multiplies it natively.
     """
 
@@ -115,7 +116,7 @@ def train(
             for part in range(config.accumulate):
                 with autocast(config.precision, device):
                     loss, extra = loss_of(batch_at(step * config.accumulate + part))
-                (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+                (loss / config.accumulate).backward()
                 for name, value in {"loss": float(loss.detach()), **extra}.items():
                     numbers[name] = numbers.get(name, 0.0) + value / config.accumulate
             if not math.isfinite(numbers["loss"]):
@@ -136,9 +137,7 @@ def train(
                 }
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}")
                 _write_log(log, numbers)
-            if evaluate is not None and (
-                step % config.evaluate_every == 0 or step == config.steps
-            ):
+            if evaluate is not None and (step % config.evaluate_every == 0 or step == config.steps):
                 _write_log(log, {"step": step, **evaluate()})
             if step % config.save_every == 0 or step == config.steps:
                 _save(folder, step, modules, optimizer)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
 from tinygiant.models.checkpoint import save
 from tinygiant.models.config import TinyGiantConfig, preset
 from tinygiant.models.tensors import load_into, open_tensors
@@ -27,7 +28,8 @@ from tinygiant.models.training.reasoning import ReasoningTask, train_reasoning
 from tinygiant.models.training.streams import cache_streams
 from tinygiant.models.training.tokenizer import train_tokenizer
 from tinygiant.models.training.world_set import WorldReasoningSet, training_texts
-from tinygiant.models.world.dataset import WorldDataset, build as build_world
+from tinygiant.models.world.dataset import WorldDataset
+from tinygiant.models.world.dataset import build as build_world
 from tinygiant.runtime.errors import TinyGiantError
 from tinygiant.runtime.tokenizer import Tokenizer
 

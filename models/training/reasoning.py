@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
+
 from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.models.training.batching import LengthBatches
 from tinygiant.models.training.loop import LoopConfig, ParameterGroup, autocast, train
-from torch import Tensor
 
 __all__ = ["ReasoningSet", "ReasoningTask", "Sample", "collate", "response_loss", "train_reasoning"]
 

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
+
 from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.models.world.dataset import WorldDataset
 from tinygiant.runtime.chunks import Chunk
-from tqdm import tqdm
 
 __all__ = ["CachedStreams", "cache_streams"]
 
 
 class CachedStreams:
-    """Streams and anchors of a split: ``streams(i) (N, stream_size)``, ``anchor(i) (anchor_size,)``."""
+    """A split's ``streams(i) (N, stream_size)`` and ``anchor(i) (anchor_size,)``."""
 
     def __init__(self, folder: Path) -> None:
         self._rows = np.load(folder / "streams.npy", mmap_mode="r")

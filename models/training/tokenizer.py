@@ -1,13 +1,14 @@
-"""Nano's tokenizer: Qwen3's kind (NFC, its splitting rule, byte-level BPE), with a small vocabulary."""
+"""Nano's tokenizer: Qwen3's kind (NFC, its splitting rule, byte-level BPE), small vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from tinygiant.models.config import NANO_SPECIAL_TOKENS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
+
+from tinygiant.models.config import NANO_SPECIAL_TOKENS
 
 __all__ = ["train_tokenizer"]
 

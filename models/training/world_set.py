@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from tinygiant.models.training.reasoning import Sample
 from tinygiant.models.training.streams import CachedStreams
 from tinygiant.models.world.dataset import WorldDataset
