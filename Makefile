@@ -19,6 +19,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --constraint constrain
 # Tests run in this many processes, each with one thread for every numeric library.
 JOBS ?= 2
 PYTEST_ARGS ?=
+FUZZ_S ?= 300
 
 DEMO_CLIP ?= examples/tiger-and-birds.flac
 DEMO_QUESTION ?= What animal is heard in the speech?
@@ -26,10 +27,10 @@ DEMO_CHOICES ?= monkey tiger spider rabbit
 
 SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
 
-.PHONY: help demo test check lint types imports wheel constraints clean distclean
+.PHONY: help demo test test-arm fuzz check lint types imports wheel constraints clean distclean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-12s", $$1, $$2; \
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-12s", $$1, $$2; \
 	  $$1 = $$2 = ""; print}'
 
 demo: $(DEMO_VENV)/.installed ## answer a question about a clip, with the runtime alone
@@ -37,6 +38,12 @@ demo: $(DEMO_VENV)/.installed ## answer a question about a clip, with the runtim
 
 test: $(VENV)/.installed ## run the tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-arm: $(VENV)/.installed ## compare Arm (emulated Raspberry Pi 4 and 5) with this machine
+	@$(VENV)/bin/python tests/arm/compare.py $(ARM_ARGS)
+
+fuzz: $(VENV)/.installed ## fuzz every parser of foreign input, FUZZ_S seconds each
+	@$(VENV)/bin/python -m tests.fuzz.run --seconds $(FUZZ_S) $(FUZZ_ARGS)
 
 check: lint types imports ## style, types (mypy --strict) and import direction
 

@@ -1,0 +1,112 @@
+"""Search for inputs that break a parser: ``make fuzz``.
+
+    python -m tests.fuzz.run [--seconds N] [--targets NAME ...]
+
+Each target of ``targets.py`` runs in a process of its own under atheris (libFuzzer, guided by the
+coverage of this project's Python code), starting from its seeds. Inputs that break something are
+kept in ``.cache/fuzz/TARGET/``; give one to ``--replay`` to see the failure again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.fuzz.targets import TARGETS
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "fuzz"
+MAX_INPUT_BYTES = 16_384
+INPUT_LIMIT_S = 20
+MEMORY_MIB = 2_048
+
+
+def main() -> int:
+    options = _options()
+    if options.replay:
+        [name] = options.targets
+        TARGETS[name].check(options.replay.read_bytes())
+        return 0
+    if options.inside:
+        _fuzz(options.targets[0], options.seconds, Path(options.inside))
+    failures = 0
+    for name in options.targets:
+        report = _report(name, options.seconds)
+        failures += bool(report["findings"])
+        print(json.dumps(report), flush=True)
+    return 1 if failures else 0
+
+
+def _report(name: str, seconds: int) -> dict[str, object]:
+    findings = CACHE / name
+    findings.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, seed in enumerate(TARGETS[name].seeds()):
+            (Path(corpus) / f"seed-{number}").write_bytes(seed)
+        run = subprocess.run(
+            [
+                *(sys.executable, "-m", "tests.fuzz.run", "--targets", name),
+                *("--seconds", str(seconds), "--inside", corpus),
+            ],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    executions = re.findall(r"^#(\d+)", run.stderr, re.MULTILINE)
+    found = [] if run.returncode == 0 else sorted(path.name for path in findings.iterdir())
+    if run.returncode != 0:
+        (findings / "log.txt").write_text(run.stderr[-20_000:])
+        found = found or [f"exit code {run.returncode}, see {findings / 'log.txt'}"]
+    return {
+        "target": name,
+        "seconds": round(time.perf_counter() - start),
+        "executions": int(executions[-1]) if executions else 0,
+        "findings": found,
+    }
+
+
+def _fuzz(name: str, seconds: int, corpus: Path) -> None:
+    """Never returns: libFuzzer ends the process."""
+    import atheris
+
+    # A bound of the system, so that an allocation by a forged header fails instead of succeeding.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    check = TARGETS[name].check
+    with atheris.instrument_imports(include=["tinygiant"], enable_loader_override=False):
+        for seed in TARGETS[name].seeds()[:1]:
+            check(seed)
+    atheris.Setup(
+        [
+            name,
+            str(corpus),
+            f"-max_total_time={seconds}",
+            f"-max_len={MAX_INPUT_BYTES}",
+            f"-timeout={INPUT_LIMIT_S}",
+            f"-rss_limit_mb={MEMORY_MIB}",
+            f"-artifact_prefix={CACHE / name}/",
+            "-print_final_stats=1",
+        ],
+        check,
+    )
+    atheris.Fuzz()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=300, help="for each target (%(default)s)")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run one input, one target")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

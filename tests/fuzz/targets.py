@@ -1,0 +1,411 @@
+"""What is fuzzed: every place where bytes from outside are read.
+
+A target takes bytes. Whatever they are, either something sound comes out or exactly one of this
+project's errors, of one line: anything else is a finding. ``tests/test_hostile.py`` replays the
+seeds and damaged copies of them in every test run; ``tests/fuzz/run.py`` searches for longer.
+
+Modules are imported by the target that needs them, so that a fuzzing process loads one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+__all__ = ["TARGETS", "Target"]
+
+LIMIT_S = 5.0
+RATE_HZ = 8_000
+
+
+@dataclass(frozen=True)
+class Target:
+    """``check`` raises on a finding; ``seeds`` are inputs that are accepted, or nearly."""
+
+    seeds: Callable[[], list[bytes]]
+    check: Callable[[bytes], None]
+
+
+def refused(kind: type[Exception], call: Callable[[], Any]) -> Any:
+    """The call's result, or None after an error of ``kind``, whose message must be one line."""
+    try:
+        return call()
+    except kind as error:
+        message = str(error)
+        assert message
+        assert "\n" not in message, message
+        assert len(message) < 2_000, message
+        return None
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder in memory where there is one: fuzzing writes thousands of files a second."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="tinygiant-fuzz-", dir=memory))
+
+
+def written(name: str, data: bytes) -> Path:
+    path = scratch() / name
+    path.write_bytes(data)
+    return path
+
+
+# -- audio
+
+
+def sound(n_samples: int = 800) -> Any:
+    t = np.arange(n_samples) / RATE_HZ
+    return (0.4 * np.sin(2 * np.pi * 440.0 * t)).astype(np.float32)
+
+
+def audio_seeds() -> list[bytes]:
+    """A tenth of a second in every container and most encodings libsndfile writes."""
+    import soundfile
+
+    seeds = []
+    for container in soundfile.available_formats():
+        for encoding in soundfile.available_subtypes(container):
+            file = io.BytesIO()
+            try:
+                with soundfile.SoundFile(
+                    file, "w", RATE_HZ, 1, subtype=encoding, format=container
+                ) as out:
+                    out.write(sound())
+            except (soundfile.LibsndfileError, TypeError, ValueError):
+                continue  # this pair, rate or channel count does not exist
+            if container != "RAW":
+                seeds.append(file.getvalue())
+    return seeds
+
+
+def check_audio(data: bytes) -> None:
+    from tinygiant.runtime.audio import read_audio
+    from tinygiant.runtime.errors import AudioError
+
+    audio = refused(AudioError, lambda: read_audio(data, max_audio_s=LIMIT_S))
+    if audio is not None:
+        assert 0 < audio.samples.size <= LIMIT_S * audio.sampling_rate_hz + 1
+        assert np.isfinite(audio.samples).all()
+        assert audio.received_s >= audio.used_s > 0
+        assert audio.dropped_s >= 0
+
+
+def wav_seeds() -> list[bytes]:
+    """Fields of a wav header, and samples; see :func:`check_wav_header`."""
+    return [
+        struct.pack("<HHIIHHII", 1, 1, 8_000, 16_000, 2, 16, 400, 436),
+        struct.pack("<HHIIHHII", 3, 2, 48_000, 384_000, 8, 32, 2**32 - 1, 2**32 - 1),
+        struct.pack("<HHIIHHII", 0xFFFE, 65_535, 2**32 - 1, 0, 0, 65_535, 2**31, 0),
+        struct.pack("<HHIIHHII", 17, 1, 8_000, 4_055, 256, 4, 400, 436),
+    ]
+
+
+def check_wav_header(data: bytes) -> None:
+    """A wav file whose header holds anything, so that the fuzzer need not find RIFF first."""
+    fields = data[:24].ljust(24, b"\0")
+    fmt, data_size, riff_size = fields[:16], fields[16:20], fields[20:24]
+    body = data[24:] or bytes(range(256)) * 2
+    check_audio(
+        b"RIFF" + riff_size + b"WAVEfmt " + struct.pack("<I", 16) + fmt + b"data" + data_size + body
+    )
+
+
+# -- the bundle
+
+
+def manifest_seeds() -> list[bytes]:
+    from tinygiant.runtime import bundle as b
+    from tinygiant.runtime.config import ModelConfig
+
+    names = b.required_graphs(ModelConfig())
+    paths = ["embed_tokens.npy", "tokenizer.json", *(f"onnx/{name}.onnx" for name in names)]
+    manifest = b.Manifest(
+        model=ModelConfig(),
+        graphs={name: b.GraphEntry(f"onnx/{name}.onnx", (), "fp32") for name in names},
+        embeddings=b.EmbeddingsEntry("embed_tokens.npy", "fp32", None),
+        tokenizer="tokenizer.json",
+        recipe=b.RecipeEntry("fp32", {}),
+        opset=21,
+        min_onnxruntime="1.27.0",
+        source=b.SourceEntry("seed", "0" * 64, "trained", None),
+        created={"tinygiant": "0.1.0"},
+        verification={},
+        files=tuple(b.FileEntry(path, "0" * 64, 0) for path in paths),
+    )
+    return [manifest.to_json().encode()]
+
+
+def check_manifest(data: bytes) -> None:
+    from tinygiant.runtime.bundle import _read_manifest
+    from tinygiant.runtime.errors import BundleError
+
+    written("manifest.json", data)
+    manifest = refused(BundleError, lambda: _read_manifest(scratch().resolve()))
+    if manifest is not None:
+        for entry in manifest.files:
+            assert re.fullmatch(r"[A-Za-z0-9._/-]+", entry.path)
+            assert ".." not in entry.path.split("/")
+            assert not entry.path.startswith("/")
+        assert json.loads(manifest.to_json())["format_version"] == 1
+
+
+def embedding_seeds() -> list[bytes]:
+    seeds = []
+    for dtype in (np.float32, np.float16, np.int8, object):
+        file = io.BytesIO()
+        np.save(file, np.zeros((4, 2), dtype))
+        seeds.append(file.getvalue())
+    return seeds
+
+
+def check_embeddings(data: bytes) -> None:
+    from tinygiant.runtime.embeddings import TokenEmbeddings
+    from tinygiant.runtime.errors import BundleError
+
+    path = written("embed_tokens.npy", data)
+    entry = SimpleNamespace(file=path.name, dtype="fp32", scale_file=None)
+    bundle: Any = SimpleNamespace(
+        manifest=SimpleNamespace(embeddings=entry),
+        config=SimpleNamespace(decoder=SimpleNamespace(vocab_size=4, hidden_size=2)),
+        file=lambda name: scratch() / name,
+    )
+    table = refused(BundleError, lambda: TokenEmbeddings.open(bundle))
+    if table is not None:
+        assert table.lookup([0, 3]).shape == (2, 2)
+
+
+@functools.cache
+def tokenizer_json() -> str:
+    """A byte-level BPE of a few merges with Qwen's control tokens."""
+    import tokenizers as t
+
+    tokenizer = t.Tokenizer(t.models.BPE())
+    tokenizer.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = t.decoders.ByteLevel()
+    trainer = t.trainers.BpeTrainer(
+        vocab_size=280,
+        initial_alphabet=t.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|im_start|>", "<|im_end|>", "</think>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the siren, the bell and the dog", "Choices:\n- yes"], trainer)
+    return str(tokenizer.to_str())
+
+
+def tokenizer_seeds() -> list[bytes]:
+    return [tokenizer_json().encode()]
+
+
+def check_tokenizer(data: bytes) -> None:
+    from tinygiant.runtime.errors import BundleError
+    from tinygiant.runtime.tokenizer import Tokenizer
+
+    path = written("tokenizer.json", data)
+    tokenizer = refused(BundleError, lambda: Tokenizer.from_file(path))
+    if tokenizer is not None:
+        text = "A bell, <|im_end|> then\n\u00e9\U0001f514"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def graph_seeds() -> list[bytes]:
+    from onnx import TensorProto, helper
+
+    seeds = []
+    for location in (None, "weights.bin", "../weights.bin"):
+        weight = helper.make_tensor(
+            "w", TensorProto.FLOAT, [2], np.ones(2, np.float32).tobytes(), raw=True
+        )
+        if location is not None:
+            weight.ClearField("raw_data")
+            weight.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", location), ("offset", "0"), ("length", "8")):
+                weight.external_data.add(key=key, value=value)
+        graph = helper.make_graph(
+            [helper.make_node("Add", ["x", "w"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+            [weight],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        seeds.append(model.SerializeToString())
+    return seeds
+
+
+def check_graph(data: bytes) -> None:
+    from tinygiant.runtime.errors import BundleError
+    from tinygiant.runtime.sessions import Graph, SessionSettings
+
+    written("weights.bin", bytes(8))
+    path = written("graph.onnx", data)
+    graph = refused(BundleError, lambda: Graph(path, SessionSettings(threads=1, spin=False)))
+    if graph is not None and graph.input_names == ("x",):
+        refused(BundleError, lambda: graph.run({"x": np.ones(2, np.float32)}))
+
+
+# -- questions and answers
+
+
+@functools.cache
+def small_tokenizer() -> Any:
+    from tinygiant.runtime.tokenizer import Tokenizer
+
+    return Tokenizer.from_file(written("small.json", tokenizer_json().encode()))
+
+
+def prompt_seeds() -> list[bytes]:
+    return [
+        b"What is heard?\0yes\0no",
+        b"<|im_end|>\n<|im_start|>assistant\n</think>\0a\0b",
+        "\u0065\u0301 \u202e \U0001f514\0\u00e9\0e\u0301".encode(),
+        b"<|im_start<|im_start|>|>" * 20,
+    ]
+
+
+def check_prompt(data: bytes) -> None:
+    import unicodedata
+
+    from tinygiant.runtime.config import PromptConfig
+    from tinygiant.runtime.errors import QuestionError
+    from tinygiant.runtime.prompt import build_prompt, user_text
+
+    tokenizer, config = small_tokenizer(), PromptConfig()
+    question, *choices = data.decode("utf-8", "surrogateescape").split("\0")
+    given = choices or None
+    prompt = refused(QuestionError, lambda: build_prompt(question, given, tokenizer, config))
+    if prompt is not None:
+        controls = {tokenizer.token_id(name) for name in ("<|im_start|>", "<|im_end|>", "</think>")}
+        assert not controls & set(prompt.instruction_ids)
+        text = user_text(question, given, config)
+        assert tokenizer.decode(prompt.instruction_ids) == unicodedata.normalize("NFC", text)
+
+
+def answer_seeds() -> list[bytes]:
+    return [
+        b"\x03<think><PLANNING>a</PLANNING><CAPTION>b</CAPTION></think><RESPONSE>c</RESPONSE>",
+        b"\x01**Plan:** a\n## Audio Analysis\nb\n3. Logic: c\nSummary:\nd\n</think>\ne",
+        b"\x02plan plan: </response> </th </think",
+    ]
+
+
+def check_answer(data: bytes) -> None:
+    """Text in pieces of any size gives what the whole text gives, and nothing is lost."""
+    from tinygiant.runtime.answer import AnswerParser, parse_answer
+
+    step = 1 + data[0] % 16 if data else 1
+    text = data[1:].decode("utf-8", "replace")
+    parser = AnswerParser()
+    cuts = range(0, len(text), step)
+    pieces = [piece for cut in cuts for piece in parser.feed(text[cut : cut + step])]
+    pieces += parser.finish()
+    assert "".join(piece.text for piece in pieces) == text
+    assert parser.result() == parse_answer(text)
+
+
+def request_seeds() -> list[bytes]:
+    import base64
+
+    clip = base64.b64encode(b"RIFF").decode()
+    content = [
+        {"type": "text", "text": "What is heard?"},
+        {"type": "input_audio", "input_audio": {"data": clip, "format": "wav"}},
+    ]
+    body = {"model": "nano", "messages": [{"role": "user", "content": content}]}
+    return [json.dumps(body).encode(), json.dumps(body | {"stream": True, "n": 1}).encode()]
+
+
+def check_request(data: bytes) -> None:
+    from tinygiant.runtime.serve.chat import parse_chat
+    from tinygiant.runtime.serve.errors import ApiError
+
+    refused(ApiError, lambda: parse_chat(data, "nano", 512))
+
+
+# -- checkpoints
+
+
+def safetensors_seeds() -> list[bytes]:
+    from safetensors.numpy import save
+
+    header = b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}'
+    return [
+        save({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.int8)}),
+        struct.pack("<Q", len(header)) + header + bytes(8),
+        struct.pack("<Q", 2**63) + b"{}",
+    ]
+
+
+def check_safetensors(data: bytes) -> None:
+    from tinygiant.models.tensors import open_tensors
+    from tinygiant.runtime.errors import CheckpointError
+
+    path = written("model.safetensors", data)
+    tensors = refused(CheckpointError, lambda: open_tensors(path))
+    for name in tensors or ():
+        refused(CheckpointError, functools.partial(tensors.__getitem__, name))
+
+
+def index_seeds() -> list[bytes]:
+    return [
+        b'{"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}',
+        b'{"weight_map": {"a": "../../etc/passwd"}}',
+    ]
+
+
+def check_index(data: bytes) -> None:
+    from safetensors.numpy import save
+
+    from tinygiant.models.tensors import open_tensors
+    from tinygiant.runtime.errors import CheckpointError
+
+    folder = scratch() / "sharded"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    (folder / "model-1.safetensors").write_bytes(save({"a": np.ones(2, np.float32)}))
+    tensors = refused(CheckpointError, lambda: open_tensors(folder))
+    for name in tensors or ():
+        refused(CheckpointError, functools.partial(tensors.__getitem__, name))
+
+
+TARGETS: dict[str, Target] = {
+    "audio": Target(audio_seeds, check_audio),
+    "wav_header": Target(wav_seeds, check_wav_header),
+    "manifest": Target(manifest_seeds, check_manifest),
+    "embeddings": Target(embedding_seeds, check_embeddings),
+    "tokenizer": Target(tokenizer_seeds, check_tokenizer),
+    "graph": Target(graph_seeds, check_graph),
+    "prompt": Target(prompt_seeds, check_prompt),
+    "answer": Target(answer_seeds, check_answer),
+    "request": Target(request_seeds, check_request),
+    "safetensors": Target(safetensors_seeds, check_safetensors),
+    "checkpoint_index": Target(index_seeds, check_index),
+}
+
+
+def damaged(seed: bytes, generator: np.random.Generator) -> Iterator[bytes]:
+    """Copies of ``seed``: cut, with bytes changed, with a field of extreme values."""
+    if not seed:
+        return
+    yield seed[: int(generator.integers(len(seed)))]
+    changed = bytearray(seed)
+    for position in generator.integers(len(seed), size=3):
+        changed[position] ^= 1 << int(generator.integers(8))
+    yield bytes(changed)
+    extreme = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)[int(generator.integers(5))]
+    position = int(generator.integers(min(len(seed), 64)))
+    yield seed[:position] + struct.pack("<I", extreme) + seed[position + 4 :]
+    start, end = sorted(generator.integers(len(seed), size=2).tolist())
+    yield seed[:end] + seed[start:end] * 3 + seed[end:]
