@@ -1,0 +1,81 @@
+"""Who answers: the boundary between the benchmark and a model, and the runtime behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.predictions import file_sha256
+from tinygiant.runtime import load
+from tinygiant.runtime.bundle import MANIFEST_NAME
+
+__all__ = ["Answerer", "Question", "Reply", "RuntimeAnswerer", "thought_of"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one file."""
+
+    audio: Path
+    question: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """``answer`` is exactly one of the choices; ``thought`` is as written, without think tags."""
+
+    answer: str
+    thought: str
+
+
+class Answerer(Protocol):
+    """A model. ``about`` goes into the results, ``identity`` tells one model from another."""
+
+    batch_size: int
+    identity: str
+    about: dict[str, Any]
+
+    def answer(self, questions: Sequence[Question]) -> list[Reply]:
+        """Answer at most ``batch_size`` questions."""
+
+
+class RuntimeAnswerer:
+    """A bundle in ``tinygiant.runtime``."""
+
+    batch_size = 1
+
+    def __init__(self, bundle: Path | None, *, max_new_tokens: int, threads: int | None) -> None:
+        """Load ``bundle``; the one installed with the runtime if None."""
+        self._model = load(bundle, threads=threads)
+        self._max_new_tokens = max_new_tokens
+        opened = self._model.bundle
+        manifest = opened.manifest
+        self.identity = file_sha256(opened.root / MANIFEST_NAME)
+        self.about: dict[str, Any] = {
+            "kind": "bundle",
+            "name": manifest.model.name,
+            "recipe": manifest.recipe.name,
+            "checkpoint_sha256": manifest.source.sha256,
+            "weights": manifest.source.weights,
+            "intent_query": manifest.model.projector.intent_query,
+            "semantic_gate": manifest.model.projector.semantic_gate,
+            "size_bytes": sum(entry.size_bytes for entry in manifest.files),
+        }
+
+    def answer(self, questions: Sequence[Question]) -> list[Reply]:
+        """Answer the questions one after another."""
+        replies = []
+        for one in questions:
+            answer = self._model.ask(
+                one.audio, one.question, one.choices, max_new_tokens=self._max_new_tokens
+            )
+            replies.append(Reply(answer.text, thought_of(answer.raw_text)))
+        return replies
+
+
+def thought_of(raw_text: str) -> str:
+    """What a model wrote before it closed its thought, without the think tags."""
+    return raw_text.partition("</think>")[0].strip().removeprefix("<think>").strip()
