@@ -13,8 +13,7 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -99,7 +98,7 @@ def export_bundle(
         recipe: how to quantize it, and how good the result must be.
         force: replace an existing bundle.
         threads: threads of the verification; the physical cores if None.
-        progress: called with one line when a stage ends.
+        progress: called with one line when a stage begins; it tells the seconds since the start.
 
     Raises:
         CheckpointError: the source's tensors do not fit.
@@ -110,9 +109,9 @@ def export_bundle(
     with staged_folder(target, force=force) as root:
         job = _Job(source, root, recipe, progress)
         job.write_components()
-        with job.stage("verification"):
-            (root / MANIFEST_NAME).write_text(job.manifest({}).to_json(), encoding="utf-8")
-            verification = verify_bundle(root, job.reference, recipe, threads=threads)
+        job.stage("verification")
+        (root / MANIFEST_NAME).write_text(job.manifest({}).to_json(), encoding="utf-8")
+        verification = verify_bundle(root, job.reference, recipe, threads=threads)
         verification.require()
         manifest = job.finish(verification)
         return Export(manifest, tuple(job.reports), verification)
@@ -129,7 +128,9 @@ class _Job:
     reports: list[GraphReport] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._start = time.perf_counter()
         self.config = self.source.config.runtime
+        self.stage("source")
         self._entry = self.source.entry()
         self._scratch = self.root / _SCRATCH
         self._scratch.mkdir()
@@ -181,63 +182,60 @@ class _Job:
 
     def finish(self, verification: Verification) -> Manifest:
         """Write the report, the model card and the final manifest."""
-        with self.stage("manifest"):
-            report = verification.to_dict()
-            report["quantization"] = [dataclasses.asdict(report) for report in self.reports]
-            text = json.dumps(report, indent=2, sort_keys=True, allow_nan=False) + "\n"
-            (self.root / VERIFICATION_NAME).write_text(text, encoding="utf-8")
-            draft = self.manifest(verification.summary())
-            card = model_card(draft, self.reports, verification)
-            (self.root / CARD_NAME).write_text(card, encoding="utf-8")
-            manifest = self.manifest(verification.summary())
-            (self.root / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        self.stage("manifest")
+        report = verification.to_dict()
+        report["quantization"] = [dataclasses.asdict(report) for report in self.reports]
+        text = json.dumps(report, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        (self.root / VERIFICATION_NAME).write_text(text, encoding="utf-8")
+        draft = self.manifest(verification.summary())
+        card = model_card(draft, self.reports, verification)
+        (self.root / CARD_NAME).write_text(card, encoding="utf-8")
+        manifest = self.manifest(verification.summary())
+        (self.root / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Tell how long a stage took, once it is done."""
-        start = time.perf_counter()
-        yield
-        self.progress(f"{name}: {time.perf_counter() - start:.1f} s")
+    def stage(self, name: str) -> None:
+        """Tell what is being done now."""
+        self.progress(f"[{time.perf_counter() - self._start:6.1f} s] {name}")
 
     def _write_whisper(self) -> None:
         encoder = cast(WhisperEncoder, self._component("whisper"))
-        with self.stage("whisper_encoder: PyTorch"):
-            self.reference.run_temporal(encoder)
-        with self.stage("whisper_encoder: graph"):
-            save_graph(export_temporal_encoder(encoder, self.config), self._fp32("whisper_encoder"))
+        self.stage("whisper_encoder: PyTorch")
+        self.reference.run_temporal(encoder)
+        self.stage("whisper_encoder: graph")
+        save_graph(export_temporal_encoder(encoder, self.config), self._fp32("whisper_encoder"))
 
     def _write_htsat(self) -> None:
         encoder = cast(ClapAudioEncoder, self._component("htsat"))
-        with self.stage("htsat_encoder: PyTorch"):
-            self.reference.run_events(encoder)
-        with self.stage("htsat_encoder: graph"):
-            save_graph(export_event_encoder(encoder, self.config), self._fp32("htsat_encoder"))
+        self.stage("htsat_encoder: PyTorch")
+        self.reference.run_events(encoder)
+        self.stage("htsat_encoder: graph")
+        save_graph(export_event_encoder(encoder, self.config), self._fp32("htsat_encoder"))
 
     def _write_clap(self) -> None:
         encoder = cast(ClapAudioEncoder, self._component("clap"))
-        with self.stage("clap_encoder: PyTorch"):
-            self.reference.run_anchors(encoder)
-        with self.stage("clap_encoder: graph"):
-            save_graph(export_anchor_encoder(encoder, self.config), self._fp32("clap_encoder"))
+        self.stage("clap_encoder: PyTorch")
+        self.reference.run_anchors(encoder)
+        self.stage("clap_encoder: graph")
+        save_graph(export_anchor_encoder(encoder, self.config), self._fp32("clap_encoder"))
 
     def _write_projector_and_decoder(self) -> None:
         decoder = cast(Qwen3ForCausalLM, self._component("decoder"))
         projector = cast(Projector, self._component("projector"))
-        with self.stage("projector: PyTorch"):
-            self.reference.run_projector(projector, decoder.get_input_embeddings())
-        with self.stage("projector: graph"):
-            save_graph(export_projector(projector, self.config), self._fp32("projector"))
+        self.stage("projector: PyTorch")
+        self.reference.run_projector(projector, decoder.get_input_embeddings())
+        self.stage("projector: graph")
+        save_graph(export_projector(projector, self.config), self._fp32("projector"))
         del projector
-        with self.stage("decoder_model: PyTorch"):
-            self.reference.run_decoder(decoder)
+        self.stage("decoder_model: PyTorch")
+        self.reference.run_decoder(decoder)
         tensors = {name: tensor.numpy() for name, tensor in decoder.state_dict().items()}
         if decoder.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        with self.stage("decoder_model: graph"):
-            build_decoder(self.config.decoder, tensors, self._fp32("decoder_model"))
-        with self.stage("embed_tokens"):
-            self._write_embeddings(tensors["model.embed_tokens.weight"])
+        self.stage("decoder_model: graph")
+        build_decoder(self.config.decoder, tensors, self._fp32("decoder_model"))
+        self.stage("embed_tokens")
+        self._write_embeddings(tensors["model.embed_tokens.weight"])
 
     def _write_embeddings(self, table: NDArray[np.float32]) -> None:
         if self.recipe.embeddings == "fp32":
@@ -248,8 +246,8 @@ class _Job:
         np.save(self.root / SCALES_NAME, scales)
 
     def _component(self, name: str) -> nn.Module:
-        with self.stage(f"{name}: loaded"):
-            module = self.source.component(name)
+        self.stage(f"{name}: load")
+        module = self.source.component(name)
         if module is None:
             raise CheckpointError(f"the model has no {name}, which its configuration needs")
         return module
@@ -260,9 +258,9 @@ class _Job:
     def _quantize(self, graph: str) -> None:
         """Scratch to bundle; the float32 graph is deleted at once, it may be gigabytes."""
         source, scheme = self._fp32(graph), self.recipe.graphs[graph]
-        with self.stage(f"{graph}: {scheme.label}"):
-            target = self.root / GRAPH_FOLDER / source.name
-            self.reports.append(quantize_graph(source, target, scheme))
+        self.stage(f"{graph}: {scheme.label}")
+        target = self.root / GRAPH_FOLDER / source.name
+        self.reports.append(quantize_graph(source, target, scheme))
         source.unlink()
         weights_path(source).unlink(missing_ok=True)
 

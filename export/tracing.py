@@ -224,7 +224,7 @@ def _permuted(tensor: ir.TensorProtocol, perm: Sequence[int]) -> ir.Shape:
 
 
 def _drop_idle_reshapes(graph: ir.Graph) -> None:
-    """Join chains of Reshapes, and drop those that change nothing.
+    """Drop Reshapes whose output is, by name of every size, a value that they come from.
 
     Fused attention takes and gives ``(B, S, heads * d)``, so the reshapes to and from single heads
     around it are idle.
@@ -263,7 +263,7 @@ def _name_after_weights(graph: ir.Graph) -> None:
         module = next(
             (str(v.name).removesuffix(".weight") for v in weights if _is_weight(str(v.name))), None
         )
-        if module is not None and module not in taken and node.op_type != "Slice":
+        if module is not None and module not in taken:
             taken.add(module)
             node.name = module
 
