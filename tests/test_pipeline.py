@@ -75,6 +75,25 @@ def test_greedy_tokens_equal_pytorch(
             assert answer.raw_text == f"{text}</think>\n<RESPONSE>\n{answer.text}</RESPONSE>"
 
 
+def test_greedy_tokens_equal_pytorch_on_200_pairs(
+    tiny: TinyGiant, tiny_model: TinyGiantALM, tokenizer: Tokenizer, tone: Tone
+) -> None:
+    rng = np.random.default_rng(11)
+    words = ["dog", "siren", "bell", "door", "first", "loud", "who", "what", "barks", "speaking"]
+    for number in range(10):
+        samples = tone(float(rng.uniform(0.2, 9.0)), 16_000) * rng.uniform(0.01, 1.0)
+        audio = read_audio((samples.astype(np.float32), 16_000))
+        encoded = encode_audio(tiny_model, audio)
+        for pair in range(20):
+            question = " ".join(rng.choice(words, size=int(rng.integers(1, 12)))) + "?"
+            embeds = input_embeddings(tiny_model, encoded, question, None, tokenizer)
+            tokens = greedy(tiny_model, embeds, 8)
+            answer = tiny.ask(audio, question, max_new_tokens=8)
+            assert answer.raw_text == tokenizer.decode(tokens), (number, question)
+            if pair < 3:  # the definition itself: the whole sequence again at every step
+                assert greedy(tiny_model, embeds, 8, use_cache=False) == tokens
+
+
 @pytest.mark.parametrize("seconds", [0.5, 2.0, 5.0, 9.0])
 def test_the_choice_is_the_one_pytorch_prefers(
     tiny: TinyGiant, tiny_model: TinyGiantALM, tokenizer: Tokenizer, tone: Tone, seconds: float
