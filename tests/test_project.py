@@ -25,6 +25,8 @@ CLIP = ROOT / "examples" / "tiger-and-birds.flac"
 PACKAGES = ("runtime", "models", "quantize", "export")
 # What the bare install brings, by import name, and the one module of the [mic] extra.
 RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "sounddevice", "soundfile", "soxr", "tokenizers"}
+# What runtime/serve/, which nothing else imports, may use on top: the extras [serve], [wyoming].
+SERVER_LIBRARIES = {"prometheus_client", "starlette", "uvicorn", "wyoming"}
 FORBIDDEN = ("torch", "transformers", "onnx", "librosa", "optimum", "safetensors", "scipy")
 
 
@@ -157,6 +159,24 @@ def test_an_answer_outside_the_repository(
     assert answered.stdout.strip() in choices
 
 
+@pytest.mark.parametrize(
+    ("command", "extra"), [("tg-export", "export"), ("tg-train", "train"), ("tg-serve", "serve")]
+)
+def test_a_missing_extra_is_named(
+    installed: Path, tmp_path: Path, command: str, extra: str
+) -> None:
+    arguments = {
+        "tg-export": ("--preset", "nano", "--random-weights", "0", "--output", "bundle"),
+        "tg-train": ("nano", "--out", "run"),
+        "tg-serve": (),
+    }
+    result = run(installed / command, *arguments[command], cwd=tmp_path)
+    assert result.returncode == errors.MissingDependencyError.exit_code, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert f"tinygiant[{extra}]" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 # --- imports -----------------------------------------------------------------------------------
 
 
@@ -172,14 +192,18 @@ def imported(path: Path) -> set[str]:
 
 
 def test_the_runtime_imports_only_its_own_libraries() -> None:
-    allowed = RUNTIME_LIBRARIES | set(sys.stdlib_module_names)
-    strangers = {
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in modules()
-        if path.is_relative_to(ROOT / "runtime")
-        for name in imported(path)
-        if name.split(".")[0] not in allowed and not f"{name}.".startswith("tinygiant.runtime.")
-    }
+    strangers = set()
+    for path in modules():
+        if not path.is_relative_to(ROOT / "runtime"):
+            continue
+        serves = path.is_relative_to(ROOT / "runtime" / "serve")
+        allowed = RUNTIME_LIBRARIES | sys.stdlib_module_names
+        allowed |= SERVER_LIBRARIES if serves else set()
+        for name in imported(path):
+            own = f"{name}.".startswith("tinygiant.runtime.")
+            own &= serves or not f"{name}.".startswith("tinygiant.runtime.serve.")
+            if not own and name.split(".")[0] not in allowed:
+                strangers.add(f"{path.relative_to(ROOT)}: {name}")
     assert not strangers
 
 

@@ -12,15 +12,12 @@ import sys
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
 
-from tinygiant.models.parts import Parts
-from tinygiant.models.training.cota import CotaRun, train_cota
-from tinygiant.models.training.nano import ENCODERS, NanoRun, pretrain, train_nano
-from tinygiant.models.training.picture import draw_losses
-from tinygiant.runtime.errors import TinyGiantError, UsageError
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["main"]
 
@@ -29,8 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``tg-train``; returns the exit code (see tinygiant.runtime.errors)."""
     options = _parser().parse_args(argv)
     try:
-        torch.set_num_threads(options.threads)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        _prepare_torch(options.threads)
         options.run(options)
     except TinyGiantError as error:
         print(f"tg-train: {error}", file=sys.stderr)
@@ -41,6 +37,22 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     return 0
+
+
+def _prepare_torch(threads: int) -> None:
+    """Import what training needs, here so that --help is instant and a missing extra one line."""
+    try:
+        import torch
+
+        import tinygiant.models.training.cota
+        import tinygiant.models.training.nano
+        import tinygiant.models.training.picture  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{error.name or error} is not installed; run: pip install 'tinygiant[train]'"
+        ) from error
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     encoder = commands.add_parser(
         "encoder", parents=[common], help="one step of nano: pre-train one encoder"
     )
-    encoder.add_argument("component", choices=ENCODERS)
+    encoder.add_argument("component", help="whisper or htsat")
     encoder.add_argument("--data", type=Path, help="the world's folder (default: OUT/world)")
     encoder.add_argument("--threads", type=int, default=1)
     encoder.set_defaults(run=_encoder)
@@ -92,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _nano(options: argparse.Namespace) -> None:
+    from tinygiant.models.training.nano import NanoRun, train_nano
+    from tinygiant.models.training.picture import draw_losses
+
     run = NanoRun(
         folder=options.out,
         data=options.data or options.out / "world",
@@ -110,6 +125,10 @@ def _nano(options: argparse.Namespace) -> None:
 
 
 def _encoder(options: argparse.Namespace) -> None:
+    from tinygiant.models.training.nano import ENCODERS, NanoRun, pretrain
+
+    if options.component not in ENCODERS:
+        raise UsageError(f"component {options.component!r} is unknown: use one of {ENCODERS}")
     run = NanoRun(
         folder=options.out,
         data=options.data or options.out / "world",
@@ -123,6 +142,10 @@ def _encoder(options: argparse.Namespace) -> None:
 
 
 def _cota(options: argparse.Namespace) -> None:
+    from tinygiant.models.parts import Parts
+    from tinygiant.models.training.cota import CotaRun, train_cota
+    from tinygiant.models.training.picture import draw_losses
+
     if options.checkpoint is not None:
         start: Path | Parts = options.checkpoint
     elif options.whisper and options.htsat and options.qwen3:
@@ -161,6 +184,8 @@ def read_recipe(path: Path | None, default: str) -> dict[str, Any]:
 
 
 def _device(name: str) -> torch.device:
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
