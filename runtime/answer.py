@@ -3,8 +3,8 @@ r"""The model's text taken apart: the thought's four parts and the answer, as it
 Two spellings are understood, in any case and mixed: CoTA's tags (``<think>``, ``<PLANNING>``,
 ``<CAPTION>``, ``<REASONING>``, ``<SUMMARY>``, ``<RESPONSE>``) and headings at the start of a line
 (``Plan:``, ``**Audio Analysis**``, ``## Logic``, ``4. Summary:``). Truncated and malformed text is
-never an error and never lost: :class:`AnswerParser` cuts what it is fed into :class:`Piece`\ s that
-joined give the text again, whatever the sizes it was fed in.
+never an error and never lost: :class:`AnswerParser` cuts what it is fed into pieces that joined
+give the text again, whatever the sizes it was fed in.
 
 Rules. A part lasts until the next tag or heading. ``</think>`` or ``<RESPONSE>`` ends the thought;
 headings count only before that, only ``</RESPONSE>`` is markup inside a response, and nothing is
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AnswerParser", "ParsedAnswer", "Piece", "Section", "parse_answer"]
+__all__ = ["AnswerParser", "ParsedAnswer", "Section", "TextPiece", "parse_answer"]
 
 Section = Literal["plan", "audio_analysis", "logic", "summary", "answer", "other"]
 """Where a piece of text belongs; ``other`` is a thought outside the four parts, or a trailer."""
@@ -62,8 +62,11 @@ _SLICE_CHARS = 256  # a long text is cut in slices, so that cost stays linear
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A piece of the model's text; ``markup`` marks tags and headings, which are not shown."""
+class TextPiece:
+    """A piece of the model's text; ``markup`` marks tags and headings, which are not shown.
+
+    Joined, the pieces are the text.
+    """
 
     text: str
     section: Section
@@ -101,15 +104,15 @@ class AnswerParser:
         self._line_start = True
         self._texts: dict[str, list[str]] = defaultdict(list)
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[TextPiece]:
         """Take more text; returns the pieces that are decided by now."""
-        pieces: list[Piece] = []
+        pieces: list[TextPiece] = []
         for start in range(0, len(text), _SLICE_CHARS):
             self._held += text[start : start + _SLICE_CHARS]
             pieces += self._cut(final=False)
         return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[TextPiece]:
         """The text has ended: returns the last pieces."""
         return list(self._cut(final=True))
 
@@ -129,7 +132,7 @@ class AnswerParser:
     def _text(self, key: str) -> str:
         return "".join(self._texts[key]).strip()
 
-    def _cut(self, *, final: bool) -> Iterator[Piece]:
+    def _cut(self, *, final: bool) -> Iterator[TextPiece]:
         """Cut what is decided off the held text, a piece at a time."""
         while self._held:
             if self._line_start and self._phase in ("start", "thought"):
@@ -169,19 +172,19 @@ class AnswerParser:
         newline = held.find("\n", 0, end)
         return end if newline < 0 else newline + 1
 
-    def _take(self, end: int, *, markup: bool = False) -> Piece:
+    def _take(self, end: int, *, markup: bool = False) -> TextPiece:
         text, self._held = self._held[:end], self._held[end:]
         self._line_start = text.endswith("\n")
         key = "response" if self._phase == "response" else self._section
         # Markup separates: a part that comes twice keeps its halves on lines of their own.
         self._texts[key].append("\n" if markup else text)
-        return Piece(text, self._section, markup)
+        return TextPiece(text, self._section, markup)
 
-    def _take_heading(self, heading: re.Match[str]) -> Piece:
+    def _take_heading(self, heading: re.Match[str]) -> TextPiece:
         self._enter("thought", _PART_OF_NAME[(heading["bold_name"] or heading["name"]).lower()])
         return self._take(heading.end(), markup=True)
 
-    def _take_tag(self, tag: re.Match[str]) -> Piece:
+    def _take_tag(self, tag: re.Match[str]) -> TextPiece:
         name = tag["name"].lower()
         opens = not tag.group().startswith("</")
         if name == "response" and opens:

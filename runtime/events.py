@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.answer import Section
+from tinygiant.runtime.answer import TextPiece
 
 __all__ = [
     "Answer",
@@ -146,15 +146,6 @@ class PromptRead:
     n_tokens: int
     intent_attention: NDArray[np.float32] | None
     gate: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True)
-class TextPiece:
-    """A piece of the model's text; joined, the pieces are ``raw_text``. ``markup`` is not shown."""
-
-    text: str
-    section: Section
-    markup: bool
 
 
 @dataclass(frozen=True)

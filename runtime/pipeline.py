@@ -1,7 +1,7 @@
 """The whole path, from audio and a question to an answer: one verb a stage.
 
 ``read`` (audio) -> ``listen`` (encoders) -> ``compose`` (projector and prompt) -> ``write``
-(decoder), and the text is parsed while it is written. :meth:`TinyGiant.ask` is built on
+(decoder); the text is parsed while it is written. :meth:`TinyGiant.ask` is built on
 :meth:`TinyGiant.stream`.
 
     >>> from tinygiant.runtime import load
@@ -14,15 +14,14 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Generic, Literal, TypeVar
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.answer import AnswerParser
+from tinygiant.runtime.answer import AnswerParser, ParsedAnswer, TextPiece
 from tinygiant.runtime.audio import MAX_AUDIO_S, Audio, AudioSource, read_audio
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
 from tinygiant.runtime.choices import ChoiceTrie
@@ -39,12 +38,12 @@ from tinygiant.runtime.events import (
     FinishReason,
     PromptRead,
     StreamsReady,
-    TextPiece,
     Timings,
     TokenCounts,
 )
 from tinygiant.runtime.prompt import IM_END, THINK_END, Prompt, build_prompt
 from tinygiant.runtime.sessions import GraphPool, SessionSettings
+from tinygiant.runtime.stages import Clock, Returning
 from tinygiant.runtime.streams import (
     Projection,
     StreamCache,
@@ -59,8 +58,6 @@ __all__ = ["MAX_NEW_TOKENS", "Memory", "TinyGiant", "load"]
 
 MAX_NEW_TOKENS = 512
 Memory = Literal["default", "low"]
-
-_T = TypeVar("_T")
 
 
 def load(
@@ -150,7 +147,7 @@ class TinyGiant:
             choices: 2 to 26 possible answers; the answer is then exactly one of them.
             max_new_tokens: how much the model may write. With choices this bounds the thought; the
                 answer itself comes on top.
-            max_audio_s: longest clip to accept.
+            max_audio_s: longest clip to read; an :class:`Audio` has been read already.
 
         Raises:
             AudioError: the audio cannot be read or is longer than ``max_audio_s``.
@@ -163,23 +160,13 @@ class TinyGiant:
             raise UsageError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         prompt = build_prompt(question, choices, self._tokenizer, self.config.prompt)
         trie = None if choices is None else ChoiceTrie.of_choices(choices, self._tokenizer)
-        return self._stream(audio, prompt, choices, trie, max_new_tokens, max_audio_s)
+        return self._stream(audio, _Request(prompt, choices, trie, max_new_tokens, max_audio_s))
 
-    def _stream(
-        self,
-        source: AudioSource | Audio,
-        prompt: Prompt,
-        choices: Sequence[str] | None,
-        trie: ChoiceTrie | None,
-        max_new_tokens: int,
-        max_audio_s: float,
-    ) -> Iterator[Event]:
-        clock = _Clock()
+    def _stream(self, source: AudioSource | Audio, request: _Request) -> Iterator[Event]:
+        clock = Clock()
         with clock.stage("audio"):
-            audio = (
-                source if isinstance(source, Audio) else read_audio(source, max_audio_s=max_audio_s)
-            )
-            account = _account(audio, self.config.chunk_s)
+            audio = self._read(source, request.max_audio_s)
+        account = _account(audio, self.config.chunk_s)
         yield AudioRead(account)
 
         with clock.stage("encode"):
@@ -187,65 +174,50 @@ class TinyGiant:
         yield StreamsReady(cached, clock.seconds("encode"))
 
         with clock.stage("project"):
-            projections, embeds = self._compose(prompt, outputs)
-        n_prompt = embeds.shape[1]
-        n_audio = sum(projection.audio_embeds.shape[1] for projection in projections)
+            projections, embeds = self._compose(request.prompt, outputs)
 
-        raw: list[str] = []
-        parser = AnswerParser(thinking=trie is not None)
-        detokenizer = StreamingDetokenizer(self._tokenizer)
-        n_generated, first_token_s = 0, 0.0
+        transcript = _Transcript(self._tokenizer, thinking=request.trie is not None)
+        first_token_s = 0.0
         with self._pool.use("decoder_model") as graph:
             with clock.stage("prefill"):
-                room = max_new_tokens + (0 if trie is None else 1 + trie.max_tokens)
-                decoder = Decoder(graph, self._embeddings, self.config.decoder, n_prompt + room)
+                capacity = embeds.shape[1] + request.max_written
+                decoder = Decoder(graph, self._embeddings, self.config.decoder, capacity)
                 logits = decoder.prefill(embeds)
-            yield PromptRead(
-                n_prompt,
-                _joined([projection.intent_attention for projection in projections], axis=1),
-                _joined([projection.gate for projection in projections], axis=0),
-            )
-            tokens = _Returning(self._write(decoder, logits, max_new_tokens, trie))
+            yield _prompt_read(embeds, projections)
+
+            tokens = Returning(self._write(decoder, logits, request))
             for token in clock.timed("decode", tokens):
-                n_generated += 1
                 first_token_s = first_token_s or clock.total()
-                raw.append(detokenizer.push(token))
-                for piece in parser.feed(raw[-1]):
-                    yield TextPiece(piece.text, piece.section, piece.markup)
-        raw.append(detokenizer.finish())
-        for piece in (*parser.feed(raw[-1]), *parser.finish()):
-            yield TextPiece(piece.text, piece.section, piece.markup)
+                yield from transcript.push(token)
+        yield from transcript.finish()
 
         finish_reason, choice_index = tokens.value
-        parsed = parser.result()
-        decode_s = clock.seconds("decode")
+        parsed = transcript.parsed()
         yield Finished(
             Answer(
-                text=parsed.answer if choices is None else choices[choice_index or 0],
+                text=parsed.answer if choice_index is None else request.choice(choice_index),
                 plan=parsed.plan,
                 audio_analysis=parsed.audio_analysis,
                 logic=parsed.logic,
                 summary=parsed.summary,
                 unparsed=parsed.unparsed,
-                raw_text="".join(raw),
+                raw_text=transcript.text,
                 choice_index=choice_index,
                 finish_reason=finish_reason,
                 model=self.config.name,
-                timings=Timings(
-                    audio_s=clock.seconds("audio"),
-                    encode_s=clock.seconds("encode"),
-                    project_s=clock.seconds("project"),
-                    prefill_s=clock.seconds("prefill"),
-                    decode_s=decode_s,
-                    first_token_s=first_token_s,
-                    total_s=clock.total(),
-                    encode_cached=cached,
-                    tokens_per_s=n_generated / decode_s if decode_s else 0.0,
-                ),
+                timings=_timings(clock, first_token_s, cached, transcript.n_tokens),
                 audio=account,
-                tokens=TokenCounts(prompt=n_prompt, audio=n_audio, generated=n_generated),
+                tokens=TokenCounts(
+                    prompt=embeds.shape[1],
+                    audio=sum(chunk.audio_embeds.shape[1] for chunk in projections),
+                    generated=transcript.n_tokens,
+                ),
             )
         )
+
+    def _read(self, source: AudioSource | Audio, max_audio_s: float) -> Audio:
+        """The audio in memory; what the caller has read already is taken as it is."""
+        return source if isinstance(source, Audio) else read_audio(source, max_audio_s=max_audio_s)
 
     def _listen(self, audio: Audio) -> tuple[tuple[StreamOutputs, ...], bool]:
         """Stream outputs of every chunk, and whether they were known already."""
@@ -271,11 +243,7 @@ class TinyGiant:
         return projections, np.concatenate(parts, axis=1)
 
     def _write(
-        self,
-        decoder: Decoder,
-        logits: NDArray[np.float32],
-        max_new_tokens: int,
-        trie: ChoiceTrie | None,
+        self, decoder: Decoder, logits: NDArray[np.float32], request: _Request
     ) -> Generator[int, None, tuple[FinishReason, int | None]]:
         """Yield the tokens of the text; returns why it ended and the index of the choice.
 
@@ -284,64 +252,68 @@ class TinyGiant:
         """
         config = self.config.decoder
         end_ids = {*config.eos_token_ids}
-        if trie is not None:
+        if request.trie is not None:
             end_ids.add(config.think_end_token_id)
         n_prompt = decoder.cache.length
         written: list[int] = []
-        free = _Returning(decoder.generate(logits, max_new_tokens=max_new_tokens, stop_ids=end_ids))
+        free = Returning(
+            decoder.generate(logits, max_new_tokens=request.max_new_tokens, stop_ids=end_ids)
+        )
         for token in free:
             written.append(token)
             yield token
         finish_reason: FinishReason = "length" if free.value is None else "stop"
-        if trie is None:
+        if request.trie is None:
             return finish_reason, None
         yield config.think_end_token_id
         unread = [*written[decoder.cache.length - n_prompt :], config.think_end_token_id]
-        return finish_reason, (yield from trie.decode(decoder.read, unread))
+        return finish_reason, (yield from request.trie.decode(decoder.read, unread))
 
 
-class _Clock:
-    """Seconds spent in each named stage, however often it is entered."""
+@dataclass(frozen=True)
+class _Request:
+    """One question after checking; ``trie`` holds the answers that ``choices`` allow."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+    prompt: Prompt
+    choices: Sequence[str] | None
+    trie: ChoiceTrie | None
+    max_new_tokens: int
+    max_audio_s: float
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self.seconds(name) + time.perf_counter() - start
+    @property
+    def max_written(self) -> int:
+        """Tokens that may follow the prompt: the free ones, ``</think>`` and the choice."""
+        return self.max_new_tokens + (0 if self.trie is None else 1 + self.trie.max_tokens)
 
-    def timed(self, name: str, items: Iterable[_T]) -> Iterator[_T]:
-        """The items, with the time each takes to come counted for a stage."""
-        iterator = iter(items)
-        while True:
-            with self.stage(name):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
-
-    def seconds(self, name: str) -> float:
-        return self._seconds.get(name, 0.0)
-
-    def total(self) -> float:
-        return sum(self._seconds.values())
+    def choice(self, index: int) -> str:
+        """One of the choices as it was given."""
+        return (self.choices or ())[index]
 
 
-class _Returning(Generic[_T]):
-    """Iterates over a generator of tokens and keeps the ``value`` that it returns."""
+class _Transcript:
+    """The model's text as it grows: tokens in, pieces out, the whole at the end."""
 
-    value: _T
+    def __init__(self, tokenizer: Tokenizer, *, thinking: bool) -> None:
+        self._detokenizer = StreamingDetokenizer(tokenizer)
+        self._parser = AnswerParser(thinking=thinking)
+        self._texts: list[str] = []
+        self.n_tokens = 0
 
-    def __init__(self, tokens: Generator[int, None, _T]) -> None:
-        self._tokens = tokens
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
 
-    def __iter__(self) -> Iterator[int]:
-        self.value = yield from self._tokens
+    def push(self, token: int) -> list[TextPiece]:
+        self.n_tokens += 1
+        self._texts.append(self._detokenizer.push(token))
+        return self._parser.feed(self._texts[-1])
+
+    def finish(self) -> list[TextPiece]:
+        self._texts.append(self._detokenizer.finish())
+        return self._parser.feed(self._texts[-1]) + self._parser.finish()
+
+    def parsed(self) -> ParsedAnswer:
+        return self._parser.result()
 
 
 def _account(audio: Audio, chunk_s: float) -> AudioAccount:
@@ -354,6 +326,33 @@ def _account(audio: Audio, chunk_s: float) -> AudioAccount:
         channels=audio.channels,
         n_chunks=int(-(-audio.used_s // chunk_s)),
         notes=audio.notes,
+    )
+
+
+def _timings(clock: Clock, first_token_s: float, cached: bool, n_tokens: int) -> Timings:
+    decode_s = clock.seconds("decode")
+    return Timings(
+        audio_s=clock.seconds("audio"),
+        encode_s=clock.seconds("encode"),
+        project_s=clock.seconds("project"),
+        prefill_s=clock.seconds("prefill"),
+        decode_s=decode_s,
+        first_token_s=first_token_s,
+        total_s=clock.total(),
+        encode_cached=cached,
+        tokens_per_s=n_tokens / decode_s if decode_s else 0.0,
+    )
+
+
+def _prompt_read(embeds: NDArray[np.float32], projections: Sequence[Projection]) -> PromptRead:
+    attention = [
+        chunk.intent_attention[0] for chunk in projections if chunk.intent_attention is not None
+    ]
+    gates = [chunk.gate for chunk in projections if chunk.gate is not None]
+    return PromptRead(
+        n_tokens=embeds.shape[1],
+        intent_attention=np.concatenate(attention) if attention else None,
+        gate=np.concatenate(gates) if gates else None,
     )
 
 
@@ -371,11 +370,3 @@ def _check_tokenizer(tokenizer: Tokenizer, bundle: Bundle) -> None:
             f"the tokenizer does not belong to this decoder: {'; '.join(problems)}; "
             "export the bundle again"
         )
-
-
-def _joined(arrays: Sequence[NDArray[np.float32] | None], axis: int) -> NDArray[np.float32] | None:
-    found = [array for array in arrays if array is not None]
-    if not found:
-        return None
-    joined: NDArray[np.float32] = np.concatenate(found, axis=axis)
-    return joined.reshape(-1) if axis == 1 else joined

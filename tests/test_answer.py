@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinygiant.runtime.answer import AnswerParser, ParsedAnswer, Piece, parse_answer
+from tinygiant.runtime.answer import AnswerParser, ParsedAnswer, TextPiece, parse_answer
 
 PARTS = ("I will listen.", "A dog barks twice.", "Dogs bark.", "So a dog.", "a dog")
 
@@ -46,7 +46,7 @@ MARKUP = st.sampled_from(
 TEXT = st.lists(st.one_of(MARKUP, st.text(max_size=4)), max_size=30).map("".join)
 
 
-def pieces_of(chunks: list[str]) -> tuple[list[Piece], ParsedAnswer]:
+def pieces_of(chunks: list[str]) -> tuple[list[TextPiece], ParsedAnswer]:
     parser = AnswerParser()
     pieces = [piece for chunk in chunks for piece in parser.feed(chunk)]
     pieces += parser.finish()
@@ -158,7 +158,7 @@ def test_the_sizes_of_the_pieces_do_not_matter(text: str, cuts: list[int]) -> No
     assert _by_section(pieces) == _by_section(by_character)
 
 
-def _by_section(pieces: list[Piece]) -> list[tuple[str, bool, str]]:
+def _by_section(pieces: list[TextPiece]) -> list[tuple[str, bool, str]]:
     merged: list[tuple[str, bool, str]] = []
     for piece in pieces:
         if merged and merged[-1][:2] == (piece.section, piece.markup):

@@ -89,7 +89,6 @@ def test_json_is_one_object_and_the_same_answer(run: Run, clip: Path) -> None:
 
 def test_sections_are_shown_under_their_headings() -> None:
     from tinygiant.runtime.answer import AnswerParser
-    from tinygiant.runtime.events import TextPiece
 
     text = (
         "<think>\n<PLANNING>\n  listen\n\n\nwell </PLANNING>\n<CAPTION>\n</CAPTION>\n"
@@ -98,7 +97,7 @@ def test_sections_are_shown_under_their_headings() -> None:
     out = io.StringIO()
     writer, parser = cli._TextWriter(out, show=True), AnswerParser()
     for piece in [p for c in text for p in parser.feed(c)] + parser.finish():
-        writer.take(TextPiece(piece.text, piece.section, piece.markup))
+        writer.take(piece)
     assert out.getvalue() == ("Plan:\nlisten\n\n\nwell\n\nSummary:\nso\\x1b[31m\n\nAnswer:\na dog")
 
 
