@@ -9,7 +9,7 @@ Shapes: ``B`` batch, ``F`` temporal feature frames, ``N`` audio tokens, ``D`` de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -56,26 +56,41 @@ class TinyGiantALM(nn.Module):
         """CLAP log-mel ``(B, 1, n_frames, n_mels)`` -> anchor ``(B, anchor_size)``."""
         return encode_event(self.clap or self.htsat, input_features)[1]
 
-    @torch.no_grad()
     def encode_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """One chunk of audio -> streams ``(1, N, stream_size)`` and anchor ``(1, anchor_size)``."""
+        return self.encode_chunks([chunk])[0]
+
+    @torch.no_grad()
+    def encode_chunks(self, chunks: Sequence[Chunk]) -> list[tuple[Tensor, Tensor]]:
+        """Chunks with the same number of temporal frames, in one batch; as :meth:`encode_chunk`."""
         device = next(self.whisper.parameters()).device
 
-        def window(features: NDArray[np.float32]) -> Tensor:
-            return torch.from_numpy(features)[None, None].to(device)
+        def batch(features: Sequence[NDArray[np.float32]]) -> Tensor:
+            return torch.from_numpy(np.stack(features)).to(device)
 
-        temporal = self.encode_temporal(torch.from_numpy(chunk.temporal_features)[None].to(device))
-        windows = [self.encode_event(window(features)) for features in chunk.event_features]
-        events = event_rows(
-            [events[0].cpu().numpy() for events, _ in windows], chunk.n_tokens, self.config.runtime
-        )
-        anchors = [anchor for _, anchor in windows]
+        temporal = self.encode_temporal(batch([chunk.temporal_features for chunk in chunks]))
+        windows = batch([window for chunk in chunks for window in chunk.event_features])
+        events, anchors = self.encode_event(windows[:, None])
+        anchor_windows = [chunk.anchor_features or chunk.event_features for chunk in chunks]
         if self.clap is not None:
-            features = chunk.anchor_features or chunk.event_features
-            anchors = [self.encode_anchor(window(one)) for one in features]
-        streams = join_streams(temporal[0].cpu().numpy(), events)
-        anchor = mean_anchor([anchor[0].cpu().numpy() for anchor in anchors])
-        return torch.from_numpy(streams).to(device), torch.from_numpy(anchor)[None].to(device)
+            features = batch([window for windows in anchor_windows for window in windows])
+            anchors = self.encode_anchor(features[:, None])
+        rows, event_steps, pooled = (x.cpu().numpy() for x in (temporal, events, anchors))
+        encoded = []
+        event_start = anchor_start = 0
+        for chunk, of_chunk, of_anchor in zip(chunks, rows, anchor_windows, strict=True):
+            event_stop = event_start + len(chunk.event_features)
+            anchor_stop = anchor_start + len(of_anchor)
+            steps = event_rows(
+                list(event_steps[event_start:event_stop]), chunk.n_tokens, self.config.runtime
+            )
+            anchor = mean_anchor(list(pooled[anchor_start:anchor_stop]))
+            streams = join_streams(of_chunk, steps)
+            encoded.append(
+                (torch.from_numpy(streams).to(device), torch.from_numpy(anchor)[None].to(device))
+            )
+            event_start, anchor_start = event_stop, anchor_stop
+        return encoded
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Token ids ``(B, T)`` -> embeddings ``(B, T, D)``."""

@@ -16,8 +16,11 @@ from tqdm import tqdm
 from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.models.world.dataset import WorldDataset
 from tinygiant.runtime.chunks import Chunk
+from tinygiant.runtime.config import ModelConfig
 
 __all__ = ["CachedStreams", "cache_streams"]
+
+_BATCH_CLIPS = 16
 
 
 class CachedStreams:
@@ -61,27 +64,42 @@ def cache_streams(
         return CachedStreams(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
-    config = model.config.runtime
-    rows: list[NDArray[np.float16]] = []
-    anchors: list[NDArray[np.float16]] = []
-    for index in tqdm(range(len(dataset)), desc=f"encoding {folder.name}", unit="clip"):
-        whisper, clap = dataset.features(index)
-        n_tokens = len(dataset.frame_labels(index))
-        n_frames = config.temporal_frames(n_tokens * config.token_s)
-        temporal = np.full((whisper.shape[0], n_frames), float(whisper.min()), dtype=np.float32)
-        width = min(n_frames, whisper.shape[1])
-        temporal[:, :width] = whisper[:, :width]
-        chunk = Chunk(
-            duration_s=n_tokens * config.token_s,
-            n_tokens=n_tokens if config.audio_context == "clip" else config.tokens_per_chunk,
-            temporal_features=temporal,
-            event_features=(clap.astype(np.float32),),
-        )
-        streams, anchor = model.encode_chunk(chunk)
-        rows.append(streams[0].cpu().numpy().astype(np.float16))
-        anchors.append(anchor[0].cpu().numpy().astype(np.float16))
-    np.save(folder / "streams.npy", np.concatenate(rows))
-    np.save(folder / "offsets.npy", np.cumsum([0, *(len(r) for r in rows)]))
-    np.save(folder / "anchors.npy", np.stack(anchors))
+    # Clips of one length form batches: nothing is padded, so nothing differs from a clip alone.
+    by_length: dict[int, list[int]] = {}
+    for index in range(len(dataset)):
+        by_length.setdefault(len(dataset.frame_labels(index)), []).append(index)
+    rows: dict[int, NDArray[np.float16]] = {}
+    anchors: dict[int, NDArray[np.float16]] = {}
+    bar = tqdm(total=len(dataset), desc=f"encoding {folder.name}", unit="clip")
+    for indices in by_length.values():
+        for start in range(0, len(indices), _BATCH_CLIPS):
+            batch = indices[start : start + _BATCH_CLIPS]
+            chunks = [_chunk(dataset, index, model.config.runtime) for index in batch]
+            for index, (streams, anchor) in zip(batch, model.encode_chunks(chunks), strict=True):
+                rows[index] = streams[0].cpu().numpy().astype(np.float16)
+                anchors[index] = anchor[0].cpu().numpy().astype(np.float16)
+            bar.update(len(batch))
+    bar.close()
+    in_order = [rows[index] for index in range(len(dataset))]
+    np.save(folder / "streams.npy", np.concatenate(in_order))
+    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, in_order)]))
+    np.save(folder / "anchors.npy", np.stack([anchors[i] for i in range(len(dataset))]))
     stamp.write_text(json.dumps(fingerprint))
     return CachedStreams(folder)
+
+
+def _chunk(dataset: WorldDataset, index: int, config: ModelConfig) -> Chunk:
+    """A clip's stored features as the encoders see them."""
+    whisper, clap = dataset.features(index)
+    n_tokens = len(dataset.frame_labels(index))
+    duration_s = n_tokens * config.token_s
+    n_frames = config.temporal_frames(duration_s)
+    temporal = np.full((whisper.shape[0], n_frames), float(whisper.min()), dtype=np.float32)
+    width = min(n_frames, whisper.shape[1])
+    temporal[:, :width] = whisper[:, :width]
+    return Chunk(
+        duration_s=duration_s,
+        n_tokens=config.audio_tokens(duration_s),
+        temporal_features=temporal,
+        event_features=(clap.astype(np.float32),),
+    )
