@@ -99,5 +99,5 @@ $(DEMO_VENV)/.installed: $(DEMO_VENV)/.python constraints.txt setup.cfg pyprojec
 $(VENV)/.installed: $(VENV)/.python constraints.txt setup.cfg pyproject.toml
 	@echo "Installing everything into $(VENV) (once, some minutes) ..." >&2
 	@$(VENV)/bin/python $(PIP_INSTALL) --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) torch
-	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,mic,train]'
+	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,mic,serve,train,wyoming]'
 	@touch $@

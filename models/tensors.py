@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tinygiant.runtime.errors import CheckpointError
+from tinygiant.runtime.text import one_line, printable
 
 __all__ = ["PrefixedTensors", "TensorFile", "load_into", "open_tensors", "read_json"]
 
@@ -37,7 +38,9 @@ class TensorFile(Mapping[str, Tensor]):
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from error
+            raise CheckpointError(
+                f"{path}: tensor {name!r} cannot be read ({one_line(error)})"
+            ) from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -143,8 +146,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({one_line(error)})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
@@ -159,7 +162,9 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError, struct.error) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({one_line(error)})"
+        ) from error
 
 
 def _sharded(index: Path) -> TensorFile:
@@ -174,7 +179,7 @@ def _sharded(index: Path) -> TensorFile:
         files[name] = index.parent / shard
     missing = sorted({str(path) for path in files.values() if not path.is_file()})
     if missing:
-        raise CheckpointError(f"{index}: shards are missing: {', '.join(missing)}")
+        raise CheckpointError(f"{index}: shards are missing: {', '.join(map(printable, missing))}")
     return TensorFile(files)
 
 

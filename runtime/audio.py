@@ -364,7 +364,7 @@ def _mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     with np.errstate(invalid="ignore", over="ignore"):  # the caller looks for infinities
         for channel in range(1, frames.shape[1]):
             mono += frames[:, channel]
-    mono /= frames.shape[1]
+        mono /= frames.shape[1]
     return mono
 
 

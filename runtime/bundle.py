@@ -222,10 +222,14 @@ class _SimpleFields:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its resolved ``root`` and its checked ``manifest``."""
+    """An opened bundle: its resolved ``root`` and its checked ``manifest``.
+
+    ``stamp`` tells the manifest file apart from one put in its place later.
+    """
 
     root: Path
     manifest: Manifest
+    stamp: tuple[int, ...]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
@@ -245,6 +249,7 @@ class Bundle:
             if not folder.is_dir():
                 raise BundleError(f"{where}: not a folder; a bundle is a folder with a manifest")
             root = folder.resolve(strict=True)
+            stamp = _stamp(root)
             manifest = _read_manifest(root)
             for entry in manifest.files:
                 _check_file(root, entry, verify=verify)
@@ -252,7 +257,23 @@ class Bundle:
             raise BundleError(_prefixed(where, str(error))) from error
         except (OSError, ValueError) as error:
             raise BundleError(f"{where}: cannot be read: {one_line(error)}") from error
-        return cls(root, manifest)
+        return cls(root, manifest, stamp)
+
+    def require_unchanged(self) -> None:
+        """Refuse to go on once another bundle was put in this one's place.
+
+        Raises:
+            BundleError: the manifest is another file than the one that was opened, or is gone.
+        """
+        try:
+            unchanged = _stamp(self.root) == self.stamp
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise BundleError(
+                f"{printable(self.root)}: the bundle was replaced or removed while in use; load it "
+                "again"
+            )
 
     @property
     def config(self) -> ModelConfig:
@@ -340,6 +361,15 @@ def _object_of(data: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BundleError(f"manifest.{key}: expected an object, found {type(value).__name__}")
     return value
+
+
+def _stamp(root: Path) -> tuple[int, ...]:
+    """What changes when the manifest is replaced; (0,) if there is none, which is told later."""
+    path = root / MANIFEST_NAME
+    if not path.exists():
+        return (0,)
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_manifest(root: Path) -> Manifest:

@@ -199,8 +199,10 @@ class ModelConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
 
     def __post_init__(self) -> None:
+        problems = _number_problems(self, "")
+        if problems:  # the checks below divide by these numbers
+            raise BundleError(f"model config of {self.name!r:.80}: " + "; ".join(problems[:5]))
         features = self.temporal.features
-        problems = []
         if self.audio_context not in typing.get_args(AudioContext):
             problems.append(f"audio_context is {self.audio_context!r}, not 'full' or 'clip'")
         if features.n_frames % (self.tokens_per_chunk * self.temporal.frames_per_step):
@@ -218,7 +220,7 @@ class ModelConfig:
         if self.decoder.n_heads % self.decoder.n_kv_heads:
             problems.append("n_heads is not a multiple of n_kv_heads")
         if problems:
-            raise BundleError(f"model config of {self.name!r}: " + "; ".join(problems))
+            raise BundleError(f"model config of {self.name!r:.80}: " + "; ".join(problems))
 
     @property
     def chunk_s(self) -> float:
@@ -262,6 +264,27 @@ class ModelConfig:
         return n_tokens * self.frames_per_token
 
 
+_MAY_BE_ZERO = ("f_min_hz", "clip_margin_s", "eos_token_ids", "think_end_token_id")
+_SMALLEST, _LARGEST = 1e-12, 2**31 - 1
+
+
+def _number_problems(config: Any, where: str) -> list[str]:
+    """Every number of a config that cannot be meant: zero, negative, enormous, NaN."""
+    problems = []
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), where + item.name
+        if dataclasses.is_dataclass(value):
+            problems += _number_problems(value, f"{name}.")
+            continue
+        least = 0 if item.name in _MAY_BE_ZERO else _SMALLEST
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if not least <= number <= _LARGEST:
+                problems.append(f"{name} is {number!r:.40}, expected a positive number")
+    return problems
+
+
 _Config = TypeVar("_Config")
 
 
@@ -303,7 +326,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(inner[0], value, where)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], item, where) for item in value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and type(value) in (int, float) and not abs(value) > _LARGEST:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value

@@ -176,7 +176,9 @@ class GraphPool:
             graph.close()
 
     def _load(self, name: str) -> Graph:
-        return Graph(self._bundle.graph(name), self._settings)
+        graph = Graph(self._bundle.graph(name), self._settings)
+        self._bundle.require_unchanged()  # after loading, so that there is no moment in between
+        return graph
 
 
 def onnxruntime_version() -> str:

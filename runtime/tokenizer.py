@@ -26,7 +26,7 @@ __all__ = ["StreamingDetokenizer", "Tokenizer"]
 
 _MAX_FILE_BYTES = 64 * 2**20
 # Composed Latin, Chinese, an emoji of four bytes and white space: a tokenizer that is not
-# byte-level, or lacks some of the 256 bytes, does not give these back.
+# byte-level does not give these back.
 _PROBE = "Is it a caf\u00e9? \u97f3\u58f0 \U0001f3b5\n\t12"
 
 
@@ -42,6 +42,12 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        if len(set(ids.values())) != len(ids):
+            raise BundleError("two tokens have the same id; export the tokenizer again")
+        if missing := len(_BYTE_OF_CHARACTER.keys() - ids.keys()):
+            raise BundleError(f"{missing} of the 256 bytes have no token: byte-level is expected")
+        self._max_id = max(ids.values())
         added = tokenizer.get_added_tokens_decoder()
         self._added_ids: dict[str, int] = {
             token.content: token_id for token_id, token in added.items()
@@ -73,8 +79,7 @@ class Tokenizer:
     @property
     def max_id(self) -> int:
         """The largest token id."""
-        ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        return max(ids.values())
+        return self._max_id
 
     def token_id(self, content: str) -> int:
         """The id of the control token spelled ``content``.

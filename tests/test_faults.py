@@ -1,0 +1,282 @@
+"""What can happen to a process and its disk: killed, out of memory or space, files replaced.
+
+Nothing may be lost or half written, and every end has a documented exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from tinygiant.export.bundle import staged_folder
+from tinygiant.runtime import load
+from tinygiant.runtime.bundle import MANIFEST_NAME
+from tinygiant.runtime.errors import BundleError, StorageError, UsageError
+
+Tone = Callable[[float, int], NDArray[np.float32]]
+
+DOCUMENTED = {0, 1, 2, 3, 4, 5, 8}
+
+
+def mounts() -> bool:
+    """Whether this machine lets a process mount file systems of its own."""
+    if shutil.which("unshare") is None:
+        return False
+    run = subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False
+    )
+    return run.returncode == 0
+
+
+needs_mounts = pytest.mark.skipif(not mounts(), reason="mounting is not allowed here")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory, tone: Tone) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "tone.wav"
+    soundfile.write(path, tone(1.0, 16_000), 16_000)
+    return path
+
+
+def tg_run(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "tinygiant.runtime.cli", *map(str, arguments)]
+
+
+def state(*folders: Path) -> dict[Path, tuple[int, int]]:
+    """Size and modification time of everything below the folders."""
+    return {
+        path: (path.stat().st_size, path.stat().st_mtime_ns)
+        for folder in folders
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("delay_s", [0.05, 0.3, 0.6, 1.0])
+def test_killed_at_any_moment_nothing_changes(
+    bundle_copy: Path, clip: Path, tmp_path: Path, delay_s: float
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    before = state(bundle_copy, home, clip.parent)
+    child = subprocess.Popen(
+        tg_run(clip, "What?", "--bundle", bundle_copy, "--max-new-tokens", 4_000),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=home,
+        env=os.environ | {"HOME": str(home), "TMPDIR": str(home)},
+    )
+    time.sleep(delay_s)
+    child.kill()
+    assert child.wait(timeout=30) == -signal.SIGKILL
+    assert state(bundle_copy, home, clip.parent) == before
+
+
+@pytest.mark.parametrize("limit_mib", [60, 120, 180, 240, 300, 400])
+def test_out_of_memory_ends_in_a_line(tiny_bundle: Path, clip: Path, limit_mib: int) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit_mib << 20, limit_mib << 20))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    options = ("--bundle", tiny_bundle, "--threads", 1, "--max-new-tokens", 3)
+    run = subprocess.run(
+        tg_run(clip, "What?", *options),
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode in DOCUMENTED, run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.returncode == 0 or run.stderr.strip()
+
+
+def test_nothing_need_be_writable(tiny_bundle: Path, clip: Path, tmp_path: Path) -> None:
+    """Under a limit of zero bytes a file, any write to a disk would fail."""
+    run = subprocess.run(
+        tg_run(clip, "What?", "-q", "--bundle", tiny_bundle, "--max-new-tokens", 2),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+STAGE = """
+import sys
+from pathlib import Path
+from tinygiant.export.bundle import staged_folder
+from tinygiant.runtime.errors import TinyGiantError
+try:
+    with staged_folder(Path(sys.argv[1]), force=True) as folder:
+        (folder / "manifest.json").write_text("new")
+        if sys.argv[2] == "fill":
+            (folder / "weights").write_bytes(bytes(4 << 20))
+        else:
+            print("staged", flush=True)
+            sys.stdin.read()
+except TinyGiantError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+@needs_mounts
+def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path) -> None:
+    script = (
+        "mount -t tmpfs -o size=1m none /mnt && mkdir /mnt/b && echo old >/mnt/b/manifest.json; "
+        '"$@"; code=$?; cat /mnt/b/manifest.json; ls -A /mnt; exit $code'
+    )
+    run = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", STAGE, "/mnt/b", "fill"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == StorageError.exit_code
+    assert "No space left" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert run.stdout.split() == ["old", "b"]
+
+
+@needs_mounts
+def test_a_read_only_disk_is_one_line(tmp_path: Path) -> None:
+    script = 'mount -t tmpfs -o ro none /mnt && exec "$@"'
+    run = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", sys.executable, "-c", STAGE, "/mnt/b", "fill"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == StorageError.exit_code
+    assert "Read-only file system" in run.stderr
+
+
+def staging(target: Path) -> subprocess.Popen[str]:
+    """An export that has written its files and waits."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", STAGE, str(target), "wait"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "staged\n"
+    return child
+
+
+def test_a_killed_export_leaves_the_old_bundle_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    with staged_folder(target) as folder:
+        (folder / MANIFEST_NAME).write_text("old")
+    child = staging(target)
+    child.kill()
+    child.wait(timeout=30)
+    assert (target / MANIFEST_NAME).read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2  # the killed one's folder is still there
+    with staged_folder(target, force=True) as folder:
+        (folder / MANIFEST_NAME).write_text("newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (target / MANIFEST_NAME).read_text() == "newer"
+
+
+def test_two_exports_at_once_do_not_mix(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    child = staging(target)
+    with staged_folder(target) as folder:  # must not remove the other's folder
+        (folder / MANIFEST_NAME).write_text("mine")
+    assert (target / MANIFEST_NAME).read_text() == "mine"
+    with pytest.raises(UsageError), staged_folder(target):
+        pass
+    child.communicate("", timeout=30)
+    assert child.returncode == 0  # it was told to replace
+    assert (target / MANIFEST_NAME).read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def replace(bundle: Path, source: Path) -> None:
+    """Put another bundle in place of ``bundle`` as tg-export --force does."""
+    with staged_folder(bundle, force=True) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def reversed_vocabulary(bundle: Path, target: Path) -> Path:
+    """A bundle that fits and answers differently: its embeddings are in another order."""
+    import json
+
+    from tinygiant.runtime.bundle import describe_file
+
+    shutil.copytree(bundle, target)
+    np.save(target / "embed_tokens.npy", np.load(bundle / "embed_tokens.npy")[::-1].copy())
+    manifest = json.loads((target / MANIFEST_NAME).read_text())
+    for entry in manifest["files"]:
+        entry["sha256"] = describe_file(target, entry["path"]).sha256
+    (target / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return target
+
+
+def test_a_loaded_model_survives_the_replacement_of_its_bundle(
+    bundle_copy: Path, tmp_path: Path, tone: Tone
+) -> None:
+    other = reversed_vocabulary(bundle_copy, tmp_path / "other")
+    model = load(bundle_copy, threads=1)
+    clip = (tone(1.0, 16_000), 16_000)
+    before = model.ask(clip, "What is heard?", max_new_tokens=12).raw_text
+    replace(bundle_copy, other)
+    assert model.ask(clip, "What is heard?", max_new_tokens=12).raw_text == before
+    after = load(bundle_copy, threads=1).ask(clip, "What is heard?", max_new_tokens=12).raw_text
+    assert after != before
+
+
+def test_low_memory_mode_refuses_to_mix_two_bundles(
+    bundle_copy: Path, tmp_path: Path, tone: Tone
+) -> None:
+    """Graphs are loaded when they are needed: those of a new bundle do not fit the old parts."""
+    other = reversed_vocabulary(bundle_copy, tmp_path / "other")
+    model = load(bundle_copy, threads=1, memory="low")
+    clip = (tone(1.0, 16_000), 16_000)
+    model.ask(clip, "What is heard?", max_new_tokens=2)
+    replace(bundle_copy, other)
+    with pytest.raises(BundleError, match="was replaced"):
+        model.ask(clip, "What is heard?", max_new_tokens=2)
+
+
+def test_a_bundle_removed_while_in_use(bundle_copy: Path, tone: Tone) -> None:
+    clip = (tone(1.0, 16_000), 16_000)
+    loaded = load(bundle_copy, threads=1)
+    low = load(bundle_copy, threads=1, memory="low")
+    expected = loaded.ask(clip, "What is heard?", max_new_tokens=5).raw_text
+    shutil.rmtree(bundle_copy)
+    assert loaded.ask(clip, "What else is heard?", max_new_tokens=5).raw_text
+    assert loaded.ask(clip, "What is heard?", max_new_tokens=5).raw_text == expected
+    with pytest.raises(BundleError):
+        low.ask(clip, "What is heard?", max_new_tokens=5)
+
+
+def test_a_clock_that_jumps_changes_no_timing(
+    tiny_bundle: Path, tone: Tone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumps = iter(range(10**9, 0, -(10**6)))
+    monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
+    answer = load(tiny_bundle, threads=1).ask(
+        (tone(1.0, 16_000), 16_000), "What?", max_new_tokens=3
+    )
+    assert 0.0 < answer.timings.first_token_s <= answer.timings.total_s < 60.0
