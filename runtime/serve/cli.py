@@ -1,0 +1,224 @@
+"""``tg-serve``: serve the model on this computer, until it is told to stop.
+
+Ends with 0 after SIGTERM and 130 after Ctrl-C; whatever goes wrong before that is one line and an
+exit code of :mod:`tinygiant.runtime.errors`. The log has no line for a request: what is asked, and
+by whom, is nobody else's business; ``/metrics`` counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
+from tinygiant.runtime.text import one_line
+
+__all__ = ["main"]
+
+TOKEN_VARIABLE = "TINYGIANT_TOKEN"
+DEBUG_VARIABLE = "TINYGIANT_DEBUG"
+REQUIRED = {"starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
+
+_DESCRIPTION = """\
+Serve the model with OpenAI's chat API (POST /v1/chat/completions with input_audio), a page to try
+it (/), /v1/models, /health and /metrics. Reached from this computer alone unless --host says
+otherwise."""
+
+_EPILOG = """\
+examples:
+  tg-serve                                       then open http://127.0.0.1:8517
+  TINYGIANT_TOKEN=$(cat token) tg-serve --host 0.0.0.0
+  tg-serve --wyoming-port 10400                  also for Home Assistant
+
+environment:
+  TINYGIANT_TOKEN    token to ask for; unlike --token not visible to other users of the computer
+  TINYGIANT_BUNDLE   bundle to use where --bundle is not given
+  TINYGIANT_DEBUG=1  show the traceback of a failure
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``tg-serve``; returns the exit code."""
+    debug = os.environ.get(DEBUG_VARIABLE) == "1"
+    try:
+        return _run(_parser().parse_args(arguments))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except TinyGiantError as error:
+        if debug:
+            raise
+        return _fail(one_line(error), error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        message = f"unforeseen {type(error).__name__}: {one_line(error)}"
+        return _fail(f"{message}; set {DEBUG_VARIABLE}=1 to see where", TinyGiantError.exit_code)
+
+
+def _run(options: argparse.Namespace) -> int:
+    token = _check(options)
+    require(REQUIRED)
+    if options.wyoming_port is not None:
+        require({"wyoming": "wyoming"})
+    listener = listen(options.host, options.port)
+    wyoming = None
+    if options.wyoming_port is not None:
+        wyoming = listen(options.host, options.wyoming_port)
+        if token is not None and not is_loopback(wyoming.getsockname()[0]):
+            raise UsageError(
+                "Wyoming has no token: with --token it is served on this computer alone; leave out "
+                "--wyoming-port, or use a loopback --host"
+            )
+
+    # Imported here: these need the extra, and --help does not.
+    from tinygiant.runtime.pipeline import load
+    from tinygiant.runtime.serve.app import Limits
+    from tinygiant.runtime.serve.server import serve
+
+    limits = Limits(
+        max_body_bytes=round(options.max_body_mb * 2**20),
+        max_audio_s=options.max_audio,
+        max_new_tokens=options.max_new_tokens,
+    )
+    model = load(options.bundle, threads=options.threads, memory=options.memory)
+    return serve(
+        model,
+        listener,
+        limits=limits,
+        n_queued=options.queue,
+        grace_s=options.grace,
+        token=token,
+        wyoming=wyoming,
+    )
+
+
+def _check(options: argparse.Namespace) -> str | None:
+    """The token, once all options are possible."""
+    for name, value, least in (
+        ("--max-body-mb", options.max_body_mb, 0.001),
+        ("--max-audio", options.max_audio, 0.001),
+        ("--max-new-tokens", options.max_new_tokens, 1),
+        ("--queue", options.queue, 0),
+        ("--grace", options.grace, 0),
+    ):
+        if not least <= value <= 1e6:
+            raise UsageError(f"{name} is {value:g}, expected a number from {least} to a million")
+    for name, port in (("--port", options.port), ("--wyoming-port", options.wyoming_port or 0)):
+        if not 0 <= port <= 65_535:
+            raise UsageError(f"{name} is {port}, expected a number from 0 to 65535")
+    token: str | None = options.token
+    source = "--token"
+    if token is None:
+        token, source = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
+    if token is not None and not (token.strip() == token != "" and token.isascii()):
+        raise UsageError(f"{source} is empty or not plain ASCII; give a token or leave it out")
+    return token
+
+
+def require(modules: dict[str, str]) -> None:
+    """Check that the modules of an extra are there, without importing them.
+
+    Raises:
+        MissingDependencyError: one is not; names the extra.
+    """
+    for module, extra in modules.items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(
+                f"tg-serve needs {module}; run: pip install 'tinygiant[{extra}]'"
+            )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to ``host``; connections wait until it is served.
+
+    Raises:
+        UsageError: no such address, or it is taken.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"cannot listen on {host} port {port} ({reason}); choose another --host or --port"
+        ) from error
+    return listener
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this computer reaches an IP address."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other failure."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see tg-serve --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tg-serve",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--bundle", metavar="DIR", help="the model to serve; default: the one inside")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8517, help="port; 0 takes a free one (%(default)s)")
+    add("--token", metavar="T", help=f"token that clients must send; see also {TOKEN_VARIABLE}")
+    add(
+        "--max-body-mb", type=float, default=48, metavar="MB",
+        help="largest request, in MiB of JSON (%(default)g)",
+    )  # fmt: skip
+    add(
+        "--max-audio", type=float, default=300, metavar="S",
+        help="longest clip, in seconds (%(default)g)",
+    )  # fmt: skip
+    add(
+        "--max-new-tokens", type=int, default=2048, metavar="N",
+        help="most tokens a request may ask for (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--queue", type=int, default=8, metavar="N",
+        help="requests that may wait while one runs; more are refused with 429 (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--grace", type=float, default=10, metavar="S",
+        help="time the running request has to finish when the server is stopped (%(default)g)",
+    )  # fmt: skip
+    add("--threads", type=int, metavar="N", help="threads to compute with; default: physical cores")
+    add(
+        "--memory", choices=("default", "low"), default="default",
+        help="low: load each part when it is needed and release it (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--wyoming-port", type=int, metavar="PORT",
+        help="also serve Wyoming's handle domain on this port (Home Assistant)",
+    )  # fmt: skip
+    return parser
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"tg-serve: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Answers in OpenAI's shapes: one object, or the chunks of a stream.
+
+The thought becomes ``reasoning_content``, each part under a heading; the answer becomes
+``content``. Streamed texts joined are the texts of the single object. What OpenAI's API has no
+field for is in the extra object ``tinygiant``, which its clients pass on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tinygiant.runtime.answer import Section
+from tinygiant.runtime.config import ModelConfig
+from tinygiant.runtime.events import (
+    Answer,
+    AudioRead,
+    Event,
+    Finished,
+    PromptRead,
+    StreamsReady,
+    TextPiece,
+)
+
+__all__ = ["Delta", "ReplyWriter", "TextDeltas", "to_json"]
+
+HEADINGS: dict[Section, str] = {
+    "plan": "Plan",
+    "audio_analysis": "Audio Analysis",
+    "logic": "Logic",
+    "summary": "Summary",
+    "other": "Thought",
+}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Text for one field of the message, and the part of the answer it belongs to."""
+
+    field: Literal["content", "reasoning_content"]
+    text: str
+    section: Section
+
+
+class TextDeltas:
+    """Sorts text pieces into fields: headings before parts, no white space around them."""
+
+    def __init__(self, *, answer: bool) -> None:
+        """Without ``answer`` pieces of the answer are left out (with choices it is known whole)."""
+        self._answer = answer
+        self._section: Section | None = None
+        self._space = ""  # white space that is passed on once text follows
+        self._has_reasoning = False
+
+    def take(self, piece: TextPiece) -> list[Delta]:
+        """The deltas of one piece."""
+        if piece.markup or (piece.section == "answer" and not self._answer):
+            return []
+        text, deltas = piece.text, []
+        field: Literal["content", "reasoning_content"] = (
+            "content" if piece.section == "answer" else "reasoning_content"
+        )
+        if piece.section != self._section:
+            text = text.lstrip()
+            if not text:
+                return []
+            self._section, self._space = piece.section, ""
+            if field == "reasoning_content":
+                gap = "\n\n" if self._has_reasoning else ""
+                deltas.append(Delta(field, f"{gap}{HEADINGS[piece.section]}:\n", piece.section))
+                self._has_reasoning = True
+        body = text.rstrip()
+        if body:
+            deltas.append(Delta(field, self._space + body, piece.section))
+            self._space = ""
+        self._space += text[len(body) :]
+        return deltas
+
+
+class ReplyWriter:
+    """Writes the reply to one request."""
+
+    def __init__(self, config: ModelConfig, *, has_choices: bool, events: bool) -> None:
+        """With ``events``, progress and what there is to see of the listening is told too."""
+        self._config = config
+        self._has_choices = has_choices
+        self._events = events
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    async def whole(self, events: AsyncIterable[Event]) -> dict[str, Any]:
+        """The ``chat.completion`` object, once all events are there."""
+        deltas = TextDeltas(answer=False)
+        reasoning: list[str] = []
+        seen: dict[str, Any] = {}
+        answer: Answer | None = None
+        async for event in events:
+            if isinstance(event, TextPiece):
+                reasoning += [delta.text for delta in deltas.take(event)]
+            elif isinstance(event, PromptRead) and self._events:
+                seen = self._listening(event)
+            elif isinstance(event, Finished):
+                answer = event.answer
+        if answer is None:
+            raise RuntimeError("the model's events ended without an answer")
+        message = {
+            "role": "assistant",
+            "content": answer.text,
+            "reasoning_content": "".join(reasoning) or None,
+            "refusal": None,
+        }
+        choice = {
+            "index": 0,
+            "message": message,
+            "finish_reason": answer.finish_reason,
+            "logprobs": None,
+        }
+        return self._object("chat.completion", [choice]) | {
+            "usage": _usage(answer),
+            "tinygiant": _details(answer) | seen,
+        }
+
+    async def chunks(
+        self, events: AsyncIterable[Event], *, include_usage: bool
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The ``chat.completion.chunk`` objects of a stream."""
+        deltas = TextDeltas(answer=not self._has_choices)
+        last: dict[str, Any] = {"usage": None} if include_usage else {}
+        opened = False
+        async for event in events:
+            extension = self._progress(event)
+            # Without progress the stream begins with the prompt, when little can go wrong any more.
+            if not opened and (extension is not None or isinstance(event, PromptRead)):
+                opened = True
+                yield self._chunk({"role": "assistant", "content": ""}) | last
+            if extension is not None:
+                yield self._chunk({}) | last | {"tinygiant": extension}
+            if isinstance(event, TextPiece):
+                for delta in deltas.take(event):
+                    chunk = self._chunk({delta.field: delta.text}) | last
+                    yield chunk | {"tinygiant": {"section": delta.section}}
+            elif isinstance(event, Finished):
+                answer = event.answer
+                if self._has_choices:
+                    section = {"tinygiant": {"section": "answer"}}
+                    yield self._chunk({"content": answer.text}) | last | section
+                chunk = self._chunk({}, answer.finish_reason) | last
+                yield chunk | {"tinygiant": _details(answer)}
+                if include_usage:
+                    yield self._object("chat.completion.chunk", []) | {"usage": _usage(answer)}
+
+    def _progress(self, event: Event) -> dict[str, Any] | None:
+        if not self._events:
+            return None
+        if isinstance(event, AudioRead):
+            return {"event": "audio_read", "audio": asdict(event.audio)}
+        if isinstance(event, StreamsReady):
+            return {
+                "event": "streams_ready",
+                "cached": event.cached,
+                "encode_s": event.encode_s,
+            }
+        if isinstance(event, PromptRead):
+            return {"event": "prompt_read", "n_tokens": event.n_tokens} | self._listening(event)
+        return None
+
+    def _listening(self, event: PromptRead) -> dict[str, Any]:
+        return {
+            "intent_attention": _numbers(event.intent_attention),
+            "gate": _numbers(event.gate),
+            "token_s": self._config.token_s,
+        }
+
+    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return self._object("chat.completion.chunk", [choice])
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._config.name,
+            "choices": choices,
+        }
+
+
+def to_json(data: Any) -> bytes:
+    """JSON in ASCII: text from outside may hold halves of surrogate pairs."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _usage(answer: Answer) -> dict[str, Any]:
+    tokens = answer.tokens
+    return {
+        "prompt_tokens": tokens.prompt,
+        "completion_tokens": tokens.generated,
+        "total_tokens": tokens.prompt + tokens.generated,
+        "prompt_tokens_details": {"audio_tokens": tokens.audio, "cached_tokens": 0},
+    }
+
+
+def _details(answer: Answer) -> dict[str, Any]:
+    """What became of the audio, the parts of the thought, and the times."""
+    kept = ("choice_index", "plan", "audio_analysis", "logic", "summary", "unparsed")
+    fields = answer.to_dict()
+    return {name: fields[name] for name in (*kept, "audio", "timings")}
+
+
+def _numbers(array: np.ndarray[Any, np.dtype[np.float32]] | None) -> list[Any] | None:
+    if array is None:
+        return None
+    rounded: list[Any] = np.round(array.astype(np.float64), 6).tolist()
+    return rounded
