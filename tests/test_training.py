@@ -15,13 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.world_stub import ToneBanks
 from tinygiant.models import build, load, preset, save
 from tinygiant.models.training import cli
 from tinygiant.models.training.batching import LengthBatches
 from tinygiant.models.training.cota import CotaSet, recipe_task
+from tinygiant.models.training.encoders import _spans, span_means
 from tinygiant.models.training.loop import LoopConfig, ParameterGroup, schedule, train
 from tinygiant.models.training.reasoning import Sample, collate, response_loss
 from tinygiant.models.training.tokenizer import train_tokenizer
+from tinygiant.models.world.scene import sample_scene
+from tinygiant.models.world.vocabulary import WORDS
 from tinygiant.runtime.errors import CheckpointError, TinyGiantError
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -273,3 +277,31 @@ def test_a_file_that_is_no_parquet_ends_in_one_line(
     assert code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "not a readable parquet file" in error
+
+
+def test_span_means_average_only_their_rows() -> None:
+    rows = torch.arange(24.0).reshape(2, 6, 2)
+    spans = torch.tensor([[0, 1, 3], [1, 5, 6]])
+    expected = torch.stack([rows[0, 1:3].mean(0), rows[1, 5]])
+    torch.testing.assert_close(span_means(rows, spans), expected)
+
+
+def test_spans_say_where_words_and_notes_are() -> None:
+    scene = sample_scene("train", 11, 0, ToneBanks().word_duration_s, modality="mix-music-speech")
+    assert scene.speech is not None and scene.music is not None
+    word_spans, words, pitches, music_spans, music = _spans([scene], n_rows=90)
+    assert [WORDS[i] for i in words] == list(scene.speech.words)
+    for (clip, first, stop), start_s, end_s in zip(
+        word_spans.tolist(), scene.speech.starts_s, scene.speech.ends_s, strict=True
+    ):
+        assert clip == 0
+        assert first * 0.1 <= start_s < (first + 1) * 0.1
+        assert (stop - 1) * 0.1 < end_s <= stop * 0.1 + 1e-9
+    # The middle of every beat carries the beat's own note.
+    for beat, pitch in enumerate(scene.music.pitches):
+        middle_s = scene.music.start_s + (beat + 0.5) * scene.music.beat_s
+        around = {int(p) for p in pitches[0, int(middle_s * 10) : int(middle_s * 10) + 2]}
+        assert pitch in around
+    assert music_spans.shape == (1, 3)
+    expected = [scene.music.rising, scene.music.major, scene.music.fast, scene.music.meter == 3]
+    assert music.tolist() == [[float(x) for x in expected]]
