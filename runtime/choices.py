@@ -1,25 +1,30 @@
-r"""Answers that are exactly one of the given choices: a trie of token sequences, decoded greedily.
+r"""Answers that are exactly one of the given choices: decoded greedily along a trie, or scored.
 
 Each choice is encoded in its context, ``\n<RESPONSE>\n{choice}</RESPONSE>``, so that tokens that
 join a choice with its surroundings are those the model was trained on. At each fork the most likely
 *allowed* token wins; where only one is allowed, nothing is computed. It fails closed: choices whose
 tokens cannot be told apart, or do not decode to the choice again, are refused before anything runs.
+
+Without a thought, choices can be scored instead: the probability of each is that of writing it as a
+whole, ``</RESPONSE>`` included. Lengths are not normalised away: the texts exclude one another, so
+that their probabilities, divided by their sum, are the model's own given that it writes one of them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.decoder import greedy
-from tinygiant.runtime.errors import QuestionError
+from tinygiant.runtime.decoder import Decoder, greedy
+from tinygiant.runtime.errors import BundleError, QuestionError
 from tinygiant.runtime.prompt import check_choices
 from tinygiant.runtime.tokenizer import Tokenizer
 
-__all__ = ["RESPONSE_CLOSE", "RESPONSE_OPEN", "ChoiceTrie"]
+__all__ = ["RESPONSE_CLOSE", "RESPONSE_OPEN", "ChoiceTrie", "probabilities"]
 
 RESPONSE_OPEN = "\n<RESPONSE>\n"
 RESPONSE_CLOSE = "</RESPONSE>"
@@ -50,6 +55,7 @@ class ChoiceTrie:
             if node.choice_index is not None or node.children:
                 raise _alike(_first_leaf(node), index)
             node.choice_index = index
+        self.sequences = tuple(map(tuple, sequences))
         self.max_tokens = max(map(len, sequences), default=0)
 
     @classmethod
@@ -93,6 +99,52 @@ class ChoiceTrie:
             node = node.children[token]
             pending.append(token)
         return node.choice_index
+
+    def log_likelihoods(self, decoder: Decoder, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Logarithm of the probability of each choice after what ``decoder`` has read, ``(n,)``.
+
+        What all choices begin with is read once; each then continues from there, and is forgotten
+        again, so that the decoder ends where it was.
+
+        Args:
+            decoder: has read the prompt, and has room for the longest choice.
+            logits: ``(V,)``, after the last token read.
+
+        Raises:
+            BundleError: not a number among the logits.
+        """
+        start = decoder.cache.length
+        n_shared = len(os.path.commonprefix(self.sequences))
+        shared = self.sequences[0][:n_shared]
+        shared_score, logits = _continue(decoder, logits, shared, read_last=True)
+        scores = []
+        for sequence in self.sequences:
+            score, _ = _continue(decoder, logits, sequence[n_shared:], read_last=False)
+            decoder.cache.truncate(start + n_shared)
+            scores.append(shared_score + score)
+        decoder.cache.truncate(start)
+        if np.isnan(scores).any():
+            raise BundleError("the decoder gave no number (NaN); the bundle's weights are damaged")
+        return np.array(scores)
+
+
+def probabilities(log_likelihoods: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The likelihoods divided by their sum: ``(n,) -> (n,)``."""
+    likelihoods: NDArray[np.float64] = np.exp(log_likelihoods - log_likelihoods.max())
+    return likelihoods / likelihoods.sum()
+
+
+def _continue(
+    decoder: Decoder, logits: NDArray[np.float32], tokens: Sequence[int], *, read_last: bool
+) -> tuple[float, NDArray[np.float32]]:
+    """Log-probability of ``tokens`` after ``logits (V,)``, and the logits after those read."""
+    unread = tokens if read_last else tokens[:-1]
+    rows = np.concatenate([logits[None], decoder.step(unread)]) if unread else logits[None]
+    scores = rows[: len(tokens)].astype(np.float64)
+    peaks = scores.max(axis=1)
+    log_sums = np.log(np.exp(scores - peaks[:, None]).sum(axis=1)) + peaks
+    score = float((scores[np.arange(len(tokens)), list(tokens)] - log_sums).sum())
+    return score, rows[-1]
 
 
 def _best_allowed(logits: NDArray[np.float32], allowed: list[int]) -> int:

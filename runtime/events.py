@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from tinygiant.runtime.answer import TextPiece
 
 __all__ = [
+    "SCHEMA",
     "Answer",
     "AudioAccount",
     "AudioRead",
+    "ChoiceScoring",
     "Event",
     "FinishReason",
     "Finished",
@@ -30,9 +32,17 @@ __all__ = [
     "TokenCounts",
 ]
 
+SCHEMA = "tinygiant.answer/1"
+"""Name and version of the JSON form, published as ``schema/answer.schema.json``. Fields may be added
+within a version; removing or redefining one makes a new version."""
+
 FinishReason = Literal["stop", "length"]
 """``stop``: the model ended its text itself. ``length``: ``max_new_tokens`` were spent; with
 choices the runtime then closed the thought, and the answer is still one of them."""
+
+ChoiceScoring = Literal["sum_of_log_probabilities"]
+"""How choices were compared where the model did not think: by the logarithm of the probability of
+writing the whole choice, its end included, not divided by its length."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,9 @@ class Answer:
         timings: seconds by stage.
         audio: what became of the audio.
         tokens: how much was read and written.
+        choice_probabilities: probability of each choice, together 1, where the choices were scored
+            instead of thought about; else None.
+        choice_scoring: what the probabilities are made of; None without them.
     """
 
     text: str
@@ -111,10 +124,12 @@ class Answer:
     timings: Timings
     audio: AudioAccount
     tokens: TokenCounts
+    choice_probabilities: tuple[float, ...] | None = None
+    choice_scoring: ChoiceScoring | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON-ready nested dictionaries."""
-        return dataclasses.asdict(self)
+        """The answer as JSON-ready nested dictionaries, with the name of their schema."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from tinygiant.runtime.answer import AnswerParser, ParsedAnswer, TextPiece
 from tinygiant.runtime.audio import MAX_AUDIO_S, Audio, AudioSource, read_audio
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
-from tinygiant.runtime.choices import ChoiceTrie
+from tinygiant.runtime.choices import ChoiceTrie, probabilities
 from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
@@ -57,6 +58,9 @@ from tinygiant.runtime.tokenizer import StreamingDetokenizer, Tokenizer
 __all__ = ["MAX_NEW_TOKENS", "Memory", "TinyGiant", "load"]
 
 MAX_NEW_TOKENS = 512
+# Where the model is not to think. Qwen3's own form of it has EMPTY_THOUGHT_END as well; before
+# choices it is left out, for a choice brings the line break that it had in training.
+EMPTY_THOUGHT, EMPTY_THOUGHT_END = "<think>\n\n</think>", "\n\n"
 Memory = Literal["default", "low"]
 
 
@@ -117,12 +121,18 @@ class TinyGiant:
         question: str,
         choices: Sequence[str] | None = None,
         *,
+        think: bool = True,
         max_new_tokens: int = MAX_NEW_TOKENS,
         max_audio_s: float = MAX_AUDIO_S,
     ) -> Answer:
         """Ask a question about a clip; see :meth:`stream`, whose last event holds the answer."""
         events = self.stream(
-            audio, question, choices, max_new_tokens=max_new_tokens, max_audio_s=max_audio_s
+            audio,
+            question,
+            choices,
+            think=think,
+            max_new_tokens=max_new_tokens,
+            max_audio_s=max_audio_s,
         )
         for event in events:
             if isinstance(event, Finished):
@@ -135,6 +145,7 @@ class TinyGiant:
         question: str,
         choices: Sequence[str] | None = None,
         *,
+        think: bool = True,
         max_new_tokens: int = MAX_NEW_TOKENS,
         max_audio_s: float = MAX_AUDIO_S,
     ) -> Iterator[Event]:
@@ -145,6 +156,9 @@ class TinyGiant:
                 :func:`~tinygiant.runtime.audio.read_audio` returned.
             question: what to ask, in plain text.
             choices: 2 to 26 possible answers; the answer is then exactly one of them.
+            think: whether the model thinks first. If not, an empty thought ends the prompt, and
+                either the answer is written at once or, with choices, each choice is scored and
+                the likeliest taken, with their probabilities in the answer.
             max_new_tokens: how much the model may write. With choices this bounds the thought; the
                 answer itself comes on top.
             max_audio_s: longest clip to read; an :class:`Audio` has been read already.
@@ -160,7 +174,11 @@ class TinyGiant:
             raise UsageError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         prompt = build_prompt(question, choices, self._tokenizer, self.config.prompt)
         trie = None if choices is None else ChoiceTrie.of_choices(choices, self._tokenizer)
-        return self._stream(audio, _Request(prompt, choices, trie, max_new_tokens, max_audio_s))
+        if not think:
+            prompt = self._without_thought(prompt, more_follows=trie is None)
+        return self._stream(
+            audio, _Request(prompt, choices, trie, think, max_new_tokens, max_audio_s)
+        )
 
     def _stream(self, source: AudioSource | Audio, request: _Request) -> Iterator[Event]:
         clock = Clock()
@@ -176,7 +194,11 @@ class TinyGiant:
         with clock.stage("project"):
             projections, embeds = self._compose(request.prompt, outputs)
 
-        transcript = _Transcript(self._tokenizer, thinking=request.trie is not None)
+        transcript = _Transcript(
+            self._tokenizer,
+            thinking=request.think and request.trie is not None,
+            after="" if request.think else EMPTY_THOUGHT,
+        )
         first_token_s = 0.0
         with self._pool.use("decoder_model") as graph:
             with clock.stage("prefill"):
@@ -191,7 +213,8 @@ class TinyGiant:
                 yield from transcript.push(token)
         yield from transcript.finish()
 
-        finish_reason, choice_index = tokens.value
+        ending = tokens.value
+        choice_index = ending.choice_index
         parsed = transcript.parsed()
         yield Finished(
             Answer(
@@ -203,7 +226,7 @@ class TinyGiant:
                 unparsed=parsed.unparsed,
                 raw_text=transcript.text,
                 choice_index=choice_index,
-                finish_reason=finish_reason,
+                finish_reason=ending.finish_reason,
                 model=self.config.name,
                 timings=_timings(clock, first_token_s, cached, transcript.n_tokens),
                 audio=account,
@@ -212,8 +235,16 @@ class TinyGiant:
                     audio=sum(chunk.audio_embeds.shape[1] for chunk in projections),
                     generated=transcript.n_tokens,
                 ),
+                choice_probabilities=ending.probabilities,
+                choice_scoring=None if ending.probabilities is None else "sum_of_log_probabilities",
             )
         )
+
+    def _without_thought(self, prompt: Prompt, *, more_follows: bool) -> Prompt:
+        """The prompt, ended by an empty thought."""
+        empty = EMPTY_THOUGHT + (EMPTY_THOUGHT_END if more_follows else "")
+        thought_ids = self._tokenizer.encode_markup(empty)
+        return dataclasses.replace(prompt, suffix_ids=(*prompt.suffix_ids, *thought_ids))
 
     def _read(self, source: AudioSource | Audio, max_audio_s: float) -> Audio:
         """The audio in memory; what the caller has read already is taken as it is."""
@@ -244,12 +275,18 @@ class TinyGiant:
 
     def _write(
         self, decoder: Decoder, logits: NDArray[np.float32], request: _Request
-    ) -> Generator[int, None, tuple[FinishReason, int | None]]:
-        """Yield the tokens of the text; returns why it ended and the index of the choice.
+    ) -> Generator[int, None, _Ending]:
+        """Yield the tokens of the text; returns how it ended.
 
         With choices the model thinks until it closes the thought, ends its text or has spent its
-        tokens; the thought is then closed and one of the choices written.
+        tokens; the thought is then closed and one of the choices written. If it is not to think,
+        the likeliest choice is written at once.
         """
+        if request.trie is not None and not request.think:
+            found = probabilities(request.trie.log_likelihoods(decoder, logits))
+            best = int(found.argmax())
+            yield from request.trie.sequences[best]
+            return _Ending("stop", best, tuple(found.tolist()))
         config = self.config.decoder
         end_ids = {*config.eos_token_ids}
         if request.trie is not None:
@@ -264,10 +301,10 @@ class TinyGiant:
             yield token
         finish_reason: FinishReason = "length" if free.value is None else "stop"
         if request.trie is None:
-            return finish_reason, None
+            return _Ending(finish_reason)
         yield config.think_end_token_id
         unread = [*written[decoder.cache.length - n_prompt :], config.think_end_token_id]
-        return finish_reason, (yield from request.trie.decode(decoder.read, unread))
+        return _Ending(finish_reason, (yield from request.trie.decode(decoder.read, unread)))
 
 
 @dataclass(frozen=True)
@@ -277,25 +314,41 @@ class _Request:
     prompt: Prompt
     choices: Sequence[str] | None
     trie: ChoiceTrie | None
+    think: bool
     max_new_tokens: int
     max_audio_s: float
 
     @property
     def max_written(self) -> int:
         """Tokens that may follow the prompt: the free ones, ``</think>`` and the choice."""
-        return self.max_new_tokens + (0 if self.trie is None else 1 + self.trie.max_tokens)
+        if self.trie is None:
+            return self.max_new_tokens
+        return self.trie.max_tokens + (1 + self.max_new_tokens if self.think else 0)
 
     def choice(self, index: int) -> str:
         """One of the choices as it was given."""
         return (self.choices or ())[index]
 
 
-class _Transcript:
-    """The model's text as it grows: tokens in, pieces out, the whole at the end."""
+@dataclass(frozen=True)
+class _Ending:
+    """How a text ended, and which choice it is, if there were any."""
 
-    def __init__(self, tokenizer: Tokenizer, *, thinking: bool) -> None:
+    finish_reason: FinishReason
+    choice_index: int | None = None
+    probabilities: tuple[float, ...] | None = None
+
+
+class _Transcript:
+    """The model's text as it grows: tokens in, pieces out, the whole at the end.
+
+    With ``after``, the prompt ended in that beginning of the text, which is not part of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, thinking: bool, after: str) -> None:
         self._detokenizer = StreamingDetokenizer(tokenizer)
         self._parser = AnswerParser(thinking=thinking)
+        self._parser.feed(after)
         self._texts: list[str] = []
         self.n_tokens = 0
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tinygiant.runtime.choices import ChoiceTrie
+from tinygiant.runtime.choices import ChoiceTrie, probabilities
 from tinygiant.runtime.errors import BundleError, QuestionError
 from tinygiant.runtime.prompt import check_choices
 from tinygiant.runtime.tokenizer import Tokenizer
@@ -106,6 +106,55 @@ def test_the_model_runs_at_forks_only(choices: list[str], seed: int, tokenizer: 
     assert model.read_so_far == [4, *tokens][: len(model.read_so_far)]
 
 
+class Scorer(Model):
+    """The same opinions, read as a decoder is: step by step, and back again."""
+
+    cache = property(lambda self: self)
+    length = property(lambda self: len(self.read_so_far))
+
+    def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        assert token_ids
+        return np.stack([self.read([token]) for token in token_ids])
+
+    def truncate(self, length: int) -> None:
+        assert length <= len(self.read_so_far)
+        del self.read_so_far[length:]
+
+
+@given(choices=CHOICES, seed=st.integers(0, 2**32))
+def test_scores_are_those_of_each_choice_by_itself(
+    choices: list[str], seed: int, tokenizer: Tokenizer
+) -> None:
+    asked(choices, tokenizer)
+    trie = ChoiceTrie.of_choices(choices, tokenizer)
+    model, prompt = Scorer(seed), [4, 7]
+    logits = model.step(prompt)[-1]
+    found = trie.log_likelihoods(model, logits)  # type: ignore[arg-type]
+    assert model.read_so_far == prompt
+    for score, sequence in zip(found, trie.sequences, strict=True):
+        want = 0.0
+        for position, token in enumerate(sequence):
+            row = model.logits([*prompt, *sequence[:position]]).astype(np.float64)
+            want += row[token] - np.log(np.exp(row).sum())
+        assert score == pytest.approx(want, rel=1e-6)
+
+
+def test_what_choices_share_is_read_once(tokenizer: Tokenizer) -> None:
+    trie = ChoiceTrie.of_choices(["a dog barks", "a dog growls", "a dog"], tokenizer)
+    model = Scorer(1)
+    trie.log_likelihoods(model, model.logits([]))  # type: ignore[arg-type]
+    shared = 0
+    while len({sequence[shared] for sequence in trie.sequences}) == 1:
+        shared += 1
+    assert shared > len(tokenizer.encode("\n<RESPONSE>\n"))
+    assert model.n_runs == shared + sum(len(s) - 1 - shared for s in trie.sequences)
+
+
+def test_likelihoods_become_probabilities() -> None:
+    found = probabilities(np.log(np.array([0.02, 0.06, 0.0]) + 1e-300) - 5_000.0)
+    np.testing.assert_allclose(found, [0.25, 0.75, 0.0], atol=1e-12)
+
+
 def test_every_choice_can_win(tokenizer: Tokenizer) -> None:
     choices = [f"{letter} sound" for letter in "abcdefghijklmnopqrstuvwxyz"]
     trie = ChoiceTrie.of_choices(choices, tokenizer)
@@ -179,3 +228,5 @@ def test_not_a_number_is_an_error(tokenizer: Tokenizer) -> None:
     trie = ChoiceTrie.of_choices(["a", "b"], tokenizer)
     with pytest.raises(BundleError, match="NaN"):
         list(trie.decode(lambda _: np.full(VOCAB, np.nan, np.float32), [4]))
+    with pytest.raises(BundleError, match="NaN"):
+        trie.log_likelihoods(Scorer(1), np.full(VOCAB, np.nan, np.float32))  # type: ignore[arg-type]

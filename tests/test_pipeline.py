@@ -34,6 +34,7 @@ from tinygiant.runtime import (
     read_audio,
 )
 from tinygiant.runtime import bundle as b
+from tinygiant.runtime.answer import AnswerParser
 from tinygiant.runtime.tokenizer import Tokenizer
 
 Tone = Callable[[float, int], NDArray[np.float32]]
@@ -121,6 +122,63 @@ def test_the_choice_is_the_one_pytorch_prefers(
     assert answer.choice_index == left[0]
     assert answer.text == CHOICES[left[0]]
     assert answer.raw_text == tokenizer.decode(context)
+
+
+@pytest.mark.parametrize("choices", [CHOICES, ["a", "a dog, perhaps two"], ["\u97f3", "<think>"]])
+def test_choices_without_thought_are_scored_as_pytorch_does(
+    tiny: TinyGiant,
+    tiny_model: TinyGiantALM,
+    tokenizer: Tokenizer,
+    tone: Tone,
+    choices: list[str],
+) -> None:
+    audio = read_audio((tone(3.0, 16_000), 16_000))
+    question = "Which of these is heard?"
+    encoded = encode_audio(tiny_model, audio)
+    embeds = input_embeddings(tiny_model, encoded, question, choices, tokenizer)
+    thought = tokenizer.encode_markup("<think>\n\n</think>")
+    scores = []
+    for choice in choices:  # each by itself, the whole sequence at once, without any cache
+        tokens = tokenizer.encode(f"\n<RESPONSE>\n{choice}</RESPONSE>")
+        with torch.no_grad():
+            text = tiny_model.embed_tokens(torch.tensor([[*thought, *tokens]]))
+            logits = tiny_model.decoder(inputs_embeds=torch.cat([embeds, text], 1)).logits[0]
+        rows = logits[-len(tokens) - 1 : -1].double().log_softmax(-1)
+        scores.append(rows[range(len(tokens)), tokens].sum())
+    want = torch.stack(scores).softmax(0)
+    answer = tiny.ask(audio, question, choices, think=False)
+    np.testing.assert_allclose(answer.choice_probabilities, want, rtol=2e-3, atol=1e-9)
+    assert answer.choice_index == int(want.argmax())
+    assert answer.text == choices[answer.choice_index]
+    assert answer.raw_text == f"\n<RESPONSE>\n{answer.text}</RESPONSE>"
+    assert (answer.finish_reason, answer.plan, answer.unparsed) == ("stop", "", "")
+    assert answer.choice_scoring == "sum_of_log_probabilities"
+    assert answer.tokens.prompt == embeds.shape[1] + len(thought)
+
+
+def test_an_answer_without_thought_follows_an_empty_one(
+    tiny: TinyGiant, tiny_model: TinyGiantALM, tokenizer: Tokenizer, tone: Tone
+) -> None:
+    audio = read_audio((tone(3.0, 16_000), 16_000))
+    encoded = encode_audio(tiny_model, audio)
+    embeds = input_embeddings(tiny_model, encoded, "What is heard?", None, tokenizer)
+    thought = tokenizer.encode_markup("<think>\n\n</think>\n\n")
+    assert tokenizer.token_id("</think>") in thought
+    embeds = torch.cat([embeds, tiny_model.embed_tokens(torch.tensor([thought]))], 1)
+    answer = tiny.ask(audio, "What is heard?", think=False, max_new_tokens=12)
+    assert answer.raw_text == tokenizer.decode(greedy(tiny_model, embeds, 12))
+    assert answer.text == answer.raw_text.strip()
+    assert (answer.choice_probabilities, answer.choice_scoring) == (None, None)
+    thinking = tiny.ask(audio, "What is heard?", CHOICES, max_new_tokens=3)
+    assert thinking.choice_probabilities is None
+
+
+def test_headings_after_an_empty_thought_are_the_answers_own() -> None:
+    parser = AnswerParser()
+    parser.feed("<think>\n\n</think>")
+    parser.feed("\n\nSummary: it rains")
+    parser.finish()
+    assert parser.result().answer == "Summary: it rains"
 
 
 def test_events_come_in_order_and_make_up_the_answer(tiny: TinyGiant, tone: Tone) -> None:
