@@ -11,9 +11,9 @@ PYTHON_FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 1
 VENV := .venv
 DEMO_VENV := .venv-demo
 
-# On Linux, torch from PyPI brings gigabytes of CUDA; this index holds the CPU builds. Where it
-# cannot be reached, or lacks the platform, pip takes torch from its usual index.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# On Linux, the usual torch brings gigabytes of CUDA. Who has an index of PyTorch's CPU builds names
+# it: make test TORCH_INDEX=URL
+TORCH_INDEX ?=
 PIP_INSTALL := -m pip install --disable-pip-version-check --constraint constraints.txt
 
 # Tests run in this many processes, each with one thread for every numeric library.
@@ -98,6 +98,7 @@ $(DEMO_VENV)/.installed: $(DEMO_VENV)/.python constraints.txt setup.cfg pyprojec
 
 $(VENV)/.installed: $(VENV)/.python constraints.txt setup.cfg pyproject.toml
 	@echo "Installing everything into $(VENV) (once, some minutes) ..." >&2
-	@$(VENV)/bin/python $(PIP_INSTALL) --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) torch
+	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps \
+	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
 	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,mic,serve,train,wyoming]'
 	@touch $@
