@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from websockets.sync.client import ClientConnection, connect
 
 from tests.serve_stub import FakeModel, Live, live, wait_for
@@ -89,7 +95,8 @@ def page(server: Live, tmp_path: Path) -> Iterator[Page]:
     ]
     with (
         open(tmp_path / "log", "w") as log,
-        subprocess.Popen(command, stderr=log, stdout=log) as process,
+        # A group of its own: Debian's chromium is a script, whose child outlives it.
+        subprocess.Popen(command, stderr=log, stdout=log, process_group=0) as process,
     ):
         try:
             port_file = tmp_path / "DevToolsActivePort"
@@ -106,7 +113,7 @@ def page(server: Live, tmp_path: Path) -> Iterator[Page]:
                 wait_for(lambda: tab.js("document.readyState") == "complete", 30)
                 yield tab
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_ask_by_keyboard(page: Page, tmp_path: Path) -> None:
@@ -133,9 +140,6 @@ def test_ask_by_keyboard(page: Page, tmp_path: Path) -> None:
 
 
 def test_the_spectrogram_shows_the_sound(page: Page, tmp_path: Path) -> None:
-    import numpy as np
-    import soundfile
-
     rate_hz, seconds = 48_000, 2.0
     t = np.arange(round(rate_hz * seconds)) / rate_hz
     tone = 0.5 * np.sin(2 * np.pi * 894.4 * t)  # the middle of 50 Hz to 16 kHz, logarithmically
@@ -152,9 +156,6 @@ def test_the_spectrogram_shows_the_sound(page: Page, tmp_path: Path) -> None:
     assert brightest == pytest.approx(0.5, abs=0.03)
     # What is sent is the clip itself, as 16-bit samples.
     encoded = page.js("wavBase64()")
-    import base64
-    import io
-
     samples, sent_rate_hz = soundfile.read(io.BytesIO(base64.b64decode(encoded)))
     assert sent_rate_hz == rate_hz
     np.testing.assert_allclose(samples, tone, atol=1.01 / 32_768)
