@@ -19,7 +19,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from tinygiant.runtime.bundle import Bundle
-from tinygiant.runtime.errors import BundleError, UsageError
+from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
 from tinygiant.runtime.text import one_line, printable
 
 # Read by onnxruntime while it is imported.
@@ -66,6 +66,7 @@ class Graph:
 
         Raises:
             BundleError: onnxruntime cannot read it; also if it points to data outside its folder.
+            TinyGiantError: memory runs out.
         """
         self.name = path.stem
         try:
@@ -75,6 +76,8 @@ class Graph:
                 providers=["CPUExecutionProvider"],
             )
         except Exception as error:
+            if _is_memory(error):
+                raise _out_of_memory(self.name) from error
             raise BundleError(
                 f"graph {printable(path)} cannot be loaded by onnxruntime "
                 f"{onnxruntime.__version__}: {one_line(error)}"
@@ -109,7 +112,9 @@ class Graph:
         """Release the weights now, even while somebody still holds the graph."""
         self._session = None
 
-    def _failed(self, error: Exception) -> BundleError:
+    def _failed(self, error: Exception) -> TinyGiantError:
+        if _is_memory(error):
+            return _out_of_memory(self.name)
         return BundleError(f"graph {self.name} failed: {one_line(error)}")
 
 
@@ -179,6 +184,16 @@ class GraphPool:
         graph = Graph(self._bundle.graph(name), self._settings)
         self._bundle.require_unchanged()  # after loading, so that there is no moment in between
         return graph
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "bad_alloc" in str(error)
+
+
+def _out_of_memory(graph: str) -> TinyGiantError:
+    return TinyGiantError(
+        f"memory ran out in graph {graph}; use --memory low or a smaller recipe, or end programs"
+    )
 
 
 def onnxruntime_version() -> str:

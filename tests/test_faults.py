@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tinygiant.export.bundle import staged_folder
 from tinygiant.runtime import load
 from tinygiant.runtime.bundle import MANIFEST_NAME
-from tinygiant.runtime.errors import BundleError, StorageError, UsageError
+from tinygiant.runtime.errors import BundleError, StorageError, TinyGiantError, UsageError
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 
@@ -101,6 +101,18 @@ def test_out_of_memory_ends_in_a_line(tiny_bundle: Path, clip: Path, limit_mib: 
     assert run.returncode in DOCUMENTED, run.stderr
     assert "Traceback" not in run.stderr
     assert run.returncode == 0 or run.stderr.strip()
+
+
+def test_native_code_out_of_memory_says_so(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", fail)
+    with pytest.raises(TinyGiantError, match="memory ran out in graph") as caught:
+        load(tiny_bundle)
+    assert caught.value.exit_code == 1  # the bundle itself is sound
 
 
 def test_nothing_need_be_writable(tiny_bundle: Path, clip: Path, tmp_path: Path) -> None:
