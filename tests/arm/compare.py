@@ -44,14 +44,15 @@ def main() -> int:
         reference = work / f"{name}-here.npz"
         tokens = str(options.tokens)
         run = [str(HERE / "answers.py"), str(bundle), str(clip)]
-        subprocess.run([sys.executable, *run, str(reference), tokens], check=True, timeout=LIMIT_S)
+        here = [sys.executable, *run, str(reference), tokens]
+        subprocess.run(here, check=True, timeout=LIMIT_S)
         for board in BOARDS:
             if options.cpus and board.cpu not in options.cpus:
                 continue
             found = work / f"{name}-{board.cpu}.npz"
             start = time.perf_counter()
             subprocess.run(
-                [*command(root, board, namespace), *run, str(found), tokens, str(reference)],
+                [*command(root, board, namespace), *run, str(found), tokens],
                 check=True,
                 timeout=LIMIT_S,
             )
@@ -89,6 +90,7 @@ def compare(found: Path, reference: Path, recipe: Recipe) -> dict[str, object]:
         "same_tokens": same_tokens,
         "same_choice": same_choice,
         "agreement": f"{agree.sum()}/{agree.size}",
+        "different_tokens": len(set(logits.argmax(1).tolist())),
         "decided": f"{(agree & decided).sum()}/{decided.sum()}",
         "relative_error": {stage: float(f"{error:.2e}") for stage, error in errors.items()},
     }
@@ -145,7 +147,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, help="compare this bundle; name its recipe")
     parser.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
     parser.add_argument("--cpus", nargs="+", choices=[board.cpu for board in BOARDS])
-    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=16)
     return parser.parse_args()
 
 

@@ -10,6 +10,7 @@ kept in ``.cache/fuzz/TARGET/``; give one to ``--replay`` to see the failure aga
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import resource
@@ -33,6 +34,11 @@ def main() -> int:
         [name] = options.targets
         TARGETS[name].check(options.replay.read_bytes())
         return 0
+    if importlib.util.find_spec("atheris") is None:
+        print(
+            "fuzz: needs atheris (Linux, Python 3.11 to 3.13): pip install atheris", file=sys.stderr
+        )
+        return 9
     if options.inside:
         _fuzz(options.targets[0], options.seconds, Path(options.inside))
     failures = 0
