@@ -6,6 +6,7 @@ PyTorch.
 
 from __future__ import annotations
 
+import tinygiant.runtime.sessions  # noqa: F401 - turns telemetry off before onnxruntime is imported
 from tinygiant.quantize.embeddings import quantize_rows
 from tinygiant.quantize.graph import load_graph, save_graph, weights_path
 from tinygiant.quantize.quantizer import quantize_graph

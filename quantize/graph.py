@@ -8,10 +8,13 @@ stay inside the graph, where onnxruntime's shape inference reads them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["load_graph", "save_graph", "weights_path"]
+__all__ = ["add_initializer", "constant_input", "load_graph", "save_graph", "weights_path"]
 
 _INLINE_LIMIT_BYTES = 1_024
 # A tensor can be mapped from the file, rather than copied, where its offset is a multiple of the
@@ -38,3 +41,28 @@ def save_graph(model: ir.Model, path: Path) -> None:
         size_threshold_bytes=_INLINE_LIMIT_BYTES,
         alignment=_ALIGNMENT_BYTES,
     )
+
+
+def constant_input(node: ir.Node) -> tuple[ir.Value, npt.NDArray[np.float32]]:
+    """The weight of a ``MatMul`` by a constant: the second input, and its ``(in, out)`` array.
+
+    Raises:
+        ValueError: the second input is no constant.
+    """
+    weight = node.inputs[1]
+    if weight is None or not weight.is_initializer() or weight.const_value is None:
+        raise ValueError(f"node {node.name} does not multiply by a constant")
+    return weight, weight.const_value.numpy()
+
+
+def add_initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """Store ``array`` in the graph under ``name``."""
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.initializers[name] = value
+    return value

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from tinygiant.quantize.dynamic import QUANTIZED_SUFFIX, quantize_matmuls
+from tinygiant.quantize import dynamic, weight_only
 from tinygiant.quantize.graph import load_graph, save_graph
 from tinygiant.quantize.recipes import Scheme
 from tinygiant.quantize.report import GraphReport, graph_size_bytes, weighted_nodes
-from tinygiant.quantize.weight_only import quantize_matmul
 
 __all__ = ["quantize_graph"]
 
@@ -27,22 +25,14 @@ def quantize_graph(source: Path, target: Path, scheme: Scheme) -> GraphReport:
     """
     model = load_graph(source)
     chosen, kept = _choose(model.graph, scheme)
+    for node in [node for node in model.graph if node.name in chosen]:
+        if scheme.kind == "weight_only":
+            weight_only.quantize_matmul(model.graph, node, scheme)
+        else:
+            dynamic.quantize_matmul(model.graph, node, scheme)
     if scheme.kind == "weight_only":
-        for node in [node for node in model.graph if node.name in chosen]:
-            quantize_matmul(model.graph, node, scheme)
         model.opset_imports.setdefault("com.microsoft", 1)
-    if scheme.kind == "dynamic_int8" and chosen:
-        # onnxruntime's quantizer writes its weights unaligned; they are written again here.
-        with TemporaryDirectory(dir=target.parent, prefix=".quantize.") as folder:
-            between = Path(folder) / source.name
-            quantize_matmuls(source, between, chosen, scheme)
-            model = load_graph(between)
-            save_graph(model, target)
-    else:
-        save_graph(model, target)
-    quantized = _quantized_nodes(model.graph)
-    if missed := sorted(chosen - quantized):
-        raise RuntimeError(f"onnxruntime's quantizer left out {missed}")
+    save_graph(model, target)
     return GraphReport(
         graph=target.stem,
         scheme=scheme.label,
@@ -80,13 +70,3 @@ def _reason_to_keep(node: ir.Node, scheme: Scheme) -> str | None:
     if any(fnmatchcase(str(node.name), pattern) for pattern in scheme.excluded):
         return "excluded by the scheme"
     return None
-
-
-def _quantized_nodes(graph: ir.Graph) -> set[str]:
-    weight_only = {str(node.name) for node in graph if node.op_type == "MatMulNBits"}
-    dynamic = {
-        str(node.name).removesuffix(QUANTIZED_SUFFIX)
-        for node in graph
-        if node.op_type == "MatMulInteger"
-    }
-    return weight_only | dynamic

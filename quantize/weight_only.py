@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 
+from tinygiant.quantize.graph import add_initializer, constant_input
 from tinygiant.quantize.recipes import Scheme
 
 __all__ = ["HEAD_NODE", "dequantize_blocks", "quantize_blocks", "quantize_matmul"]
@@ -27,33 +28,21 @@ _CONTRIB = "com.microsoft"
 
 def quantize_matmul(graph: ir.Graph, node: ir.Node, scheme: Scheme) -> None:
     """Replace ``node``, a ``MatMul`` whose second input is a constant ``(K, N)``, in ``graph``."""
-    source, weight = node.inputs
-    if source is None or weight is None or weight.const_value is None:
-        raise ValueError(f"node {node.name} does not multiply by a constant")
+    weight, array = constant_input(node)
     bits = scheme.head_bits if node.name == HEAD_NODE and scheme.head_bits else scheme.bits
-    n_in, n_out = (int(size) for size in weight.const_value.shape.numpy())
-    packed, scales, zero_points = quantize_blocks(weight.const_value.numpy(), bits, scheme)
-    parts: dict[str, npt.NDArray[Any]] = {"q": packed, "scales": scales}
+    packed, scales, zero_points = quantize_blocks(array, bits, scheme)
+    values = [
+        add_initializer(graph, f"{weight.name}.q{bits}", packed),
+        add_initializer(graph, f"{weight.name}.scales", scales),
+    ]
     if not scheme.symmetric:
-        parts["zero_points"] = zero_points
-    values = []
-    for suffix, array in parts.items():
-        name = f"{weight.name}.{suffix}"
-        tensor = ir.Tensor(array, name=name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        graph.initializers[name] = value
-        values.append(value)
+        values.append(add_initializer(graph, f"{weight.name}.zero_points", zero_points))
     replacement = ir.node(
         "MatMulNBits",
-        [source, *values],
+        [node.inputs[0], *values],
         {
-            "K": n_in,
-            "N": n_out,
+            "K": array.shape[0],
+            "N": array.shape[1],
             "bits": bits,
             "block_size": scheme.block_size,
             "accuracy_level": scheme.accuracy_level,

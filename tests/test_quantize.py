@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from tinygiant.models.config import TinyGiantConfig
 from tinygiant.quantize import RECIPES, Scheme, quantize_graph, quantize_rows, recipe
@@ -139,6 +141,42 @@ def test_encoder_weights_keep_to_their_range(
         assert limit - 2 <= np.abs(weight.astype(int)).max() <= limit
         if scheme.per_channel:  # each column uses the whole range
             assert np.abs(weight.astype(int)).max(axis=0).min() >= limit - 2
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("reduce_range", [True, False])
+def test_dynamic_int8_is_onnxruntimes_own(
+    tiny_bundle: Path, tmp_path: Path, per_channel: bool, reduce_range: bool
+) -> None:
+    """The same bytes, and the same outputs to the last bit, as ``quantize_dynamic`` gives."""
+    name = "htsat_encoder"
+    scheme = Scheme("dynamic_int8", per_channel=per_channel, reduce_range=reduce_range)
+    ours, theirs = tmp_path / "ours.onnx", tmp_path / "theirs.onnx"
+    quantize_graph(source(tiny_bundle, name), ours, scheme)
+    quantize_dynamic(
+        onnx.load(source(tiny_bundle, name)),
+        theirs,
+        op_types_to_quantize=["MatMul"],
+        per_channel=per_channel,
+        reduce_range=reduce_range,
+        weight_type=QuantType.QInt8,
+        extra_options={"WeightSymmetric": True, "MatMulConstBOnly": True},
+    )
+    stored, expected = initializers(ours), initializers(theirs)
+    weights = [key for key in expected if key.endswith("_quantized")]
+    assert weights
+    for key in weights:
+        np.testing.assert_array_equal(stored[key], expected[key])
+    kinds = [collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+             for path in (ours, theirs)]  # fmt: skip
+    assert kinds[0] == kinds[1]
+    features = np.random.default_rng(1).standard_normal((1, 1, 1001, 64)).astype(np.float32)
+    found, wanted = (
+        ort.InferenceSession(path).run(None, {"input_features": features})
+        for path in (ours, theirs)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_excluded_nodes_stay_in_float32(tiny_bundle: Path, tmp_path: Path) -> None:
