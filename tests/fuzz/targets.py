@@ -9,11 +9,12 @@ Modules are imported by the target that needs them, so that a fuzzing process lo
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
 import json
-import os
 import re
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,9 +53,10 @@ def refused(kind: type[Exception], call: Callable[[], Any]) -> Any:
 
 @functools.cache
 def scratch() -> Path:
-    """A folder in memory where there is one: fuzzing writes thousands of files a second."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="tinygiant-fuzz-", dir=memory))
+    """A folder for the files of this process, removed at its end."""
+    folder = tempfile.mkdtemp(prefix="tinygiant-fuzz-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def written(name: str, data: bytes) -> Path:
