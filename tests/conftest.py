@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 # Before any numeric library starts its threads: the tests share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Some tests import onnxruntime themselves.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import pytest

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tinygiant.models.checkpoint import save
+from tinygiant.models.tinygiant import TinyGiantALM
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
 GUARD = ROOT / "tests" / "no_network"
@@ -77,13 +80,14 @@ sys.addaudithook(watch)
 import importlib
 importlib.import_module(sys.argv[1])
 """
-    for module in ("tinygiant.runtime.sessions", "tinygiant.runtime.pipeline"):
+    modules = ("runtime.sessions", "runtime.pipeline", "quantize.dynamic", "export.exporter")
+    for module in (f"tinygiant.{name}" for name in modules):
         result = offline.run(sys.executable, "-c", code, module)
         assert result.stdout.splitlines() == ["telemetry disabled: 1"], result.stderr
     assert offline.attempts() == ""
 
 
-@pytest.mark.parametrize("command", ["tg-run", "tg-train"])
+@pytest.mark.parametrize("command", ["tg-run", "tg-serve", "tg-export", "tg-train"])
 def test_help_opens_no_socket(offline: Offline, command: str) -> None:
     result = offline.run(SCRIPTS / command, "--help")
     assert result.returncode == 0, result.stderr
@@ -96,4 +100,15 @@ def test_an_answer_opens_no_socket(offline: Offline, tiny_bundle: Path) -> None:
     result = offline.run(SCRIPTS / "tg-run", clip, "What is heard?", *model)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+    assert offline.attempts() == ""
+
+
+def test_an_export_opens_no_socket(
+    offline: Offline, tiny_model: TinyGiantALM, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    save(tiny_model, tmp_path / "checkpoint", tokenizer=tokenizer_file)
+    options = ("--output", "bundle", "--recipe", "fp32", "--threads", "1")
+    result = offline.run(SCRIPTS / "tg-export", "checkpoint", *options)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "bundle" / "manifest.json").is_file()
     assert offline.attempts() == ""

@@ -1,15 +1,18 @@
 """Put this folder on PYTHONPATH and a Python process has no network.
 
 Python's own socket calls are written to the file named by ``NO_NETWORK_LOG`` and refused. On Linux
-(x86-64, aarch64) the kernel also ends the process, with SIGSYS, if native code opens an Internet
-socket. Sockets within the machine (AF_UNIX) stay allowed: multiprocessing needs them.
+(x86-64, aarch64) native code that opens an Internet socket gets SIGSYS, which ends the process
+after the Python stacks of its threads were written to the log. Sockets within the machine (AF_UNIX)
+stay allowed: multiprocessing needs them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import platform
+import signal
 import socket
 import sys
 import traceback
@@ -52,10 +55,10 @@ def refuse(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def forbid_internet_sockets() -> None:
-    """A seccomp filter: ``socket(AF_INET or AF_INET6, ...)`` ends the process."""
+    """A seccomp filter: ``socket(AF_INET or AF_INET6, ...)`` raises SIGSYS."""
     arch, call = SOCKET_CALL[platform.machine()]
     load, equal, leave = 0x20, 0x15, 0x06
-    allow, kill = 0x7FFF0000, 0x80000000
+    allow, trap = 0x7FFF0000, 0x00030000
     program = (Filter * 9)(
         Filter(load, 0, 0, 4),  # seccomp_data.arch
         Filter(equal, 0, 5, arch),
@@ -65,7 +68,7 @@ def forbid_internet_sockets() -> None:
         Filter(equal, 2, 0, socket.AF_INET),
         Filter(equal, 1, 0, socket.AF_INET6),
         Filter(leave, 0, 0, allow),
-        Filter(leave, 0, 0, kill),
+        Filter(leave, 0, 0, trap),
     )
     libc = ctypes.CDLL(None, use_errno=True)
     no_new_privileges, set_seccomp, mode_filter = 38, 22, 2
@@ -78,4 +81,6 @@ def forbid_internet_sockets() -> None:
 socket.has_ipv6 = False
 sys.addaudithook(refuse)
 if sys.platform == "linux" and platform.machine() in SOCKET_CALL:
+    stacks = open(os.environ["NO_NETWORK_LOG"], "a")  # noqa: SIM115 - open as long as the process
+    faulthandler.register(signal.SIGSYS, file=stacks, all_threads=True, chain=True)
     forbid_internet_sockets()
