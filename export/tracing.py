@@ -65,6 +65,7 @@ def trace(
     if program is None:  # only where torch.onnx.export writes a file itself
         raise RuntimeError("torch.onnx.export returned no program")
     model = program.model
+    traced_values = list(model.graph.initializers.values())
     _split_gemms(model.graph)
     _fold_transposes(model.graph)
     _optimize(model)
@@ -75,7 +76,11 @@ def trace(
     common_passes.RemoveUnusedOpsetsPass()(model)
     common_passes.ClearMetadataAndDocStringPass()(model)
     _name_after_weights(model.graph)
-    return model
+    own = model.clone()
+    # onnxscript's rewriter keeps the last graph it has seen: let it keep no weights.
+    for value in (*traced_values, *model.graph.initializers.values()):
+        value.const_value = None
+    return own
 
 
 def _optimize(model: ir.Model) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,13 @@ def test_an_ablated_projector_has_no_unused_inputs(
     streams = torch.randn(1, 11, config.runtime.stream_size)
     (found,) = graph.run(None, {"streams": streams.numpy()})
     assert relative_error(found, projector(streams, None, None, None).audio_embeds) <= TOLERANCE
+
+    # Nothing may hold on to the weights once the module and its graph are dropped: at full size a
+    # second component would not fit beside the first.
+    weight = weakref.ref(projector.input_proj.weight)
+    del projector, graph
+    gc.collect()
+    assert weight() is None
 
 
 @pytest.mark.parametrize("name", ["nano", "full"])
