@@ -7,12 +7,12 @@ tokens cannot be told apart, or do not decode to the choice again, are refused b
 
 Without a thought, choices can be scored instead: the probability of each is that of writing it as a
 whole, ``</RESPONSE>`` included. Lengths are not normalised away: the texts exclude one another, so
-that their probabilities, divided by their sum, are the model's own given that it writes one of them.
+their probabilities, divided by their sum, are the model's own given that it writes one of them.
 """
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
@@ -114,7 +114,7 @@ class ChoiceTrie:
             BundleError: not a number among the logits.
         """
         start = decoder.cache.length
-        n_shared = len(os.path.commonprefix(self.sequences))
+        n_shared = _n_shared(self.sequences)
         shared = self.sequences[0][:n_shared]
         shared_score, logits = _continue(decoder, logits, shared, read_last=True)
         scores = []
@@ -131,7 +131,14 @@ class ChoiceTrie:
 def probabilities(log_likelihoods: NDArray[np.float64]) -> NDArray[np.float64]:
     """The likelihoods divided by their sum: ``(n,) -> (n,)``."""
     likelihoods: NDArray[np.float64] = np.exp(log_likelihoods - log_likelihoods.max())
-    return likelihoods / likelihoods.sum()
+    shares: NDArray[np.float64] = likelihoods / likelihoods.sum()
+    return shares
+
+
+def _n_shared(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda tokens: len({*tokens}) == 1, columns))
 
 
 def _continue(

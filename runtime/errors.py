@@ -14,7 +14,8 @@ found, what was expected and what to do, and the command-line tools print that l
     ├── VerificationError             7   an exported graph that does not reproduce its model
     ├── StorageError (OSError)        8   a file or folder that cannot be written
     ├── MissingDependencyError        9   an optional package that is not installed (ImportError)
-    └── MissingEngineError           10   a program that training data is made with (RuntimeError)
+    ├── MissingEngineError           10   a program that training data is made with (RuntimeError)
+    └── IncompleteBatchError         11   a batch with items that could not be answered
 
 An interrupt (Ctrl-C) ends with 130, as shells expect.
 """
@@ -26,6 +27,7 @@ __all__ = [
     "AudioTooLongError",
     "BundleError",
     "CheckpointError",
+    "IncompleteBatchError",
     "MissingDependencyError",
     "MissingEngineError",
     "QuestionError",
@@ -98,3 +100,9 @@ class MissingEngineError(TinyGiantError, RuntimeError):
     """An external program that is not installed; the message names its Debian package."""
 
     exit_code = 10
+
+
+class IncompleteBatchError(TinyGiantError, RuntimeError):
+    """A batch that went through, but with items that could not be answered."""
+
+    exit_code = 11

@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 SCHEMA = "tinygiant.answer/1"
-"""Name and version of the JSON form, published as ``schema/answer.schema.json``. Fields may be added
-within a version; removing or redefining one makes a new version."""
+"""Name and version of the JSON form, published as ``schema/answer.schema.json``. Fields may be
+added within a version; removing or redefining one makes a new version."""
 
 FinishReason = Literal["stop", "length"]
 """``stop``: the model ended its text itself. ``length``: ``max_new_tokens`` were spent; with

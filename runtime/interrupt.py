@@ -2,7 +2,8 @@
 
 Python raises ``KeyboardInterrupt`` only between its own instructions, and one run of a large
 encoder takes seconds. So a thread waits for the signal too and ends the process if the interpreter
-has not done so after a moment. For commands that have nothing to clean up.
+has not done so after a moment. For commands that have nothing to clean up; one that goes on after
+an interrupt, as a conversation does, takes it back.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 
-__all__ = ["INTERRUPTED", "exit_on_interrupt"]
+__all__ = ["INTERRUPTED", "exit_on_interrupt", "raise_on_interrupt"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
@@ -31,6 +32,14 @@ def exit_on_interrupt(message: str) -> None:
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(signals, message), daemon=True).start()
+
+
+def raise_on_interrupt() -> None:
+    """Take :func:`exit_on_interrupt` back: SIGINT only raises ``KeyboardInterrupt`` again.
+
+    Call it from the main thread.
+    """
+    signal.set_wakeup_fd(-1)
 
 
 def _watch(signals: int, message: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 
 from tinygiant.runtime import cli
 from tinygiant.runtime.errors import TinyGiantError
+from tinygiant.runtime.options import make_parser, parse
+from tinygiant.runtime.terminal import TextWriter
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 Run = Callable[..., tuple[int, str, str]]
@@ -87,6 +90,84 @@ def test_json_is_one_object_and_the_same_answer(run: Run, clip: Path) -> None:
     assert err == ""
 
 
+def test_options_may_stand_anywhere() -> None:
+    for words in (
+        ["clip.wav", "--json", "What?"],
+        ["--json", "clip.wav", "What?"],
+        ["clip.wav", "What?", "--json"],
+    ):
+        options = parse(words)
+        assert (options.clip, options.question, options.json) == ("clip.wav", "What?", True)
+    options = parse(["-q", "--", "-clip.wav", "-what?"])
+    assert (options.clip, options.question) == ("-clip.wav", "-what?")
+
+
+def test_the_microphone_takes_the_clips_place() -> None:
+    for words, want in (
+        (["--mic", "What?"], ("", "What?")),
+        (["What?", "--mic"], ("", "What?")),
+        (["--mic=USB mic", "What?"], ("USB mic", "What?")),
+        (["--mic"], ("", None)),
+    ):
+        options = parse(words)
+        assert (options.mic, options.question, options.clip) == (*want, None)
+
+
+def test_jsonl_is_a_line_an_event(run: Run, clip: Path) -> None:
+    asked = (clip, "What is heard?", "--max-new-tokens", 6, "--choices", *CHOICES)
+    code, out, _ = run("--jsonl", *asked)
+    assert code == 0
+    events = [json.loads(line) for line in out.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds[:3] == ["audio_read", "streams_ready", "prompt_read"]
+    assert {*kinds[3:-1]} == {"text"}
+    assert kinds[-1] == "answer"
+    answer = events[-1]["answer"]
+    assert "".join(event["text"] for event in events[3:-1]) == answer["raw_text"]
+    assert len(events[2]["intent_attention"]) == answer["tokens"]["audio"]
+    assert {event["schema"] for event in events} == {answer["schema"]}
+
+
+def test_no_think_tells_how_likely_each_choice_is(run: Run, clip: Path) -> None:
+    code, out, err = run(clip, "What?", "--no-think", "--choices", *CHOICES)
+    assert code == 0
+    assert out in ("Answer:\na dog\n", "Answer:\na siren\n")
+    shares = [line for line in err.splitlines() if "%" in line]
+    assert len(shares) == 1
+    assert out.split(":\n")[1].strip() in shares[0].split(",")[0]
+    _, out, _ = run("--json", clip, "What?", "--no-think", "--choices", *CHOICES)
+    answer = json.loads(out)
+    assert sum(answer["choice_probabilities"]) == pytest.approx(1.0)
+    assert answer["choice_scoring"] == "sum_of_log_probabilities"
+
+
+def test_json_in_an_ascii_terminal_is_still_json(tiny_bundle: Path, clip: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    choices = ("\U0001f3b5", "caf\u00e9")
+    options = ("--json", "--bundle", tiny_bundle, "--no-think", "--choices", *choices)
+    out, err = process(clip, "What?", *options, env=environment).communicate(timeout=60)
+    assert json.loads(out)["text"] in choices, err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_the_options(run: Run, shell: str) -> None:
+    code, script, err = run("--completion", shell, bundle=None)
+    assert (code, err) == (0, "")
+    if shutil.which("bash") is None or shell != "bash":
+        assert "bashcompinit" in script or shell == "bash"
+        return
+    line = "COMP_WORDS=(tg-run --me); COMP_CWORD=1; _tg_run; echo ${COMPREPLY[@]}"
+    values = "COMP_WORDS=(tg-run --memory l); COMP_CWORD=2; _tg_run; echo ${COMPREPLY[@]}"
+    every = "COMP_WORDS=(tg-run x --); COMP_CWORD=2; _tg_run; echo ${COMPREPLY[@]}"
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{line}\n{values}\n{every}"], capture_output=True, text=True
+    )
+    memory, low, names = done.stdout.splitlines()
+    assert (memory, low) == ("--memory", "low")
+    long_names = {name for action in make_parser()._actions for name in action.option_strings}
+    assert set(names.split()) == {name for name in long_names if name.startswith("--")}
+
+
 def test_sections_are_shown_under_their_headings() -> None:
     from tinygiant.runtime.answer import AnswerParser
 
@@ -95,7 +176,7 @@ def test_sections_are_shown_under_their_headings() -> None:
         "<SUMMARY>so\x1b[31m</SUMMARY>\n</think>\n<RESPONSE>\na dog</RESPONSE>"
     )
     out = io.StringIO()
-    writer, parser = cli._TextWriter(out, show=True), AnswerParser()
+    writer, parser = TextWriter(out, show=True), AnswerParser()
     for piece in [p for c in text for p in parser.feed(c)] + parser.finish():
         writer.take(piece)
     assert out.getvalue() == ("Plan:\nlisten\n\n\nwell\n\nSummary:\nso\\x1b[31m\n\nAnswer:\na dog")
@@ -132,8 +213,19 @@ def test_a_terminal_is_not_audio(tiny_bundle: Path) -> None:
     "arguments",
     [
         (),
-        ("clip.wav",),
+        ("-",),
+        ("clip.wav", "What?", "more"),
         ("clip.wav", "What?", "--nonsense"),
+        ("clip.wav", "What?", "--json", "--jsonl"),
+        ("clip.wav", "What?", "--question", "What?"),
+        ("clip.wav", "What?", "-o", "out.jsonl"),
+        ("clip.wav", "What?", "--picture", "out.jpg"),
+        ("clip.wav", "--picture", "out.png"),
+        ("clip.wav", "What?", "--mic"),
+        ("clip.wav", "What?", "--batch", "clips", "-o", "out.jsonl"),
+        ("--batch", "clips"),
+        ("--batch", "clips", "-o", "out.jsonl", "--json"),
+        ("--completion", "fish"),
         ("clip.wav", "What?", "--threads", "many"),
         ("clip.wav", "What?", "--threads", "0"),
         ("clip.wav", "What?", "--max-new-tokens", "0"),
@@ -323,7 +415,7 @@ def test_defaults_are_the_librarys() -> None:
     from tinygiant.runtime.audio import MAX_AUDIO_S
     from tinygiant.runtime.pipeline import MAX_NEW_TOKENS
 
-    options = cli._parser().parse_args(["clip.wav", "What?"])
+    options = parse(["clip.wav", "What?"])
     assert (options.max_audio, options.max_new_tokens) == (MAX_AUDIO_S, MAX_NEW_TOKENS)
 
 

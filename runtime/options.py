@@ -1,0 +1,236 @@
+"""The options of ``tg-run``, its help, and which of them go together."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tinygiant.runtime.errors import UsageError
+
+__all__ = ["SHELLS", "make_parser", "parse"]
+
+SHELLS = ("bash", "zsh")
+
+_USAGE = """tg-run CLIP QUESTION [options]
+       tg-run CLIP [options]                      many questions about one clip
+       tg-run --mic[=DEVICE] [QUESTION] [options]
+       tg-run --batch QUESTIONS.jsonl -o OUT.jsonl [options]
+       tg-run --batch FOLDER --question QUESTION -o OUT.jsonl [options]
+       tg-run doctor"""
+
+_DESCRIPTION = """\
+Ask a question about a sound. Runs on this computer alone; nothing is sent anywhere."""
+
+_EPILOG = """\
+examples:
+  tg-run street.wav "What is happening here?"
+  tg-run street.wav "Which sound comes first?" --choices "a dog" "a siren" "a bell"
+  tg-run -q street.wav "Is anybody speaking?" --no-think --choices yes no
+  tg-run street.wav                  ask again and again; :help says what else can be done
+  tg-run --mic "What was that?"      listens until the sound ends
+  tg-run --batch clips/ --question "Is there an alarm?" --choices yes no -o alarms.jsonl
+  ffmpeg -i film.mkv -f wav - | tg-run - "Who is speaking?" --max-audio 600
+  arecord -d 5 -f S16_LE -r 16000 -t raw | tg-run - "What was that?" --pcm-rate 16000
+  tg-run doctor                      is this machine fit, and if not, what to do?
+
+The model first thinks (Plan, Audio Analysis, Logic, Summary), then answers. With --choices the
+answer is always exactly one of them. The answer goes to standard output, everything else to
+standard error.
+
+exit codes:
+  0 answered · 1 unforeseen failure · 2 wrong options · 3 audio cannot be used · 4 bundle missing
+  or damaged · 5 question or choices cannot be asked · 8 output cannot be written · 9 an extra is
+  not installed · 11 a batch with items that could not be answered · 130 interrupted · 141 the
+  reader of the output left
+
+environment:
+  TINYGIANT_BUNDLE   bundle to use where --bundle is not given
+  TINYGIANT_DEBUG=1  show the traceback of a failure
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other failure."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see tg-run --help")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of ``tg-run``; what goes together is checked by :func:`parse`."""
+    parser = _Parser(
+        prog="tg-run",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "clip", metavar="CLIP", nargs="?",
+        help="audio file (wav, flac, mp3, ogg, ...); - reads standard input",
+    )  # fmt: skip
+    parser.add_argument(
+        "question", metavar="QUESTION", nargs="?",
+        help="what to ask, in plain words; without it, you are asked for questions",
+    )  # fmt: skip
+    _add_asking(parser.add_argument_group("asking"))
+    _add_sound(parser.add_argument_group("sound"))
+    _add_output(parser.add_argument_group("output"))
+    _add_batch(parser.add_argument_group("many clips"))
+    _add_model(parser.add_argument_group("model"))
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options in ``arguments``.
+
+    Raises:
+        UsageError: an unknown option, a wrong value, or options that do not go together.
+    """
+    # After -- everything is a clip or a question, even if it begins with a dash.
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    # An option with an optional value would take the question for its value.
+    words = ["--mic=" if word == "--mic" else word for word in arguments[:end]]
+    options = make_parser().parse_intermixed_args(words)
+    for word in arguments[end + 1 :]:
+        if options.clip is None:
+            options.clip = word
+        elif options.question is None:
+            options.question = word
+        else:
+            raise UsageError(f"{word!r} is one word too many; see tg-run --help")
+    if options.mic is not None and options.question is None:
+        options.clip, options.question = None, options.clip
+    _check(options)
+    return options
+
+
+def _add_asking(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--choices", nargs="+", metavar="CHOICE", help="2 to 26 possible answers; give them last"
+    )
+    group.add_argument(
+        "--no-think", action="store_true",
+        help="answer at once; with --choices, score each by its likelihood and give probabilities",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-new-tokens", type=_positive, default=512, metavar="N",
+        help="how much the model may write; with --choices, how much it may think (%(default)s)",
+    )  # fmt: skip
+
+
+def _add_sound(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--mic", nargs="?", const="", metavar="DEVICE",
+        help="listen until a sound has come and gone; --mic=DEVICE names a device by number or "
+        "part of its name",
+    )  # fmt: skip
+    group.add_argument("--list-devices", action="store_true", help="list microphones and exit")
+    group.add_argument(
+        "--max-audio", type=float, default=300.0, metavar="S",
+        help="longest clip to accept, in seconds (%(default)g)",
+    )  # fmt: skip
+    group.add_argument(
+        "--pcm-rate", type=_positive, metavar="HZ",
+        help="standard input is raw 16-bit little-endian mono at this rate",
+    )  # fmt: skip
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    form = group.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of streaming text"
+    )
+    form.add_argument(
+        "--jsonl", action="store_true", help="print a line of JSON for each event; answer last"
+    )
+    group.add_argument(
+        "-q", "--quiet", action="store_true", help="print the answer alone, and no progress"
+    )
+    group.add_argument(
+        "--picture", metavar="OUT.png",
+        help="draw the sound, what the model attended to, and the answer",
+    )  # fmt: skip
+
+
+def _add_batch(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--batch", metavar="SOURCE",
+        help="a .jsonl file (audio, question; choices and id if you like), or a folder of clips",
+    )  # fmt: skip
+    group.add_argument("--question", dest="each", metavar="Q", help="what to ask about every clip")
+    group.add_argument(
+        "-o", "--output", metavar="OUT.jsonl",
+        help="a line for each item; if it exists, its items are not asked again",
+    )  # fmt: skip
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--bundle", metavar="DIR", help="the model to use; default: the one inside")
+    group.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads to compute with; default: physical cores",
+    )
+    group.add_argument(
+        "--memory", choices=("default", "low"), default="default",
+        help="low: load each part when it is needed and release it (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-verify", action="store_true", help="do not compare the bundle's files with its hashes"
+    )
+    version = f"tg-run {_version('tinygiant')} (onnxruntime {_version('onnxruntime')})"
+    group.add_argument("--version", action="version", version=version)
+    group.add_argument(
+        "--completion", choices=SHELLS,
+        help="print a completion script and exit: eval \"$(tg-run --completion bash)\"",
+    )  # fmt: skip
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if options.completion or options.list_devices:
+        return
+    if options.batch is not None:
+        if options.clip is not None or options.mic is not None:
+            raise UsageError("--batch names the clips; leave out CLIP, QUESTION and --mic")
+        if options.output is None:
+            raise UsageError("--batch needs a place for its answers; add -o OUT.jsonl")
+        for name in ("json", "jsonl", "picture", "pcm_rate"):
+            if getattr(options, name):
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} does not go with --batch; leave it out")
+        return
+    for name, option in (("each", "--question"), ("output", "-o")):
+        if getattr(options, name) is not None:
+            raise UsageError(f"{option} goes with --batch; name a clip and a question instead")
+    if options.mic is not None and options.clip is not None:
+        raise UsageError("--mic takes the place of CLIP; give a question alone")
+    if options.mic is None and options.clip is None:
+        raise UsageError("no audio; name a clip, or use --mic; see tg-run --help")
+    if options.clip == "-" and options.question is None:
+        raise UsageError("standard input is the audio, so name the question: tg-run - QUESTION")
+    if options.picture is not None and options.question is None:
+        raise UsageError("--picture shows one answer; name the question")
+    if options.picture is not None and not options.picture.lower().endswith(".png"):
+        raise UsageError("--picture writes a PNG file; give it a name that ends in .png")
+    if options.pcm_rate is not None and options.clip != "-":
+        raise UsageError("--pcm-rate describes standard input; name - as the clip")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
