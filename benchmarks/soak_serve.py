@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -47,11 +48,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     command = [
-        *(Path(sys.executable).parent / "tg-serve", "--bundle", options.bundle, "--port", "0"),
+        *(Path(sys.executable).parent / "tg-serve", "--port", "0"),
+        *("--bundle", Path(options.bundle).resolve()),
         *("--threads", str(options.threads), "--queue", "3", "--max-audio", str(MAX_AUDIO_S)),
         *("--max-body-mb", str(MAX_BODY_MB), "--max-new-tokens", str(MAX_NEW_TOKENS)),
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        # libsndfile looks for a file named "._" where it runs, and takes MP3 in memory for another
+        # format if it finds one.
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder) as process,
+    ):
         try:
             assert process.stderr is not None
             found = re.search(r"http://[\d.]+:\d+", process.stderr.readline())

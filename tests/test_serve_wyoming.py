@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,9 +142,13 @@ def test_a_client_that_leaves_stops_its_work() -> None:
                     await asyncio.sleep(0.01)
 
         asyncio.run(ask_and_leave())
-        step.release(8)
-        wait_for(lambda: model.closed)
+        # A token at a time: the server notices before all are written.
+        wait_for(lambda: step.release() or time.sleep(0.02) or model.closed)
         wait_for(lambda: running.engine.n_taken == 0)
+        assert (
+            'tinygiant_jobs_total{outcome="cancelled"} 1.0'
+            in httpx.get(f"{running.url}/metrics").text
+        )
 
 
 def test_wyoming_with_a_token_stays_on_this_computer(capsys: pytest.CaptureFixture[str]) -> None:
