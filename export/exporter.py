@@ -26,7 +26,7 @@ from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tinygiant.export.bundle import staged_folder
-from tinygiant.export.card import model_card
+from tinygiant.export.card import graph_table, model_card
 from tinygiant.export.decoder import build_decoder
 from tinygiant.export.encoders import (
     export_anchor_encoder,
@@ -98,7 +98,8 @@ def export_bundle(
         recipe: how to quantize it, and how good the result must be.
         force: replace an existing bundle.
         threads: threads of the verification; the physical cores if None.
-        progress: called with one line when a stage begins; it tells the seconds since the start.
+        progress: called with a line when a stage begins, and with the lines of the table of errors
+            if a limit was missed.
 
     Raises:
         CheckpointError: the source's tensors do not fit.
@@ -112,6 +113,9 @@ def export_bundle(
         job.stage("verification")
         (root / MANIFEST_NAME).write_text(job.manifest({}).to_json(), encoding="utf-8")
         verification = verify_bundle(root, job.reference, recipe, threads=threads)
+        if not verification.passed:
+            for line in graph_table(job.reports, verification).splitlines():
+                progress(line)
         verification.require()
         manifest = job.finish(verification)
         return Export(manifest, tuple(job.reports), verification)
