@@ -349,3 +349,38 @@ def test_the_documented_exit_codes_are_the_codes() -> None:
     }
     assert documented == actual
     assert set(errors.__all__) == set(actual)
+
+
+def documents() -> list[Path]:
+    return [
+        ROOT / "README.md",
+        *sorted(ROOT.glob("docs/*.md")),
+        *sorted(ROOT.glob("examples/*.md")),
+    ]
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    dead = []
+    for document in documents():
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            if "://" not in link and not (document.parent / link).exists():
+                dead.append(f"{document.relative_to(ROOT)}: {link}")
+    assert not dead
+
+
+def test_the_options_in_the_documents_exist(tmp_path: Path) -> None:
+    scripts = Path(sys.executable).parent
+    unknown = []
+    for command in ("tg-run", "tg-export", "tg-serve"):
+        known = set(re.findall(r"--[\w-]+", run(scripts / command, "--help", cwd=tmp_path).stdout))
+        assert "--help" in known
+        for document in documents():
+            text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+            for line in re.findall(rf"^.*?{command} (.*)$", text, re.MULTILINE):
+                shown = re.findall(r"(?<![\w-])--[a-z][\w-]*", re.split(r"[|`;&#]", line)[0])
+                unknown += [
+                    f"{document.relative_to(ROOT)}: {command} {option}"
+                    for option in shown
+                    if option not in known
+                ]
+    assert not unknown
