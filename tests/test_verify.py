@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from transformers import (
+    ClapAudioConfig,
+    ClapAudioModel,
+    Qwen3ForCausalLM,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from tinygiant.export import exporter
 from tinygiant.export.bundle import staged_folder
 from tinygiant.export.cli import main
 from tinygiant.export.verify import Verification, output_error
 from tinygiant.models.checkpoint import save
+from tinygiant.models.config import TinyGiantConfig
 from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.quantize import RECIPES, load_graph, quantize_graph
 from tinygiant.runtime import Bundle, load
@@ -96,6 +106,36 @@ def test_every_recipe_makes_a_verified_bundle(
         (tone(1.0), 16_000), "What is heard?", ["a dog", "a siren"], max_new_tokens=4
     )
     assert answer.text in ("a dog", "a siren")
+
+
+@pytest.fixture(scope="module")
+def public_parts(
+    tiny_config: TinyGiantConfig, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Small checkpoints as Hugging Face has them: Whisper, two CLAPs, Qwen3."""
+    root = tmp_path_factory.mktemp("public")
+    torch.manual_seed(5)
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    ids = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    WhisperModel(
+        WhisperConfig(**tiny_config.whisper, **decoder, **ids, decoder_start_token_id=1)
+    ).save_pretrained(root / "whisper")
+    for name, width in (("htsat", 16), ("clap", 24)):
+        tower = tiny_config.htsat | {"patch_embeds_hidden_size": width, "hidden_size": 4 * width}
+        ClapAudioModel(ClapAudioConfig(**tower)).save_pretrained(root / name)
+    Qwen3ForCausalLM(tiny_config.decoder_config).save_pretrained(root / "qwen3")
+    shutil.copyfile(tokenizer_file, root / "qwen3" / "tokenizer.json")
+    return {name: root / name for name in ("whisper", "htsat", "clap", "qwen3")}
+
+
+def test_public_checkpoints_become_a_bundle(public_parts: dict[str, Path], tmp_path: Path) -> None:
+    """Two towers, no projector yet, every graph traced anew."""
+    options = [word for name, path in public_parts.items() for word in (f"--{name}", path)]
+    assert run(*options, "-o", tmp_path / "bundle", "--recipe", "int8") == 0
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert "clap_encoder" in manifest.graphs
+    assert manifest.model.event.anchor_size == 96
+    assert manifest.source.weights == "seeded-random"  # the projector's are
 
 
 @pytest.mark.usefixtures("traced")
