@@ -54,6 +54,7 @@ from tinygiant.runtime.bundle import (
     required_graphs,
 )
 from tinygiant.runtime.errors import CheckpointError
+from tinygiant.runtime.operators import graph_contents
 from tinygiant.runtime.tokenizer import Tokenizer
 
 __all__ = ["Export", "export_bundle"]
@@ -272,7 +273,8 @@ class _Job:
         file = self.root / GRAPH_FOLDER / f"{report.graph}.onnx"
         weights = weights_path(file)
         external = (f"{GRAPH_FOLDER}/{weights.name}",) if weights.exists() else ()
-        return GraphEntry(f"{GRAPH_FOLDER}/{file.name}", external, report.scheme)
+        operators = tuple(sorted(graph_contents(file.read_bytes()).operators))
+        return GraphEntry(f"{GRAPH_FOLDER}/{file.name}", external, report.scheme, operators)
 
 
 def _recipe_details(recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,8 @@ constant from the manifest. The exporter builds a :class:`Manifest` and writes
         "decoder_model": {                     decoder_model, and clap_encoder unless one tower
           "file": "onnx/decoder_model.onnx",   serves both streams or the gate is ablated
           "external_data": ["onnx/decoder_model.onnx.data"],
-          "scheme": "int4-b32"               free text: how the weights are stored
+          "scheme": "int4-b32",              free text: how the weights are stored
+          "operators": ["ai.onnx:Add", ...]  all that its nodes may use, as domain:name
         }, ...
       },
       "embeddings": {"file": "embed_tokens.npy", "dtype": "fp32" | "fp16" | "int8",
@@ -51,6 +52,13 @@ from typing import Any, Literal
 
 from tinygiant.runtime.config import ModelConfig, config_from_dict, config_to_dict
 from tinygiant.runtime.errors import BundleError
+from tinygiant.runtime.operators import (
+    CONTROL_FLOW,
+    MAX_GRAPH_BYTES,
+    OPERATOR,
+    GraphContents,
+    graph_contents,
+)
 from tinygiant.runtime.text import one_line, printable
 
 __all__ = [
@@ -98,11 +106,15 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """One ONNX graph: its file, the files its weights lie in, and how they are stored."""
+    """One ONNX graph: its file, the files its weights lie in, how they are stored, its operators.
+
+    ``operators`` are all that its nodes may use, as ``domain:name`` (``ai.onnx:MatMul``).
+    """
 
     file: str
     external_data: tuple[str, ...]
     scheme: str
+    operators: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -294,6 +306,25 @@ class Bundle:
             raise BundleError(f"{printable(self.root)}: the bundle has no graph {name}")
         return self.root / self.manifest.graphs[name].file
 
+    def read_graph(self, name: str) -> bytes:
+        """The checked bytes of graph ``name``'s file, without its weights, to be run as they are.
+
+        Raises:
+            BundleError: the file is not the one that the manifest describes; it uses an operator
+                that the manifest does not list for it, control flow, or weights from other files
+                than those that are listed for it.
+        """
+        path, entry = self.graph(name), self.manifest.graphs[name]
+        listed = next(file for file in self.manifest.files if file.path == entry.file)
+        try:
+            content = _read_listed(path, listed)
+            _check_contents(graph_contents(content), entry)
+        except (BundleError, OSError) as error:
+            self.require_unchanged()
+            message = f"{printable(self.root)}: graph {name}: {one_line(error)}"
+            raise BundleError(message) from error
+        return content
+
 
 def default_bundle_path() -> Path:
     """Where the bundle is taken from if none is named.
@@ -334,6 +365,9 @@ def _manifest_problems(manifest: Manifest) -> list[str]:
         problems.append(f"graphs {missing} are missing")
     if unknown := sorted(set(manifest.graphs) - set(GRAPH_NAMES)):
         problems.append(f"graphs {unknown!r:.80} are unknown")
+    for name, graph in sorted(manifest.graphs.items()):
+        strange = [op for op in graph.operators if not OPERATOR.fullmatch(op) or op in CONTROL_FLOW]
+        problems += [f"graph {name:.40}: operator {op!r:.80} is not allowed" for op in strange[:3]]
     unlisted = sorted(_used_files(manifest) - set(listed))
     problems += [f"file {path!r:.80} is used but not listed" for path in unlisted]
     if (manifest.embeddings.dtype == "int8") != (manifest.embeddings.scale_file is not None):
@@ -427,6 +461,38 @@ def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> None:
             f"{entry.path} was changed: its sha256 is not the manifest's; "
             "copy or export the bundle again"
         )
+
+
+def _read_listed(path: Path, listed: FileEntry) -> bytes:
+    if listed.size_bytes > MAX_GRAPH_BYTES:
+        raise BundleError(
+            f"{listed.path} has {listed.size_bytes} bytes, at most {MAX_GRAPH_BYTES} are read; "
+            "weights belong beside it"
+        )
+    with path.open("rb") as file:
+        content = file.read(listed.size_bytes + 1)
+    if hashlib.sha256(content).hexdigest() != listed.sha256:
+        raise BundleError(
+            f"{listed.path} was changed: its sha256 is not the manifest's; "
+            "copy or export the bundle again"
+        )
+    return content
+
+
+def _check_contents(contents: GraphContents, entry: GraphEntry) -> None:
+    """Refuse operators and weights that the manifest does not list for the graph."""
+    folder = entry.file.rpartition("/")[0]
+    used = {f"{folder}/{name}" if folder else name for name in contents.weight_files}
+    for what, unlisted in (
+        ("weights in", used - set(entry.external_data)),
+        ("operator", contents.operators - set(entry.operators)),
+    ):
+        if unlisted:
+            names = printable(", ".join(sorted(unlisted)[:3]))
+            raise BundleError(
+                f"{what} {names:.120}: the manifest does not list it for this graph; "
+                "export the bundle again"
+            )
 
 
 def _refuse_pointer(name: str, start: bytes) -> None:

@@ -35,6 +35,7 @@ class _Embeddings(Protocol):
 class _Binding(Protocol):
     def input(self, name: str, array: NDArray[Any]) -> None: ...
     def output(self, name: str, array: NDArray[Any]) -> None: ...
+    def shared(self, input_name: str, output_name: str, array: NDArray[Any]) -> None: ...
     def run(self) -> None: ...
 
 
@@ -59,8 +60,8 @@ class Decoder:
         self._binding = graph.bind()
         for layer, key, value in self.cache.buffers():
             for kind, buffer in (("key", key), ("value", value)):
-                self._binding.input(f"past_key_values.{layer}.{kind}", buffer)
-                self._binding.output(f"present.{layer}.{kind}", buffer)
+                past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
+                self._binding.shared(past, present, buffer)
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Read ``embeds (1, T, D)``; returns the last position's logits ``(V,)``.

@@ -354,6 +354,8 @@ def _bundle(path: Path, opened: list[Bundle]) -> Iterator[Finding]:
         return
     try:
         bundle = Bundle.open(path, verify=True)
+        for name in bundle.manifest.graphs:
+            bundle.read_graph(name)
     except BundleError as error:
         message, _, advice = one_line(error).rpartition("; ")
         yield Finding(

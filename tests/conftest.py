@@ -184,6 +184,7 @@ def tone() -> Callable[[float, int], NDArray[np.float32]]:
 
 def write_bundle(model: TinyGiantALM, tokenizer_file: Path, root: Path) -> Path:
     """Export every part of ``model`` in fp32 and write the manifest."""
+    import onnx
     import onnx_ir as ir
 
     from tinygiant.export.decoder import build_decoder
@@ -221,9 +222,17 @@ def write_bundle(model: TinyGiantALM, tokenizer_file: Path, root: Path) -> Path:
         for name in names
     }
     files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+
+    def operators(name: str) -> tuple[str, ...]:
+        graph = onnx.load(onnx_folder / f"{name}.onnx", load_external_data=False).graph
+        return tuple(sorted({f"{node.domain or 'ai.onnx'}:{node.op_type}" for node in graph.node}))
+
     manifest = b.Manifest(
         model=config,
-        graphs={name: b.GraphEntry(f"onnx/{name}.onnx", external[name], "fp32") for name in names},
+        graphs={
+            name: b.GraphEntry(f"onnx/{name}.onnx", external[name], "fp32", operators(name))
+            for name in names
+        },
         embeddings=b.EmbeddingsEntry("embed_tokens.npy", "fp32", None),
         tokenizer="tokenizer.json",
         recipe=b.RecipeEntry("fp32", {}),

@@ -136,7 +136,7 @@ def manifest_seeds() -> list[bytes]:
     paths = ["embed_tokens.npy", "tokenizer.json", *(f"onnx/{name}.onnx" for name in names)]
     manifest = b.Manifest(
         model=ModelConfig(),
-        graphs={name: b.GraphEntry(f"onnx/{name}.onnx", (), "fp32") for name in names},
+        graphs={name: b.GraphEntry(f"onnx/{name}.onnx", (), "fp32", ()) for name in names},
         embeddings=b.EmbeddingsEntry("embed_tokens.npy", "fp32", None),
         tokenizer="tokenizer.json",
         recipe=b.RecipeEntry("fp32", {}),
@@ -249,8 +249,10 @@ def graph_seeds() -> list[bytes]:
 
 def check_graph(data: bytes) -> None:
     from tinygiant.runtime.errors import BundleError
+    from tinygiant.runtime.operators import graph_contents
     from tinygiant.runtime.sessions import Graph, SessionSettings
 
+    refused(BundleError, lambda: graph_contents(data))
     written("weights.bin", bytes(8))
     path = written("graph.onnx", data)
     graph = refused(BundleError, lambda: Graph(path, SessionSettings(threads=1, spin=False)))
