@@ -154,7 +154,10 @@ class Output:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        is_empty = os.fstat(self._file.fileno()).st_size == 0
         self._file.close()
+        if is_empty:  # nothing came of it, as where the model cannot be loaded
+            self.path.unlink(missing_ok=True)
 
     def write(self, item: Item, **outcome: dict[str, Any]) -> None:
         """Add the line of an item, ``answer`` or ``error``, and wait until it is on the disk.

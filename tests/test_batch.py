@@ -225,7 +225,7 @@ def test_a_broken_bundle_ends_the_batch(
 
     monkeypatch.setattr(tiny, "ask", fail)
     code, _, err = run(clips, "-o", tmp_path / "out.jsonl", "--question", "What?")
-    assert (code, (tmp_path / "out.jsonl").read_text()) == (4, "")
+    assert (code, (tmp_path / "out.jsonl").exists()) == (4, False)
     assert "was changed" in err
 
 
@@ -274,7 +274,7 @@ def test_kill_loses_at_most_the_item_in_work(
             time.sleep(0.005)
         os.kill(child.pid, signal.SIGKILL)
         _, err = child.communicate()
-        n_started = len(re.findall(r"\] \d+/\d+: ", err))
+        n_started = len(re.findall(r"\] \d+/\d+[,:]", err))
         before = out.read_bytes()
         n_lost = n_before + n_started - before.count(b"\n")
         assert n_lost in (0, 1)
