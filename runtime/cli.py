@@ -162,8 +162,9 @@ def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
         threads=options.threads,
         memory=options.memory,
         verify=not options.no_verify,
+        provider=options.provider,
     )
-    progress.loaded(model.bundle.manifest.source.weights, model.config.name)
+    progress.loaded(model.bundle.manifest.source.weights, model.config.name, model.providers)
     return model
 
 

@@ -33,6 +33,7 @@ from tinygiant.runtime.bundle import (
 )
 from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
 from tinygiant.runtime.machine import Machine
+from tinygiant.runtime.providers import PROVIDERS, available_names
 from tinygiant.runtime.text import one_line, printable
 
 __all__ = ["KNOWN_BAD", "Finding", "KnownBad", "Level", "examine", "main", "needed_bytes"]
@@ -160,7 +161,7 @@ def examine(
         ("temperature", _temperature(machine)),
         ("python", _python()),
         ("packages", _packages(machine)),
-        ("imports", _imports()),
+        ("imports", _imports(machine)),
     ):
         for finding in _guarded(name, check):
             importable &= not (finding.check.startswith("import ") and finding.level == "broken")
@@ -323,7 +324,7 @@ def _applies(entry: KnownBad, package: str, version: str, machine: Machine) -> b
     )
 
 
-def _imports() -> Iterator[Finding]:
+def _imports(machine: Machine) -> Iterator[Finding]:
     for package in _PACKAGES:
         code = f"import {package}"
         if package == "onnxruntime":
@@ -339,7 +340,22 @@ def _imports() -> Iterator[Finding]:
         if package == "onnxruntime":
             cores, *providers = output.split()
             yield Finding("threads", "ok", f"{cores} physical cores are used")
-            yield Finding("providers", "ok", " ".join(providers))
+            yield from _providers(machine, providers)
+
+
+def _providers(machine: Machine, installed: Sequence[str]) -> Iterator[Finding]:
+    """What --provider can be; a graphics processor that lies idle."""
+    names = available_names(installed)
+    yield Finding("providers", "ok", f"--provider can be {', '.join(names)}")
+    if "cuda" in names:
+        return
+    for path, name in (("etc/nv_tegra_release", "Jetson"), ("proc/driver/nvidia/version", "GPU")):
+        if machine.text(path):
+            yield Finding(
+                "providers", "note", f"an NVIDIA {name} that this onnxruntime does not use",
+                f"in place of onnxruntime, not beside it, install {PROVIDERS['cuda'].wheel}",
+            )  # fmt: skip
+            return
 
 
 def _bundle(path: Path, opened: list[Bundle]) -> Iterator[Finding]:

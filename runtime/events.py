@@ -8,7 +8,7 @@ one :class:`StreamsReady`, one :class:`PromptRead`, any number of :class:`TextPi
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -109,6 +109,7 @@ class Answer:
         choice_probabilities: probability of each choice, together 1, where the choices were scored
             instead of thought about; else None.
         choice_scoring: what the probabilities are made of; None without them.
+        providers: for each graph, the providers that ran it; the one asked for is the first.
     """
 
     text: str
@@ -126,6 +127,7 @@ class Answer:
     tokens: TokenCounts
     choice_probabilities: tuple[float, ...] | None = None
     choice_scoring: ChoiceScoring | None = None
+    providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON-ready nested dictionaries, with the name of their schema."""

@@ -181,6 +181,11 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         help="low: load each part when it is needed and release it (%(default)s)",
     )  # fmt: skip
     group.add_argument(
+        "--provider", default="cpu", metavar="P",
+        help="what computes: cpu, cuda, tensorrt, openvino, coreml; or one for each part, such as "
+        "encoders=tensorrt,decoder=cuda (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--no-verify", action="store_true", help="do not compare the bundle's files with its hashes"
     )
     version = f"tg-run {_version('tinygiant')} (onnxruntime {_version('onnxruntime')})"

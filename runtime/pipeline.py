@@ -71,6 +71,7 @@ def load(
     memory: Memory = "default",
     verify: bool = True,
     spin: bool = True,
+    provider: str = "cpu",
 ) -> TinyGiant:
     """Load a bundle and make it ready for questions.
 
@@ -82,17 +83,20 @@ def load(
             releases it, so that peak memory is that of the largest.
         verify: compare the sha256 of every file with the manifest's.
         spin: let waiting threads spin for a moment; faster, but busy.
+        provider: what computes: ``cpu``, ``cuda``, ``tensorrt``, ..., or one for each part, such as
+            ``encoders=tensorrt,decoder=cuda``.
 
     Raises:
         BundleError: the bundle is missing, damaged or of an unknown format.
-        UsageError: an impossible number of threads or an unknown ``memory``.
+        UsageError: an impossible number of threads, an unknown ``memory``, or a provider that this
+            onnxruntime does not have or that does not come up.
     """
     if memory not in ("default", "low"):
         raise UsageError(f"memory {memory!r} is unknown: choose default or low")
     keep = memory == "default"
     settings = SessionSettings(threads=threads, spin=spin, arena=keep)
     bundle = Bundle.open(default_bundle_path() if path is None else path, verify=verify)
-    pool = GraphPool(bundle, settings, keep=keep)
+    pool = GraphPool(bundle, settings, keep=keep, provider=provider)
     model = TinyGiant(bundle, pool)
     pool.load_all()
     return model
@@ -114,6 +118,11 @@ class TinyGiant:
         self._embeddings = TokenEmbeddings.open(bundle)
         self._cache = StreamCache()
         _check_tokenizer(self._tokenizer, bundle)
+
+    @property
+    def providers(self) -> dict[str, tuple[str, ...]]:
+        """Which providers run each graph; the one that was asked for is the first."""
+        return dict(self._pool.providers)
 
     def ask(
         self,
@@ -237,6 +246,7 @@ class TinyGiant:
                 ),
                 choice_probabilities=ending.probabilities,
                 choice_scoring=None if ending.probabilities is None else "sum_of_log_probabilities",
+                providers=self.providers,
             )
         )
 

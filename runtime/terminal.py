@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Literal
 
 from tinygiant.runtime.answer import Section
@@ -136,8 +136,11 @@ class Progress:
         """Say nothing if ``silent``."""
         self.silent = silent
 
-    def loaded(self, weights: str, model: str) -> None:
-        """Warn of a model that has learned nothing."""
+    def loaded(self, weights: str, model: str, providers: Mapping[str, Sequence[str]]) -> None:
+        """Warn of a model that has learned nothing; say what computes if not the CPU alone."""
+        if any(tuple(names) != ("cpu",) for names in providers.values()):
+            where = (f"{name} on {' and '.join(names)}" for name, names in providers.items())
+            self.line(", ".join(where))
         if weights == "seeded-random":
             self.line(f"{printable(model)} has random weights: what it answers means nothing")
 

@@ -58,7 +58,7 @@ def of(findings: list[Finding], check: str) -> list[Finding]:
 @pytest.fixture
 def no_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the imports in processes of their own, which take seconds."""
-    monkeypatch.setattr(doctor, "_imports", lambda: iter(()))
+    monkeypatch.setattr(doctor, "_imports", lambda machine: iter(()))
 
 
 def look(machine: Machine, bundle: Path | None = None) -> list[Finding]:
@@ -104,6 +104,20 @@ def test_throttling_bits(
     assert finding.found.startswith(now)
     assert advice in finding.advice
     assert bool(advice) == bool(finding.advice)
+
+
+@pytest.mark.parametrize(
+    "path", ["etc/nv_tegra_release", "proc/driver/nvidia/version"], ids=["Jetson", "GPU"]
+)
+def test_an_idle_gpu_is_told(tmp_path: Path, path: str) -> None:
+    machine = board(tmp_path)
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text("R36 (release)")
+    told, advice = doctor._providers(machine, ["CPUExecutionProvider"])
+    assert told.found == "--provider can be cpu"
+    assert (advice.level, "onnxruntime-gpu" in advice.advice) == ("note", True)
+    (told,) = doctor._providers(machine, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert told.found == "--provider can be cpu, cuda"
 
 
 def test_heat(tmp_path: Path, no_imports: None) -> None:
@@ -308,7 +322,7 @@ def test_the_whole_command(
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
     checks = {finding["check"]: finding for finding in report["findings"]}
-    assert "CPUExecutionProvider" in checks["providers"]["found"]
+    assert "--provider can be cpu" in checks["providers"]["found"]
     assert "tokens a second" in checks["speed"]["found"]
     (bundle_copy / "tokenizer.json").unlink()
     assert main(["--bundle", str(bundle_copy), "--no-speed"]) == 1

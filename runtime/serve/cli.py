@@ -86,7 +86,9 @@ def _run(options: argparse.Namespace) -> int:
         max_audio_s=options.max_audio,
         max_new_tokens=options.max_new_tokens,
     )
-    model = load(options.bundle, threads=options.threads, memory=options.memory)
+    model = load(
+        options.bundle, threads=options.threads, memory=options.memory, provider=options.provider
+    )
     return serve(
         model,
         listener,
@@ -207,6 +209,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--memory", choices=("default", "low"), default="default",
         help="low: load each part when it is needed and release it (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--provider", default="cpu", metavar="P",
+        help="what computes: cpu, cuda, tensorrt, openvino, coreml; or one for each part, such as "
+        "encoders=tensorrt,decoder=cuda (%(default)s)",
     )  # fmt: skip
     add(
         "--wyoming-port", type=int, metavar="PORT",
