@@ -74,11 +74,15 @@ def sound(n_samples: int = 800) -> Any:
 
 
 def audio_seeds() -> list[bytes]:
-    """A tenth of a second in every container and most encodings libsndfile writes."""
+    """A tenth of a second in every container and most encodings libsndfile writes.
+
+    Not Sound Designer II: written to memory it leaves a resource fork called ``._`` in the current
+    folder, and where such a file lies libsndfile no longer opens MP3s from memory.
+    """
     import soundfile
 
     seeds = []
-    for container in soundfile.available_formats():
+    for container in sorted(soundfile.available_formats().keys() - {"SD2"}):
         for encoding in soundfile.available_subtypes(container):
             file = io.BytesIO()
             try:
