@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import importlib.metadata
 import inspect
 import os
@@ -206,6 +207,45 @@ def test_the_runtime_imports_only_its_own_libraries() -> None:
             if not own and name.split(".")[0] not in allowed:
                 strangers.add(f"{path.relative_to(ROOT)}: {name}")
     assert not strangers
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions that setup.cfg asks for: the runtime's and those of some extras."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = [setup["options"]["install_requires"]]
+    lines += [setup["options.extras_require"][extra] for extra in extras]
+    names = re.findall(r"^[\w.-]+", "\n".join(lines), re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "extras"),
+    [
+        ("runtime/*.py", ("mic", "picture")),
+        ("runtime/serve/*.py", ("serve", "wyoming")),
+        ("models/*.py", ("train",)),
+        ("models/*.py", ("export",)),
+        ("models/world/*.py", ("train",)),
+        ("models/training/*.py", ("train",)),
+        ("quantize/*.py", ("export",)),
+        ("export/*.py", ("export",)),
+        ("benchmarks/*.py", ("dev", "export", "train")),
+        ("tests/*.py", ("dev", "export", "serve", "train", "wyoming")),
+    ],
+)
+def test_what_is_imported_is_declared(pattern: str, extras: tuple[str, ...]) -> None:
+    asked_for = declared(*extras)
+    distributions = importlib.metadata.packages_distributions()
+    own = {"tinygiant", "tests", "benchmarks"} | set(sys.stdlib_module_names)
+    undeclared = set()
+    for path in ROOT.glob(pattern):
+        for name in (name for name in imported(path) if not name.startswith(".")):
+            brought_by = distributions.get(name.split(".")[0], [])
+            brought = {re.sub(r"[-_.]+", "-", distribution).lower() for distribution in brought_by}
+            if name.split(".")[0] not in own and not brought & asked_for:
+                undeclared.add(f"{path.relative_to(ROOT)}: {name}")
+    assert not undeclared
 
 
 def lint_imports(cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
