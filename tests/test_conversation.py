@@ -186,6 +186,17 @@ class Terminal:
     def interrupt(self) -> None:
         self.child.send_signal(signal.SIGINT)
 
+    def interrupt_prompt(self) -> None:
+        """Interrupt until a fresh prompt is there: readline misses what comes before it waits."""
+        for _ in range(20):
+            self.interrupt()
+            try:
+                self.until(r"\? ", timeout_s=1.5)
+            except AssertionError:
+                continue
+            return
+        raise AssertionError(self.seen)
+
     def close(self) -> None:
         if self.child.poll() is None:
             self.child.kill()
@@ -214,8 +225,7 @@ def test_control_c_gives_up_one_answer_and_control_d_leaves(
 ) -> None:
     session = terminal("--max-new-tokens", 3900)
     session.until(r"\? ")
-    session.interrupt()  # at the prompt: a fresh one
-    session.until(r"\? ")
+    session.interrupt_prompt()
     session.type("What is heard?\n")
     session.until("Answer:\r\n.+")
     session.interrupt()
