@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from functools import cache
 
 import librosa
@@ -118,7 +119,12 @@ def covering_cases() -> list[tuple[float, int, int, str]]:
     ]
 
 
-@pytest.mark.parametrize(("duration_s", "rate_hz", "n_channels", "level"), covering_cases())
+# TINYGIANT_ALL_CLIPS=1 tries the whole product of 192 clips instead of a covering choice of 32.
+ALL_CASES = list(itertools.product(DURATIONS_S, RATES_HZ, (1, 2), LEVELS))
+CASES = ALL_CASES if os.environ.get("TINYGIANT_ALL_CLIPS") == "1" else covering_cases()
+
+
+@pytest.mark.parametrize(("duration_s", "rate_hz", "n_channels", "level"), CASES)
 def test_clips_give_the_extractors_features(
     duration_s: float, rate_hz: int, n_channels: int, level: str
 ) -> None:
