@@ -424,3 +424,11 @@ def test_the_options_in_the_documents_exist(tmp_path: Path) -> None:
                     if option not in known
                 ]
     assert not unknown
+
+
+def test_the_commands_of_make_are_documented() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE)
+    text = (ROOT / "docs/development.md").read_text(encoding="utf-8")
+    table = set(re.findall(r"`make ([a-z-]+)`", text))
+    assert table == set(commands) - {"help"}
