@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from tinygiant.runtime.errors import (
     MissingDependencyError,
@@ -20,6 +20,7 @@ from tinygiant.runtime.errors import (
     TinyGiantError,
     UsageError,
 )
+from tinygiant.runtime.options import OneLineParser
 from tinygiant.runtime.text import one_line
 
 if TYPE_CHECKING:
@@ -140,15 +141,8 @@ def _source(options: argparse.Namespace) -> ModelSource:
     return RandomSource(options.preset, options.random_weights, tokenizer)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other failure."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see tg-export --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="tg-export",
         description=_DESCRIPTION,
         epilog=_EPILOG,

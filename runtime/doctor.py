@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from tinygiant.runtime.bundle import (
     LFS_SIGNATURE,
@@ -33,6 +33,7 @@ from tinygiant.runtime.bundle import (
 )
 from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
 from tinygiant.runtime.machine import Machine
+from tinygiant.runtime.options import OneLineParser
 from tinygiant.runtime.providers import PROVIDERS, available_names
 from tinygiant.runtime.text import one_line, printable
 
@@ -563,15 +564,8 @@ def _line(finding: Finding) -> str:
     return f"{line}\n{'':29} -> {finding.advice}" if finding.advice else line
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complaints are one line, like every other failure."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see tg-run doctor --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="tg-run doctor",
         description=_DESCRIPTION,
         epilog="exit codes: 0 nothing is broken · 1 something is · 2 wrong options",

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from tinygiant.runtime.errors import UsageError
 
-__all__ = ["SHELLS", "make_parser", "parse"]
+__all__ = ["SHELLS", "OneLineParser", "make_parser", "parse"]
 
 SHELLS = ("bash", "zsh")
 
@@ -51,16 +51,17 @@ environment:
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other failure."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see tg-run --help")
+        """Raise UsageError with the complaint, and the command that helps."""
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of ``tg-run``; what goes together is checked by :func:`parse`."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="tg-run",
         usage=_USAGE,
         description=_DESCRIPTION,

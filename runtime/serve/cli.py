@@ -14,9 +14,9 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
+from tinygiant.runtime.options import OneLineParser
 from tinygiant.runtime.text import one_line
 
 __all__ = ["main"]
@@ -165,15 +165,8 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other failure."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see tg-serve --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="tg-serve",
         description=_DESCRIPTION,
         epilog=_EPILOG,
