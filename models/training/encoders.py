@@ -46,7 +46,7 @@ class EncoderTask:
     # clip gets, and how wide they are at most.
     n_masks: int = 2
     mask_frames: int = 12
-    mask_mels: int = 8
+    mask_mels: int = 4
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,12 @@ class Heads(nn.Module):
         return losses
 
 
-# What each kind of label weighs in the loss.
-_WEIGHTS = {"frame": 1.0, "clip": 0.3, "word": 3.0, "pitch": 1.0, "music": 3.0}
+# What each kind of label weighs in the loss of an encoder. The temporal encoder's pooled clip is
+# thrown away; the event encoder sees 64 mel bands of 48 kHz, too coarse for words and for notes.
+_WEIGHTS = {
+    "whisper": {"frame": 1.0, "clip": 0.1, "word": 3.0, "pitch": 3.0, "music": 3.0},
+    "htsat": {"frame": 1.0, "clip": 0.3, "word": 0.0, "pitch": 0.0, "music": 1.0},
+}
 _N_PITCHES = 128  # MIDI
 _NO_PITCH = -100
 
@@ -133,6 +137,7 @@ def pretrain_encoder(
     encoder = build_component(config, task.component, seed)
     assert encoder is not None, "the configuration has this component"
     runtime = config.runtime
+    weights = _WEIGHTS[task.component]
     temporal = task.component == "whisper"
     size = runtime.temporal.hidden_size if temporal else runtime.event.hidden_size
     with torch.random.fork_rng(devices=[]):
@@ -157,7 +162,7 @@ def pretrain_encoder(
 
     def loss_of(batch: EncoderBatch) -> tuple[Tensor, dict[str, float]]:
         losses = heads.losses(*encode(batch), batch)
-        total = torch.stack([_WEIGHTS[kind] * loss for kind, loss in losses.items()]).sum()
+        total = torch.stack([weights[kind] * loss for kind, loss in losses.items()]).sum()
         return total, {f"{kind}_loss": float(loss.detach()) for kind, loss in losses.items()}
 
     batches = LengthBatches(
@@ -174,7 +179,7 @@ def pretrain_encoder(
 
     def evaluate() -> dict[str, float]:
         encoder.eval()
-        totals = np.zeros(7)
+        totals = np.zeros(9)
         with torch.no_grad(), autocast(task.loop.precision, device):
             for start in range(0, len(validation_set), task.batch_size):
                 indices = list(range(start, min(start + task.batch_size, len(validation_set))))
@@ -184,6 +189,8 @@ def pretrain_encoder(
                 truth = (batch.frame_tags > 0.5)[batch.frame_mask]
                 words = heads.word(span_means(rows, batch.word_spans)).argmax(-1)
                 music = heads.music(span_means(rows, batch.music_spans)) > 0
+                played = batch.pitches != _NO_PITCH
+                notes = heads.pitch(rows).argmax(-1)[played]
                 totals += [
                     float((guess & truth).sum()),
                     float(truth.sum() + guess.sum()) / 2,
@@ -192,14 +199,17 @@ def pretrain_encoder(
                     float((music[:, 0] == (batch.music[:, 0] > 0.5)).sum()),
                     float((music[:, 1] == (batch.music[:, 1] > 0.5)).sum()),
                     len(music),
+                    float((notes == batch.pitches[played]).sum()),
+                    len(notes),
                 ]
         encoder.train()
-        hits, tags, words_right, n_words, direction, mode, n_music = totals
+        hits, tags, words_right, n_words, direction, mode, n_music, pitches, n_rows = totals
         return {
             "validation_frame_f1": hits / max(tags, 1.0),
             "validation_words": words_right / max(n_words, 1.0),
             "validation_direction": direction / max(n_music, 1.0),
             "validation_mode": mode / max(n_music, 1.0),
+            "validation_pitch": pitches / max(n_rows, 1.0),
         }
 
     train(
