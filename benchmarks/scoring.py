@@ -191,12 +191,14 @@ def agreement(
     Returns:
         ``summary_names_answer``: share whose Summary names the answer that was given;
         ``caption_exact``: share whose Audio Analysis is the record's caption word for word;
+        ``scene_named``: share whose Audio Analysis names every thing in the foreground and the
+        background, in the right order and nothing else, whatever it says of their attributes;
         ``background``: share with the right background; ``item_precision`` and ``item_recall``: of
         the things listed, each with its attributes, over all items together;
         ``accuracy_if_caption_exact`` and ``accuracy_otherwise``: what hearing right is worth (None
         where there is nothing to count).
     """
-    n = named = background = listed = wanted = found = 0
+    n = named = background = listed = wanted = found = scene = 0
     right: dict[bool, list[bool]] = {True: [], False: []}
     for item in items:
         if item.id not in answers or item.caption is None:
@@ -207,6 +209,7 @@ def agreement(
         said, true = caption_parts(thought.audio_analysis), caption_parts(item.caption)
         said_items, true_items = Counter(said[1]), Counter(true[1])
         background += said[0] == true[0]
+        scene += said[0] == true[0] and list(map(_thing, said[1])) == list(map(_thing, true[1]))
         listed += said_items.total()
         wanted += true_items.total()
         found += (said_items & true_items).total()
@@ -218,6 +221,7 @@ def agreement(
         "n": n,
         "summary_names_answer": named / n,
         "caption_exact": len(right[True]) / n,
+        "scene_named": scene / n,
         "background": background / n,
         "item_precision": _share(found, listed),
         "item_recall": _share(found, wanted),
@@ -241,6 +245,15 @@ def caption_parts(text: str) -> tuple[str | None, list[str]]:
     """
     match = re.fullmatch(r"Background (\w+)\. First (.+)\.", text.strip())
     return (match[1], match[2].split(", then ")) if match else (None, [])
+
+
+def _thing(phrase: str) -> str:
+    """What a caption's phrase names, without its attributes: dog bark, violin, a woman says."""
+    if " says " in phrase:
+        return phrase.partition(" says ")[0] + " says"
+    if phrase.endswith((" near", " far")):
+        return phrase.rpartition(" ")[0]
+    return phrase.partition(" ")[0]
 
 
 def _words(text: str) -> list[str]:

@@ -222,6 +222,7 @@ def test_agreement_by_hand() -> None:
         "n": 2,
         "summary_names_answer": 0.5,
         "caption_exact": 0.5,
+        "scene_named": 0.5,
         "background": 0.5,
         "item_precision": (3 + 1) / (3 + 2),
         "item_recall": (3 + 1) / (3 + 3),
@@ -229,6 +230,24 @@ def test_agreement_by_hand() -> None:
         "accuracy_otherwise": 0.0,
     }
     assert agreement(items[2:], {"3": "a"}, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ("Background rain. First dog bark far, then a man says one, then violin rising.", True),
+        ("Background none. First dog bark near, then a man says two, then violin falling.", False),
+        ("Background rain. First a man says two, then dog bark near, then violin falling.", False),
+        ("Background rain. First dog bark near, then a woman says two, then violin fast.", False),
+        ("Background rain. First dog bark near, then a man says two, then cello falling.", False),
+        ("Background rain. First dog bark near, then a man says two.", False),
+    ],
+)
+def test_a_scene_is_named_whatever_is_said_of_its_attributes(said: str, named: bool) -> None:
+    caption = "Background rain. First dog bark near, then a man says two, then violin falling."
+    item = make_item("1", "dog bark", choices=("dog bark", "bell"), caption=caption)
+    found = agreement([item], {"1": "dog bark"}, {"1": THOUGHT.format(said, "It is a dog bark.")})
+    assert found is not None and found["scene_named"] == named
 
 
 def test_the_worlds_records_agree_with_themselves() -> None:
