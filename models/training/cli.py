@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     nano.add_argument(
         "--encoders", type=Path, metavar="RUN", help="take tokenizer and encoders from this run"
     )
+    nano.add_argument(
+        "--decoder", type=Path, metavar="CHECKPOINT", help="start from this checkpoint's decoder"
+    )
     nano.set_defaults(run=_nano)
 
     cota = commands.add_parser(
@@ -118,6 +121,7 @@ def _nano(options: argparse.Namespace) -> None:
         intent_query=not options.no_intent_query,
         semantic_gate=not options.no_semantic_gate,
         encoders=options.encoders,
+        decoder=options.decoder,
     )
     checkpoint = train_nano(run)
     draw_losses(options.out)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tinygiant.models.checkpoint import save
+from tinygiant.models.checkpoint import load, save
 from tinygiant.models.config import TinyGiantConfig, preset
 from tinygiant.models.tensors import load_into, open_tensors
 from tinygiant.models.tinygiant import build
@@ -43,7 +43,8 @@ class NanoRun:
     """One run: where everything is, and what it varies.
 
     ``encoders`` is another run's folder whose tokenizer, encoders and streams are taken over, as
-    for the ablations, which share them.
+    for the ablations, which share them. ``decoder`` is a checkpoint whose decoder is where this
+    run's starts from.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class NanoRun:
     intent_query: bool = True
     semantic_gate: bool = True
     encoders: Path | None = None
+    decoder: Path | None = None
     recipe_file: Path | None = None
 
     @property
@@ -91,6 +93,8 @@ def train_nano(run: NanoRun) -> Path:
         train_tokenizer(texts, config.decoder["vocab_size"], tokenizer_path)
     _pretrain_encoders(run)
     model = build(config, run.seed)
+    if run.decoder is not None:
+        model.decoder.load_state_dict(load(run.decoder).decoder.state_dict())
     for name in ENCODERS:
         path = _encoder_file(run, name)
         load_into(getattr(model, name), open_tensors(path), where=str(path))

@@ -1,0 +1,92 @@
+"""``tg-train nano`` from an empty folder to a checkpoint, on a world of a few clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.world_stub import ToneBanks
+from tinygiant.models.checkpoint import load
+from tinygiant.models.tinygiant import TinyGiantALM
+from tinygiant.models.training.cli import main
+from tinygiant.models.world import dataset
+
+RECIPE = """
+[world]
+train_clips = 8
+validation_clips = 4
+seed = 0
+
+[encoders.whisper]
+batch_size = 4
+learning_rate = 1e-3
+steps = 2
+
+[encoders.htsat]
+batch_size = 4
+learning_rate = 1e-3
+steps = 2
+
+[reasoning]
+batch_size = 4
+projector_learning_rate = 1e-3
+decoder_learning_rate = 1e-3
+steps = {steps}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its world, made without the engines."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        banks = ToneBanks()
+        patch.setattr(dataset, "load_banks", lambda *_: banks)
+        for split, clips in (("train", 8), ("validation", 4)):
+            dataset.build(split, clips, folder / "world", folder / "banks", workers=1)
+        (folder / "recipe.toml").write_text(RECIPE.format(steps=2))
+        assert _train(folder, "-o", folder, "--recipe", folder / "recipe.toml") == 0
+    return folder
+
+
+def _train(run: Path, *arguments: str | Path) -> int:
+    paths = ("--data", run / "world", "--cache", run / "banks")
+    return main(["nano", *map(str, paths), *map(str, arguments), "--threads", "1"])
+
+
+def _same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_every_part_of_the_checkpoint_was_trained(run: Path) -> None:
+    from tinygiant.models.config import preset
+    from tinygiant.models.tinygiant import build
+
+    trained, fresh = load(run / "checkpoint"), build(preset("nano"), 0)
+    assert isinstance(trained, TinyGiantALM)
+    for part in ("whisper", "htsat", "projector", "decoder"):
+        assert not _same(getattr(trained, part), getattr(fresh, part)), part
+    log = [json.loads(line) for line in (run / "reasoning" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2
+
+
+def test_an_ablation_takes_over_encoders_and_decoder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a step of training, what is taken over is unchanged and the rest is new."""
+    banks = ToneBanks()
+    monkeypatch.setattr(dataset, "load_banks", lambda *_: banks)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(steps=0))
+    taken = ("--encoders", run, "--decoder", run / "checkpoint", "--seed", "1")
+    where = ("-o", tmp_path / "ablation", "--recipe", recipe)
+    assert _train(run, *where, *taken, "--no-intent-query", "--no-semantic-gate") == 0
+    start, ablation = load(run / "checkpoint"), load(tmp_path / "ablation" / "checkpoint")
+    for part in ("whisper", "htsat", "decoder"):
+        assert _same(getattr(start, part), getattr(ablation, part)), part
+    assert ablation.projector.intent is None and ablation.projector.gate is None
+    assert not _same(start.projector.blocks, ablation.projector.blocks)
