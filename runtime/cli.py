@@ -18,6 +18,7 @@ from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.interrupt import INTERRUPTED, exit_on_interrupt
 from tinygiant.runtime.options import parse
 from tinygiant.runtime.terminal import Progress, Style, complain, debugging, show
+from tinygiant.runtime.watching import watched
 
 if TYPE_CHECKING:
     from tinygiant.runtime.audio import Audio
@@ -28,6 +29,12 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tg-run`` on ``arguments`` (the process's own if None); returns the exit code."""
+    if arguments is None:
+        return watched("tg-run", _main)
+    return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         exit_on_interrupt("tg-run: interrupted\n")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -163,6 +170,7 @@ def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
         memory=options.memory,
         verify=not options.no_verify,
         provider=options.provider,
+        check_memory=not options.no_memory_check,
     )
     progress.loaded(model.bundle.manifest.source.weights, model.config.name, model.providers)
     return model

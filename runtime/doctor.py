@@ -33,11 +33,12 @@ from tinygiant.runtime.bundle import (
 )
 from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
 from tinygiant.runtime.machine import Machine
+from tinygiant.runtime.memory import estimated_bytes
 from tinygiant.runtime.options import OneLineParser
 from tinygiant.runtime.providers import PROVIDERS, available_names
 from tinygiant.runtime.text import one_line, printable
 
-__all__ = ["KNOWN_BAD", "Finding", "KnownBad", "Level", "examine", "main", "needed_bytes"]
+__all__ = ["KNOWN_BAD", "Finding", "KnownBad", "Level", "examine", "main"]
 
 Level = Literal["ok", "note", "warning", "broken"]
 
@@ -45,14 +46,9 @@ MIB = 2**20
 IMPORT_LIMIT_S = 120
 SPEED_LIMIT_S = 120
 HOT_C = 80.0  # a Raspberry Pi starts to slow down here
+ADDRESS_SPARE_BYTES = 200 * MIB  # threads reserve far more addresses than they use memory
 
 _PACKAGES = ("numpy", "onnxruntime", "tokenizers", "soundfile", "soxr")
-# Python, onnxruntime and its thread pools before any graph is loaded, and what a graph takes in
-# memory for each byte on disk: 0.88 GB were measured for an int8 encoder of 663 MB.
-_BASE_BYTES = 120 * MIB
-_BYTES_PER_GRAPH_BYTE = 1.3
-_TYPICAL_TOKENS = 1_024
-_KV_VALUE_BYTES = 4
 
 _DESCRIPTION = """\
 Look at this machine, the installed packages and the bundle, and say what to do about whatever is
@@ -428,36 +424,30 @@ def _lfs_pointers(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def needed_bytes(bundle: Bundle) -> tuple[int, int]:
-    """Estimated peak memory of a question in default and in low-memory mode."""
-    manifest = bundle.manifest
-    size = {entry.path: entry.size_bytes for entry in manifest.files}
-    graphs = [
-        sum(size[path] for path in (graph.file, *graph.external_data))
-        for graph in manifest.graphs.values()
-    ]
-    kv_bytes = _TYPICAL_TOKENS * manifest.model.decoder.kv_values_per_token * _KV_VALUE_BYTES
-    fixed = _BASE_BYTES + kv_bytes
-    return (
-        round(fixed + _BYTES_PER_GRAPH_BYTE * sum(graphs)),
-        round(fixed + _BYTES_PER_GRAPH_BYTE * max(graphs)),
-    )
-
-
 def _memory(machine: Machine, bundle: Bundle) -> Iterator[Finding]:
     memory = machine.memory()
-    default, low = needed_bytes(bundle)
+    default, low = estimated_bytes(bundle)
     needs = f"the bundle needs about {default // MIB} MiB, {low // MIB} with --memory low"
+    space = machine.address_space_bytes()
+    if space is not None:
+        level: Level = "ok" if default + ADDRESS_SPARE_BYTES <= space else "warning"
+        yield Finding(
+            "address space", level, f"{space // MIB} MiB are left of what ulimit -v allows",
+            "raise ulimit -v: native code may end without it" if level == "warning" else "",
+        )  # fmt: skip
     if memory is None:
         yield Finding("memory", "note", f"the system does not tell what is free; {needs}")
         return
     total, available = memory
     found = f"{available // MIB} of {total // MIB} MiB are free; {needs}"
+    swap_bytes = max((machine.obtainable_bytes() or 0) - available, 0)
+    if swap_bytes >= MIB:
+        found += f"; swap has room for {swap_bytes // MIB} MiB"
     if default <= available:
         yield Finding("memory", "ok", found)
     elif low <= available:
         yield Finding("memory", "warning", found, "use --memory low, or end other programs")
-    elif low <= total:
+    elif low <= total + swap_bytes:
         yield Finding("memory", "warning", found, "end other programs and use --memory low")
     else:
         yield Finding("memory", "broken", found, "use a smaller recipe (int4) or a larger board")

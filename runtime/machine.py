@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,18 +63,88 @@ class Machine:
         return ", ".join(names), frozenset(features.split()), n_cores or os.cpu_count() or 1
 
     def memory(self) -> tuple[int, int] | None:
-        """Bytes in all and available, both within a container's limit; None if unknown."""
+        """Bytes in all and available, both within the limits of control groups; None if unknown."""
         meminfo = self.text("proc/meminfo")
         fields: dict[str, str] = dict(re.findall(r"^(\w+): +(\d+) kB", meminfo, re.MULTILINE))
         if "MemTotal" not in fields:
             return None
         total = int(fields["MemTotal"]) * 1024
         available = int(fields.get("MemAvailable", fields["MemTotal"])) * 1024
-        limit, used = (self.text(f"sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-        if limit.isdecimal() and int(limit) < total:
-            total = int(limit)
-            available = min(available, total - (int(used) if used.isdecimal() else 0))
+        for limit, used, _ in self._memory_groups():
+            if limit < total:
+                total = limit
+            available = min(available, max(limit - used, 0))
         return total, available
+
+    def obtainable_bytes(self) -> int | None:
+        """The most memory that this process might yet get, swap included; None if unknown.
+
+        Nothing that could be freed counts as taken: file caches, and what swap has room for.
+        """
+        memory = self.memory()
+        if memory is None:
+            return None
+        swap = re.search(r"^SwapFree: +(\d+) kB", self.text("proc/meminfo"), re.MULTILINE)
+        swap_bytes = 1024 * int(swap[1]) if swap else 0
+        obtainable = memory[1] + swap_bytes
+        for limit, used, group_swap in self._memory_groups():
+            own = swap_bytes if group_swap is None else min(group_swap, swap_bytes)
+            obtainable = min(obtainable, max(limit - used, 0) + own)
+        return obtainable
+
+    def address_space_bytes(self) -> int | None:
+        """Address space that this process has left (``ulimit -v``); None if it is not bounded."""
+        found = re.search(
+            r"^Max address space +(\d+) ", self.text("proc/self/limits"), re.MULTILINE
+        )
+        pages = self.text("proc/self/statm").split(" ")[0]
+        if found is None or not pages.isdecimal():
+            return None
+        return max(int(found[1]) - int(pages) * resource.getpagesize(), 0)
+
+    def _memory_groups(self) -> Iterator[tuple[int, int, int | None]]:
+        """Limit, use that cannot be dropped, and swap left, of this process's control groups.
+
+        A group is bound by those above it. In a container its own group is seen as the root.
+        """
+        for line in (self.text("proc/self/cgroup") or "0::/").splitlines():
+            _, controllers, own = [*line.split(":", 2), "", ""][:3]
+            if controllers == "":
+                top, limit, used, swap = "sys/fs/cgroup", "memory.max", "memory.current", True
+            elif "memory" in controllers.split(","):
+                top, limit, swap = "sys/fs/cgroup/memory", "memory.limit_in_bytes", False
+                used = "memory.usage_in_bytes"
+            else:
+                continue
+            parts = [part for part in own.split("/") if part not in ("", "..")]
+            for n_parts in range(len(parts), -1, -1):
+                group = "/".join([top, *parts[:n_parts]])
+                limit_bytes = self._number(f"{group}/{limit}")
+                if limit_bytes is None:
+                    continue
+                cached = self._file_cache_bytes(f"{group}/memory.stat")
+                held = max((self._number(f"{group}/{used}") or 0) - cached, 0)
+                yield limit_bytes, held, self._group_swap(group) if swap else None
+
+    def _group_swap(self, group: str) -> int | None:
+        """Swap that a control group (v2) has left; None if it is not bounded."""
+        limit = self._number(f"{group}/memory.swap.max")
+        if limit is None:
+            return None
+        return max(limit - (self._number(f"{group}/memory.swap.current") or 0), 0)
+
+    def _file_cache_bytes(self, path: str) -> int:
+        """The file cache of a control group, below it included; the kernel drops it at need."""
+        stat = dict(re.findall(r"^(\w+) (\d+)$", self.text(path), re.MULTILINE))
+        return sum(
+            int(stat.get(f"total_{name}", stat.get(name, 0)))
+            for name in ("inactive_file", "active_file")
+        )
+
+    def _number(self, path: str) -> int | None:
+        """A file that holds one number; None if there is none, as for "max"."""
+        text = self.text(path)
+        return int(text) if re.fullmatch(r"\d{1,20}", text) else None
 
     def temperature_c(self) -> float | None:
         """The hottest thermal zone in degrees Celsius; None if there is none."""

@@ -189,6 +189,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--no-verify", action="store_true", help="do not compare the bundle's files with its hashes"
     )
+    group.add_argument(
+        "--no-memory-check", action="store_true",
+        help="load the model even where there cannot be enough memory for it",
+    )  # fmt: skip
     version = f"tg-run {_version('tinygiant')} (onnxruntime {_version('onnxruntime')})"
     group.add_argument("--version", action="version", version=version)
     group.add_argument(

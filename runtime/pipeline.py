@@ -42,6 +42,7 @@ from tinygiant.runtime.events import (
     Timings,
     TokenCounts,
 )
+from tinygiant.runtime.memory import require_memory
 from tinygiant.runtime.prompt import IM_END, THINK_END, Prompt, build_prompt
 from tinygiant.runtime.sessions import GraphPool, SessionSettings
 from tinygiant.runtime.stages import Clock, Returning
@@ -72,6 +73,7 @@ def load(
     verify: bool = True,
     spin: bool = True,
     provider: str = "cpu",
+    check_memory: bool = True,
 ) -> TinyGiant:
     """Load a bundle and make it ready for questions.
 
@@ -85,8 +87,10 @@ def load(
         spin: let waiting threads spin for a moment; faster, but busy.
         provider: what computes: ``cpu``, ``cuda``, ``tensorrt``, ..., or one for each part, such as
             ``encoders=tensorrt,decoder=cuda``.
+        check_memory: refuse a bundle for which there cannot be enough memory; on the CPU alone.
 
     Raises:
+        TinyGiantError: there cannot be enough memory, or it runs out.
         BundleError: the bundle is missing, damaged or of an unknown format.
         UsageError: an impossible number of threads, an unknown ``memory``, or a provider that this
             onnxruntime does not have or that does not come up.
@@ -96,6 +100,8 @@ def load(
     keep = memory == "default"
     settings = SessionSettings(threads=threads, spin=spin, arena=keep)
     bundle = Bundle.open(default_bundle_path() if path is None else path, verify=verify)
+    if check_memory and provider == "cpu":
+        require_memory(bundle, keep=keep)
     pool = GraphPool(bundle, settings, keep=keep, provider=provider)
     model = TinyGiant(bundle, pool)
     pool.load_all()

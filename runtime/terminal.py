@@ -205,6 +205,8 @@ def complain(error: BaseException) -> int:
     message, code = one_line(error), TinyGiantError.exit_code
     if isinstance(error, TinyGiantError):
         code = error.exit_code
+    elif isinstance(error, MemoryError):
+        message = f"memory ran out ({message}); use --memory low, or end other programs"
     else:
         kind = type(error).__name__
         message = f"unforeseen {kind}: {message}; set {DEBUG_VARIABLE}=1 to see where"

@@ -15,6 +15,7 @@ from tinygiant.runtime import cli, doctor
 from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.doctor import Finding, examine, main
 from tinygiant.runtime.machine import Machine
+from tinygiant.runtime.memory import estimated_bytes
 
 PI4 = "fp asimd evtstrm crc32 cpuid"
 PI5 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm asimddp"
@@ -289,13 +290,35 @@ def test_memory_is_compared_with_what_the_bundle_needs(
     level: str,
     advice: str,
 ) -> None:
-    monkeypatch.setattr(doctor, "needed_bytes", lambda bundle: (900 * 2**20, 500 * 2**20))
+    monkeypatch.setattr(doctor, "estimated_bytes", lambda bundle: (900 * 2**20, 500 * 2**20))
     machine = board(tmp_path, free_mib=free_mib)
     meminfo = f"MemTotal: {total_mib * 1024} kB\nMemAvailable: {free_mib * 1024} kB\n"
     (tmp_path / "proc/meminfo").write_text(meminfo)
     [finding] = doctor._memory(machine, Bundle.open(tiny_bundle, verify=False))
     assert finding.level == level
     assert advice in finding.advice
+
+
+def test_swap_and_a_bounded_address_space_are_told(tmp_path: Path, tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, verify=False)
+    _, low = estimated_bytes(bundle)
+    machine = board(tmp_path, free_mib=1)
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/statm").write_text("0 0")
+    (tmp_path / "proc/self/limits").write_text(f"Max address space  {90 << 20}  unlimited  bytes")
+    meminfo = f"MemTotal: {low // 2048} kB\nMemAvailable: 1024 kB\n"
+    (tmp_path / "proc/meminfo").write_text(meminfo)
+    space, memory = doctor._memory(machine, bundle)
+    assert (space.level, space.found) == (
+        "warning",
+        "90 MiB are left of what ulimit -v allows",
+    )
+    assert memory.level == "broken"
+    (tmp_path / "proc/meminfo").write_text(meminfo + f"SwapFree: {low // 1024} kB\n")
+    (tmp_path / "proc/self/limits").write_text("Max address space  unlimited unlimited  bytes")
+    (memory,) = doctor._memory(machine, bundle)
+    assert memory.level == "warning"
+    assert f"swap has room for {low // 2**20} MiB" in memory.found
 
 
 def test_what_a_question_needs_is_not_underestimated(tiny_bundle: Path) -> None:
@@ -310,7 +333,7 @@ def test_what_a_question_needs_is_not_underestimated(tiny_bundle: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", code, str(tiny_bundle)], capture_output=True, text=True, check=True
     )
-    default, low = doctor.needed_bytes(Bundle.open(tiny_bundle))
+    default, low = estimated_bytes(Bundle.open(tiny_bundle))
     assert low <= default
     assert int(run.stdout) * 1024 <= 1.1 * default
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
 from tinygiant.runtime.options import OneLineParser
 from tinygiant.runtime.text import one_line
+from tinygiant.runtime.watching import watched
 
 __all__ = ["main"]
 
@@ -45,6 +46,12 @@ environment:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tg-serve``; returns the exit code."""
+    if arguments is None:
+        return watched("tg-serve", _main)
+    return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None = None) -> int:
     debug = os.environ.get(DEBUG_VARIABLE) == "1"
     try:
         return _run(_parser().parse_args(arguments))
@@ -87,7 +94,11 @@ def _run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     model = load(
-        options.bundle, threads=options.threads, memory=options.memory, provider=options.provider
+        options.bundle,
+        threads=options.threads,
+        memory=options.memory,
+        provider=options.provider,
+        check_memory=not options.no_memory_check,
     )
     return serve(
         model,
@@ -207,6 +218,10 @@ def _parser() -> argparse.ArgumentParser:
         "--provider", default="cpu", metavar="P",
         help="what computes: cpu, cuda, tensorrt, openvino, coreml; or one for each part, such as "
         "encoders=tensorrt,decoder=cuda (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--no-memory-check", action="store_true",
+        help="load the model even where there cannot be enough memory for it",
     )  # fmt: skip
     add(
         "--wyoming-port", type=int, metavar="PORT",
