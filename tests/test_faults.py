@@ -526,3 +526,36 @@ def test_a_clock_that_jumps_changes_no_timing(
         (tone(1.0, 16_000), 16_000), "What?", max_new_tokens=3
     )
     assert 0.0 < answer.timings.first_token_s <= answer.timings.total_s < 60.0
+
+
+STEP = """
+import os, time
+from tinygiant.models.training import cli, nano
+def pretrain(run, name):
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+nano.pretrain = pretrain
+cli.main(["encoder", "whisper", "-o", "run"])
+"""
+TRAINING = """
+import subprocess, sys
+from tinygiant.models.training import cli, nano
+nano.train_nano = lambda run: subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
+cli.main(["nano", "-o", "run"])
+"""
+
+
+def test_a_killed_training_takes_its_steps_along(tmp_path: Path) -> None:
+    """tg-train nano runs its encoders in processes of their own: none may be left computing."""
+    training = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, STEP], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert training.stdout is not None
+    step = int(training.stdout.readline())
+    assert not is_dead(step)
+    training.kill()
+    training.wait(timeout=30)
+    deadline = time.monotonic() + 30
+    while not is_dead(step):
+        assert time.monotonic() < deadline, "the step goes on without the command"
+        time.sleep(0.1)

@@ -279,6 +279,16 @@ def test_a_file_that_is_no_parquet_ends_in_one_line(
     assert error.count("\n") == 1 and "not a readable parquet file" in error
 
 
+@pytest.mark.parametrize("arguments", [[], ["nano"], ["cota"], ["nano", "-o", "x", "--seed", "y"]])
+def test_wrong_options_end_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tg-train: ") and error.count("\n") == 1
+    assert "--help" in error
+
+
 def test_span_means_average_only_their_rows() -> None:
     rows = torch.arange(24.0).reshape(2, 6, 2)
     spans = torch.tensor([[0, 1, 3], [1, 5, 6]])

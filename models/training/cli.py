@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
+import time
 import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
+from tinygiant.runtime.options import OneLineParser
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["main"]
 
+# Holds the process that started this one as a step of its own, which ends when that one does.
+PARENT_VARIABLE = "TINYGIANT_TRAIN_PARENT"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``tg-train``; returns the exit code (see tinygiant.runtime.errors)."""
-    options = _parser().parse_args(argv)
     try:
+        options = _parser().parse_args(argv)
         _prepare_torch(options.threads)
         options.run(options)
     except TinyGiantError as error:
@@ -56,7 +63,7 @@ def _prepare_torch(threads: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tg-train", description=__doc__)
+    parser = OneLineParser(prog="tg-train", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     common = argparse.ArgumentParser(add_help=False)
@@ -123,12 +130,30 @@ def _nano(options: argparse.Namespace) -> None:
         encoders=options.encoders,
         decoder=options.decoder,
     )
-    checkpoint = train_nano(run)
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    try:
+        checkpoint = train_nano(run)
+    finally:
+        del os.environ[PARENT_VARIABLE]
     draw_losses(options.out)
     print(checkpoint)
 
 
+def _end_with(parent: int) -> None:
+    """End this process once ``parent``, which started it, is gone; also if that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _encoder(options: argparse.Namespace) -> None:
+    parent = os.environ.get(PARENT_VARIABLE, "")
+    if parent.isdecimal():
+        _end_with(int(parent))
     from tinygiant.models.training.nano import ENCODERS, NanoRun, pretrain
 
     if options.component not in ENCODERS:
