@@ -5,7 +5,9 @@ Nothing may be lost or half written, and every end has a documented exit code.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import json
 import os
 import re
 import resource
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -466,8 +469,6 @@ def replace(bundle: Path, source: Path) -> None:
 
 def reversed_vocabulary(bundle: Path, target: Path) -> Path:
     """A bundle that fits and answers differently: its embeddings are in another order."""
-    import json
-
     from tinygiant.runtime.bundle import describe_file
 
     shutil.copytree(bundle, target)
@@ -517,15 +518,160 @@ def test_a_bundle_removed_while_in_use(bundle_copy: Path, tone: Tone) -> None:
         low.ask(clip, "What is heard?", max_new_tokens=5)
 
 
-def test_a_clock_that_jumps_changes_no_timing(
-    tiny_bundle: Path, tone: Tone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jumps = iter(range(10**9, 0, -(10**6)))
-    monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
-    answer = load(tiny_bundle, threads=1).ask(
-        (tone(1.0, 16_000), 16_000), "What?", max_new_tokens=3
+JUMPING_CLOCK = """
+import itertools, time
+offsets_s = itertools.cycle([0, 3_600, -3_600, 0, -50_000_000])
+seconds, nanoseconds = time.time, time.time_ns
+time.time = lambda: seconds() + next(offsets_s)
+time.time_ns = lambda: nanoseconds() + 10**9 * next(offsets_s)
+"""
+
+
+@pytest.fixture
+def jumping_clock(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process whose wall clock jumps by hours whenever it is read."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    code = "import time; print(time.time() - time.time() < -3000)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert 0.0 < answer.timings.first_token_s <= answer.timings.total_s < 60.0
+    assert run.stdout == "True\n"
+    return environment
+
+
+def assert_plausible(timings: dict[str, Any]) -> None:
+    """Of a question that a process answered within a minute."""
+    stages = [timings[f"{name}_s"] for name in ("audio", "encode", "project", "prefill", "decode")]
+    assert all(0.0 <= seconds < 60.0 for seconds in stages)
+    assert sum(stages) <= timings["total_s"] + 1e-3
+    assert 0.0 < timings["first_token_s"] <= timings["total_s"] < 60.0
+
+
+def test_a_clock_that_jumps_changes_no_timing(
+    tiny_bundle: Path, clip: Path, jumping_clock: dict[str, str]
+) -> None:
+    options = ("--bundle", tiny_bundle, "--threads", 1, "--max-new-tokens", 3, "--json")
+    run = subprocess.run(
+        tg_run(clip, "What?", *options),
+        capture_output=True,
+        text=True,
+        env=jumping_clock,
+        timeout=60,
+        check=True,
+    )
+    assert_plausible(json.loads(run.stdout)["timings"])
+
+
+def test_a_clock_that_jumps_during_a_batch(
+    tiny_bundle: Path, clip: Path, tmp_path: Path, jumping_clock: dict[str, str]
+) -> None:
+    """Also between two runs of it: what is done is known by its content, not by its time."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    output = tmp_path / "out.jsonl"
+    questions = tmp_path / "questions.jsonl"
+    for name in ("1.wav", "2.wav"):
+        shutil.copy(clip, clips / name)
+    questions.write_text(
+        "".join(json.dumps({"audio": f"clips/{n}.wav", "question": "What?"}) + "\n" for n in "12")
+    )
+    command = tg_run("--batch", questions, "-o", output, "--bundle", tiny_bundle, "--threads", 1)
+    kept = ""
+    for time_s in (4_000_000_000, 1_000):
+        for path in (questions, *clips.iterdir()):
+            os.utime(path, (time_s, time_s))
+        run = subprocess.run(
+            [*command, "--max-new-tokens", "3"],
+            capture_output=True,
+            text=True,
+            env=jumping_clock,
+            timeout=60,
+            check=True,
+        )
+        left = re.findall(r"([\d.]+) s left", run.stderr)
+        assert all(float(seconds) < 600 for seconds in left)
+        lines = output.read_text().splitlines(keepends=True)
+        assert len(lines) == 2
+        for line in lines:
+            assert_plausible(json.loads(line)["answer"]["timings"])
+        # The second run finds the first item answered, and answers the other one.
+        assert lines[0].startswith(kept)
+        kept = lines[0]
+        output.write_text(kept)
+
+
+def test_a_clock_that_jumps_under_a_server(
+    tiny_bundle: Path, clip: Path, jumping_clock: dict[str, str]
+) -> None:
+    command = [Path(sys.executable).parent / "tg-serve", "--bundle", tiny_bundle, "--port", "0"]
+    audio = base64.b64encode(clip.read_bytes()).decode()
+    content = [
+        {"type": "input_audio", "input_audio": {"data": audio, "format": "wav"}},
+        {"type": "text", "text": "What?"},
+    ]
+    request = {
+        "model": "tinygiant",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 3,
+    }
+    with subprocess.Popen(
+        [*command, "--threads", "1"], stderr=subprocess.PIPE, text=True, env=jumping_clock
+    ) as process:
+        try:
+            assert process.stderr is not None
+            found = re.search(r"http://[\d.]+:\d+", process.stderr.readline())
+            assert found is not None
+            with httpx.Client(base_url=found[0], timeout=60) as client:
+                created = []
+                for stream in (False, True, False, False):
+                    reply = client.post("/v1/chat/completions", json=request | {"stream": stream})
+                    assert reply.status_code == 200
+                    if stream:
+                        assert reply.text.endswith("data: [DONE]\n\n")
+                    else:
+                        created.append(reply.json()["created"])
+                # The time of day is told as it is; it is the only thing that jumps.
+                assert max(created) - min(created) > 3_000
+                waited = re.findall(
+                    r"^(tinygiant_\S*seconds_sum\S*) (\S+)$",
+                    client.get("/metrics").text,
+                    re.MULTILINE,
+                )
+                assert waited
+                assert all(0.0 <= float(seconds) < 120.0 for _, seconds in waited), waited
+        finally:
+            process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            assert process.wait(timeout=30) == 0
+    assert time.monotonic() - start < 20.0
+
+
+def test_durations_are_of_the_monotonic_clock() -> None:
+    """The wall clock is asked in one place of the runtime: when a reply was made."""
+    runtime = Path(cli.__file__).parent
+    askers = {
+        path.relative_to(runtime).as_posix()
+        for path in runtime.rglob("*.py")
+        if re.search(r"time\.time(_ns)?\b|datetime|localtime|gmtime", path.read_text())
+    }
+    assert askers == {"serve/replies.py"}
+
+
+@pytest.mark.parametrize("shift_s", [3_600, -3_600, -(10**9), 10**9])
+def test_a_bundle_may_be_of_any_time(bundle_copy: Path, tone: Tone, shift_s: int) -> None:
+    """Weights with a new time are the same weights: hashes decide, also while in use."""
+    clip = (tone(1.0, 16_000), 16_000)
+    model = load(bundle_copy, threads=1, memory="low")
+    before = model.ask(clip, "What?", max_new_tokens=3).raw_text
+    for path in bundle_copy.rglob("*"):
+        if path.is_file() and path.name != MANIFEST_NAME:
+            now_s = path.stat().st_mtime
+            os.utime(path, (now_s + shift_s, now_s + shift_s))
+    assert model.ask(clip, "What?", max_new_tokens=3).raw_text == before
+    assert load(bundle_copy, threads=1).ask(clip, "What?", max_new_tokens=3).raw_text == before
 
 
 STEP = """
