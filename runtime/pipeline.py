@@ -98,13 +98,14 @@ def load(
     if memory not in ("default", "low"):
         raise UsageError(f"memory {memory!r} is unknown: choose default or low")
     keep = memory == "default"
-    settings = SessionSettings(threads=threads, spin=spin, arena=keep)
+    settings = SessionSettings(threads=threads, spin=spin)
     bundle = Bundle.open(default_bundle_path() if path is None else path, verify=verify)
     if check_memory and provider == "cpu":
         require_memory(bundle, keep=keep)
     pool = GraphPool(bundle, settings, keep=keep, provider=provider)
     model = TinyGiant(bundle, pool)
     pool.load_all()
+    pool.release()
     return model
 
 
@@ -226,9 +227,12 @@ class TinyGiant:
             for token in clock.timed("decode", tokens):
                 first_token_s = first_token_s or clock.total()
                 yield from transcript.push(token)
+            ending = tokens.value
+            # What is bound to a graph keeps it in memory even after the pool has closed it.
+            del decoder, logits, tokens
+        self._pool.release()
         yield from transcript.finish()
 
-        ending = tokens.value
         choice_index = ending.choice_index
         parsed = transcript.parsed()
         yield Finished(

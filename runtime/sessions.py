@@ -1,7 +1,9 @@
 """onnxruntime sessions: the only module that imports onnxruntime.
 
 A :class:`Graph` is one loaded ONNX graph; a :class:`GraphPool` hands out a bundle's graphs and
-decides whether they stay in memory. Threads default to the physical cores this process may use;
+decides whether they stay in memory. What a run needed beside the weights goes back to the system
+when it ends, and so does all of a graph that is closed: a process holds what it will use again.
+Threads default to the physical cores this process may use;
 whatever onnxruntime raises becomes a :class:`BundleError` of one line. A graph runs on the provider
 that was asked for or not at all; operators that the provider lacks run on the next one, and
 :attr:`Graph.providers` tells so. Importing this module turns onnxruntime's telemetry off (its Linux
@@ -10,9 +12,12 @@ wheels carry some since 1.29).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +42,19 @@ __all__ = [
     "SessionSettings",
     "onnxruntime_version",
     "physical_cores",
+    "release_free_memory",
     "require_onnxruntime",
+    "unchanged_mappings",
 ]
 
 _FATAL = 4
+# Encoders of the windows of 10 s: products of their unpacked weights take 5 % longer, which is
+# 0.3 % of a question, and 105 MB of copies are not made.
+_NOT_PACKED = frozenset({"htsat_encoder", "clap_encoder"})
+_LARGE_INPUT_BYTES = 2**20
+# Below this, looking for pages to let go of costs more time than the pages are worth.
+_LARGE_BUNDLE_BYTES = 64 * 2**20
+_MADV_DONTNEED = 4  # Linux, all architectures
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,9 @@ class SessionSettings:
     """How graphs are run.
 
     ``threads``: threads of one operator, the physical cores if None. ``spin``: threads wait for
-    work by spinning for a moment, which is faster and keeps cores busy. ``arena``: onnxruntime
-    keeps freed memory for the next run; without it peak memory is lower and runs are slower.
+    work by spinning for a moment, which is faster and keeps cores busy. ``arena``: memory that one
+    operator frees is kept for the next one; without it every operator asks the system anew, which
+    made the full-size encoder a fifth slower and its peak higher.
     """
 
     threads: int | None = None
@@ -78,6 +93,7 @@ class Graph:
         *,
         content: bytes | None = None,
         provider: Provider = CPU,
+        pack: bool = True,
     ) -> None:
         """Load the graph at ``path``.
 
@@ -86,6 +102,8 @@ class Graph:
             settings: how to run it.
             content: the file's bytes, where the caller has read and checked them.
             provider: what is to run it.
+            pack: hold a copy of the weights in the form that the kernels read; without it weights
+                stay in their mapped file, and products take a little longer.
 
         Raises:
             BundleError: onnxruntime cannot read it; also if it points to data outside its folder.
@@ -94,10 +112,15 @@ class Graph:
         """
         self.name = path.stem
         self._provider = provider
+        settings = settings or SessionSettings()
+        self._shrink = _shrink_options() if settings.arena and provider == CPU else None
+        options = _session_options(settings, path.parent, provider)
+        if not pack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 path.read_bytes() if content is None else content,
-                _session_options(settings or SessionSettings(), path.parent, provider),
+                options,
                 providers=_provider_list(provider),
                 enable_fallback=0,
             )
@@ -136,11 +159,13 @@ class Graph:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the graph on named arrays; returns every output by name.
 
+        The memory of the run is given back when it ends.
+
         Raises:
             BundleError: names, shapes or types that the graph does not take.
         """
         try:
-            outputs = self._session.run(list(self.output_names), dict(inputs))
+            outputs = self._session.run(list(self.output_names), dict(inputs), self._shrink)
         except Exception as error:
             raise self._failed(error) from error
         return dict(zip(self.output_names, outputs, strict=True))
@@ -150,15 +175,21 @@ class Graph:
         return Binding(self._session.io_binding(), self, self._provider.device)
 
     def run_bound(self, binding: Binding) -> None:
-        """Run the graph on what ``binding`` holds."""
+        """Run the graph on what ``binding`` holds.
+
+        The memory of the run is kept for the next one, unless its inputs were large: a prompt is
+        followed by single tokens.
+        """
+        options = self._shrink if binding.input_bytes >= _LARGE_INPUT_BYTES else None
         try:
-            self._session.run_with_iobinding(binding.io)
+            self._session.run_with_iobinding(binding.io, options)
         except Exception as error:
             raise self._failed(error) from error
 
     def close(self) -> None:
         """Release the weights now, even while somebody still holds the graph."""
         self._session = None
+        release_free_memory()
 
     def _failed(self, error: Exception) -> TinyGiantError:
         if _is_memory(error):
@@ -180,10 +211,17 @@ class Binding:
         self._device = device
         # onnxruntime keeps only the address of an array: it must live as long as it is bound.
         self._bound: dict[str, NDArray[Any]] = {}
+        self._inputs: set[str] = set()
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the inputs that are not outputs as well."""
+        return sum(self._bound[name].nbytes for name in self._inputs)
 
     def input(self, name: str, array: NDArray[Any]) -> None:
         """Let input ``name`` read the C-contiguous ``array``."""
         self._bound[name] = array
+        self._inputs.add(name)
         self.io.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
 
     def output(self, name: str, array: NDArray[Any]) -> None:
@@ -242,12 +280,43 @@ class GraphPool:
         self._settings = settings
         self._keep = keep
         self._graphs: dict[str, Graph] = {}
+        self._unchanged: frozenset[tuple[int, int]] | None = None
 
     def load_all(self) -> None:
-        """Load every graph now, so that the first question does not wait; only with ``keep``."""
-        if self._keep:
-            for name in self._bundle.manifest.graphs:
-                self._graphs[name] = self._graphs.get(name) or self._load(name)
+        """Load every graph now, so that the first question does not wait; only with ``keep``.
+
+        Loading is work of one thread, so as many graphs as there are threads are loaded at a time.
+        """
+        if not self._keep:
+            return
+        missing = [name for name in self._bundle.manifest.graphs if name not in self._graphs]
+        # The largest first: the others fit beside it.
+        missing.sort(key=self._size_bytes, reverse=True)
+        workers = self._settings.threads or physical_cores()
+        with ThreadPoolExecutor(workers, thread_name_prefix="load") as executor:
+            self._graphs.update(zip(missing, executor.map(self._load, missing), strict=True))
+
+    def release(self) -> None:
+        """Give back what is not needed until the next run: freed memory and the bundle's pages.
+
+        onnxruntime reads much of a weights file once, to pack it, and keeps it mapped. The pages
+        stay in the system's cache of files and come back when they are read again. A small bundle
+        is left alone, and so are pages on other systems than Linux.
+        """
+        if sum(file.size_bytes for file in self._bundle.manifest.files) < _LARGE_BUNDLE_BYTES:
+            return
+        release_free_memory()
+        if not self._keep or sys.platform != "linux":
+            return
+        root = self._bundle.root
+        if self._unchanged is None:
+            self._unchanged = unchanged_mappings(_proc_self("smaps"), root)
+        libc = ctypes.CDLL(None)
+        for line in _proc_self("maps").splitlines():
+            span = _mapping(line, f"{root}/")
+            if span in self._unchanged:
+                start, end = span
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
     @contextmanager
     def use(self, name: str) -> Iterator[Graph]:
@@ -256,6 +325,8 @@ class GraphPool:
             if name not in self._graphs:
                 self._graphs[name] = self._load(name)
             yield self._graphs[name]
+            if name in _NOT_PACKED:
+                self.release()
             return
         graph = self._load(name)
         try:
@@ -263,16 +334,69 @@ class GraphPool:
         finally:
             graph.close()
 
+    def _size_bytes(self, name: str) -> int:
+        entry = self._bundle.manifest.graphs[name]
+        files = {entry.file, *entry.external_data}
+        return sum(f.size_bytes for f in self._bundle.manifest.files if f.path in files)
+
     def _load(self, name: str) -> Graph:
         graph = Graph(
             self._bundle.graph(name),
             self._settings,
             content=self._bundle.read_graph(name),
             provider=self._assigned[name],
+            pack=name not in _NOT_PACKED,
         )
         self.providers[name] = graph.providers
         self._bundle.require_unchanged()  # after loading, so that there is no moment in between
         return graph
+
+
+def release_free_memory() -> None:
+    """Give memory that was freed back to the system; glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def unchanged_mappings(smaps: str, root: Path) -> frozenset[tuple[int, int]]:
+    """Addresses of mapped files below ``root``, from the text of ``/proc/PID/smaps`` (proc(5)).
+
+    Only those without a private copy of a page: to let go of a copy would lose what was written.
+    """
+    found: set[tuple[int, int]] = set()
+    prefix, span = f"{root}/", None
+    for line in smaps.splitlines():
+        key, _, rest = line.partition(" ")
+        if not key.endswith(":"):
+            span = _mapping(line, prefix)
+        elif span is not None and key == "Anonymous:" and rest.strip() == "0 kB":
+            found.add(span)
+    return frozenset(found)
+
+
+def _mapping(line: str, prefix: str) -> tuple[int, int] | None:
+    """Start and end of "7f00-7f10 rw-p 00000000 fe:00 123    /path", if it is of such a file."""
+    fields = line.split(maxsplit=5)
+    if len(fields) < 6 or not fields[5].startswith(prefix):
+        return None
+    start, _, end = fields[0].partition("-")
+    return int(start, 16), int(end, 16)
+
+
+def _proc_self(name: str) -> str:
+    """A file of ``/proc/self``; empty where there is none."""
+    try:
+        return Path("/proc/self", name).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _shrink_options() -> Any:
+    """Options of a run that empties the session's arena when it ends."""
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _is_memory(error: Exception) -> bool:
