@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import struct
 import time
 import tracemalloc
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fuzz.targets import TARGETS, damaged, tokenizer_json
+from tests.fuzz import run as fuzz
+from tests.fuzz.targets import TARGETS, Target, damaged, tokenizer_json
 from tinygiant.models.tensors import open_tensors, read_json
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.bundle import Bundle
@@ -181,3 +183,25 @@ def test_a_graph_of_unknown_operators_is_refused(tmp_path: Path) -> None:
         path.write_bytes(model(operator, domain))
         with pytest.raises(BundleError):
             Graph(path)
+
+
+def test_the_unguided_search_finds_and_keeps_what_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(data: bytes) -> None:
+        assert len(data) < 700, "too long for this parser"
+
+    monkeypatch.setitem(fuzz.TARGETS, "fragile", Target(lambda: [bytes(300)], check))
+    monkeypatch.setattr(fuzz, "CACHE", tmp_path)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "seed").write_bytes(bytes(300))
+    (tmp_path / "fragile").mkdir()
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with pytest.raises(AssertionError, match="too long for this parser"):
+            fuzz._damage("fragile", 20, corpus)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    [kept] = (tmp_path / "fragile").iterdir()
+    assert len(kept.read_bytes()) >= 700

@@ -2,31 +2,37 @@
 
     python -m tests.fuzz.run [--seconds N] [--targets NAME ...]
 
-Each target of ``targets.py`` runs in a process of its own under atheris (libFuzzer, guided by the
-coverage of this project's Python code), starting from its seeds. Inputs that break something are
-kept in ``.cache/fuzz/TARGET/``; give one to ``--replay`` to see the failure again.
+Each target of ``targets.py`` runs in a process of its own, starting from its seeds: under atheris
+(libFuzzer, guided by the coverage of this project's Python code) where the extra ``fuzz`` is
+installed, else on damaged copies of the seeds and of one another, unguided. Inputs that break
+something are kept in ``.cache/fuzz/TARGET/``; give one to ``--replay`` to see the failure again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz.targets import TARGETS
+import numpy as np
+
+from tests.fuzz.targets import TARGETS, damaged
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "fuzz"
 MAX_INPUT_BYTES = 16_384
 INPUT_LIMIT_S = 20
 MEMORY_MIB = 2_048
+N_KEPT = 200  # damaged inputs that are damaged again
 
 
 def main() -> int:
@@ -35,22 +41,26 @@ def main() -> int:
         [name] = options.targets
         TARGETS[name].check(options.replay.read_bytes())
         return 0
-    if importlib.util.find_spec("atheris") is None:
-        print(
-            "fuzz: needs atheris (Linux, Python 3.11 to 3.13): pip install atheris", file=sys.stderr
-        )
-        return 9
+    is_guided = not options.unguided and importlib.util.find_spec("atheris") is not None
     if options.inside:
-        _fuzz(options.targets[0], options.seconds, Path(options.inside))
+        search = _fuzz if is_guided else _damage
+        search(options.targets[0], options.seconds, Path(options.inside))
+        return 0
+    if not is_guided:
+        print(
+            "fuzz: without coverage; for guided search (Linux, Python 3.11 to 3.13): "
+            "pip install 'tinygiant[fuzz]'",
+            file=sys.stderr,
+        )
     failures = 0
     for name in options.targets:
-        report = _report(name, options.seconds)
+        report = _report(name, options.seconds, is_guided=is_guided)
         failures += bool(report["findings"])
         print(json.dumps(report), flush=True)
     return 1 if failures else 0
 
 
-def _report(name: str, seconds: int) -> dict[str, object]:
+def _report(name: str, seconds: int, *, is_guided: bool) -> dict[str, object]:
     findings = CACHE / name
     findings.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -66,6 +76,7 @@ def _report(name: str, seconds: int) -> dict[str, object]:
             [
                 *(sys.executable, "-m", "tests.fuzz.run", "--targets", name),
                 *("--seconds", str(seconds), "--inside", str(corpus)),
+                *([] if is_guided else ["--unguided"]),
             ],
             capture_output=True,
             text=True,
@@ -80,10 +91,43 @@ def _report(name: str, seconds: int) -> dict[str, object]:
         found = found or [f"exit code {run.returncode}, see {findings / 'log.txt'}"]
     return {
         "target": name,
+        "guided": is_guided,
         "seconds": round(time.perf_counter() - start),
         "executions": int(executions[-1]) if executions else 0,
         "findings": found,
     }
+
+
+def _damage(name: str, seconds: int, corpus: Path) -> None:
+    """Damage the seeds, and what came of them; a finding is kept and raised."""
+    signal.signal(signal.SIGALRM, _too_slow)
+    generator = np.random.default_rng(int.from_bytes(os.urandom(8)))
+    inputs = [path.read_bytes() for path in sorted(corpus.iterdir())]
+    n_seeds, n_executions = len(inputs), 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for data in damaged(inputs[int(generator.integers(len(inputs)))], generator):
+            data = data[:MAX_INPUT_BYTES]
+            signal.alarm(INPUT_LIMIT_S)
+            try:
+                TARGETS[name].check(data)
+                used_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+                assert used_mib < MEMORY_MIB, f"{used_mib} MiB of memory"
+            except BaseException:
+                (CACHE / name / f"crash-{hashlib.sha1(data).hexdigest()}").write_bytes(data)
+                raise
+            finally:
+                signal.alarm(0)
+            n_executions += 1
+            if len(inputs) < n_seeds + N_KEPT:
+                inputs.append(data)
+            else:
+                inputs[n_seeds + int(generator.integers(N_KEPT))] = data
+    print(f"#{n_executions}", file=sys.stderr)
+
+
+def _too_slow(*_: object) -> None:
+    raise AssertionError(f"took more than {INPUT_LIMIT_S} s")
 
 
 def _fuzz(name: str, seconds: int, corpus: Path) -> None:
@@ -117,6 +161,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=300, help="for each target (%(default)s)")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run one input, one target")
+    parser.add_argument("--unguided", action="store_true", help="do not use atheris")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     return parser.parse_args()
 
