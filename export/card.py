@@ -20,9 +20,9 @@ _WEIGHTS = {
 
 
 def model_card(
-    manifest: Manifest, reports: Sequence[GraphReport], verification: Verification
+    manifest: Manifest, reports: Sequence[GraphReport], verification: Verification, notes: str = ""
 ) -> str:
-    """The card's text, Markdown below YAML."""
+    """The card's text, Markdown below YAML; ``notes`` are the sections the model's makers wrote."""
     source, model = manifest.source, manifest.model
     tokens = verification.end_to_end
     lines = [
@@ -49,6 +49,7 @@ def model_card(
         _WEIGHTS[source.weights].format(
             checkpoint=source.checkpoint, sha256=source.sha256, seed=source.seed
         ),
+        *(["", notes.strip()] if notes else []),
         "",
         "## Exactness",
         "",

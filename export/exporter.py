@@ -193,7 +193,7 @@ class _Job:
         text = json.dumps(report, indent=2, sort_keys=True, allow_nan=False) + "\n"
         (self.root / VERIFICATION_NAME).write_text(text, encoding="utf-8")
         draft = self.manifest(verification.summary())
-        card = model_card(draft, self.reports, verification)
+        card = model_card(draft, self.reports, verification, self.source.notes())
         (self.root / CARD_NAME).write_text(card, encoding="utf-8")
         manifest = self.manifest(verification.summary())
         (self.root / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

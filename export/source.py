@@ -32,6 +32,8 @@ from tinygiant.runtime.errors import CheckpointError
 
 __all__ = ["CheckpointSource", "ModelSource", "PartsSource", "RandomSource", "byte_tokenizer"]
 
+# In a checkpoint's folder, optional: what the model was trained on, what it hears and what not.
+NOTES_FILE = "notes.md"
 _BLOCK_BYTES = 1 << 20
 
 
@@ -55,6 +57,10 @@ class ModelSource(Protocol):
         """What the manifest says of the source."""
         ...
 
+    def notes(self) -> str:
+        """What its makers say of it, Markdown for the bundle's card; empty if nothing."""
+        ...
+
 
 class CheckpointSource:
     """A checkpoint folder of this project."""
@@ -76,6 +82,11 @@ class CheckpointSource:
         """See :class:`ModelSource`; reads the whole weights file."""
         digest = _sha256([self._path / WEIGHTS_FILE])
         return SourceEntry(self._path.resolve().name, digest, "trained", None)
+
+    def notes(self) -> str:
+        """See :class:`ModelSource`: the checkpoint's ``NOTES_FILE``."""
+        path = self._path / NOTES_FILE
+        return _read_text(path) if path.is_file() else ""
 
 
 class PartsSource:
@@ -103,6 +114,10 @@ class PartsSource:
         if parts.projector is None:
             return SourceEntry(self.config.name, digest, "seeded-random", self._seed)
         return SourceEntry(self.config.name, digest, "trained", None)
+
+    def notes(self) -> str:
+        """See :class:`ModelSource`."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -140,6 +155,10 @@ class RandomSource:
         made_from = json.dumps([config_to_dict(self.config), self.seed], sort_keys=True)
         digest = hashlib.sha256(made_from.encode("utf-8")).hexdigest()
         return SourceEntry(self.config.name, digest, "seeded-random", self.seed)
+
+    def notes(self) -> str:
+        """See :class:`ModelSource`."""
+        return ""
 
 
 @torch.no_grad()
@@ -208,7 +227,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
+        raise CheckpointError(f"{path}: not readable as text ({error})") from error
 
 
 def _weight_files(path: Path) -> list[Path]:

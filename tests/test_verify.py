@@ -76,6 +76,8 @@ def test_every_recipe_makes_a_verified_bundle(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     target = tmp_path / recipe
+    notes = "## What it hears\n\nTwelve sounds.\n"
+    (checkpoint / "notes.md").write_text(notes)
     assert run(checkpoint, "-o", target, "--recipe", recipe) == 0
     shown = capsys.readouterr()
     assert "decoder_model" in shown.out
@@ -102,6 +104,7 @@ def test_every_recipe_makes_a_verified_bundle(
     card = (target / "README.md").read_text()
     assert card.startswith("---\n")
     assert "pipeline_tag: audio-text-to-text" in card
+    assert notes in card
     answer = load(target, threads=1).ask(
         (tone(1.0), 16_000), "What is heard?", ["a dog", "a siren"], max_new_tokens=4
     )
