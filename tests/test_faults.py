@@ -318,13 +318,17 @@ def test_a_system_that_does_not_tell_refuses_nothing(tiny_bundle: Path, tmp_path
 
 
 def test_where_a_question_works_the_check_does_not_refuse(tiny_bundle: Path, clip: Path) -> None:
-    """The same bound with and without the check: whatever answers without it answers with it."""
+    """The same bound with and without the check: what answers without it is not refused by it.
+
+    It may still run out of memory: this near to the bound no two runs need quite the same.
+    """
     options = ("--bundle", tiny_bundle, "--threads", 1, "--max-new-tokens", 2, "-q")
     for limit_mib in (250, 290, 330):
         free = bounded(limit_mib, *tg_run(clip, "What?", *options, "--no-memory-check"))
         checked = bounded(limit_mib, *tg_run(clip, "What?", *options))
-        if free.returncode == 0:
-            assert checked.returncode == 0, checked.stderr
+        if free.returncode == 0 and checked.returncode != 0:
+            assert "memory ran out" in checked.stderr, checked.stderr
+            assert "needs at least" not in checked.stderr
 
 
 def test_the_check_can_be_left_out(

@@ -166,6 +166,7 @@ def forged(monkeypatch: pytest.MonkeyPatch) -> Forged:
     module = SimpleNamespace(
         InferenceSession=fake.session,
         OrtValue=SimpleNamespace(ortvalue_from_numpy=fake.value),
+        RunOptions=onnxruntime.RunOptions,
         SessionOptions=onnxruntime.SessionOptions,
         ExecutionMode=onnxruntime.ExecutionMode,
         get_available_providers=lambda: [ORT_TENSORRT, ORT_CUDA, ORT_CPU],
