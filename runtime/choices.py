@@ -76,7 +76,10 @@ class ChoiceTrie:
         return cls(sequences)
 
     def decode(
-        self, read: Callable[[Sequence[int]], NDArray[np.float32]], unread: Sequence[int]
+        self,
+        read: Callable[[Sequence[int]], NDArray[np.float32]],
+        unread: Sequence[int],
+        choose: Callable[[NDArray[np.float32], Sequence[int]], int] | None = None,
     ) -> Generator[int, None, int]:
         """Yield the tokens of the most likely way to a leaf; returns the index of its choice.
 
@@ -84,16 +87,19 @@ class ChoiceTrie:
             read: feeds tokens to the decoder and returns the logits ``(V,)`` after the last; called
                 at forks only, with every token yielded since its last call.
             unread: tokens before the answer that the decoder has not read yet, at least one.
+            choose: takes what ``read`` returned and the allowed tokens in rising order, returns the
+                most likely; the lowest id at a tie if None.
 
         Raises:
             BundleError: not a number among the logits of the allowed tokens.
         """
+        choose = choose or _best_allowed
         node, pending = self._root, list(unread)
         while node.choice_index is None:
             if len(node.children) == 1:
                 [token] = node.children
             else:
-                token = _best_allowed(read(pending), sorted(node.children))
+                token = choose(read(pending), sorted(node.children))
                 pending = []
             yield token
             node = node.children[token]
@@ -120,9 +126,9 @@ class ChoiceTrie:
         scores = []
         for sequence in self.sequences:
             score, _ = _continue(decoder, logits, sequence[n_shared:], read_last=False)
-            decoder.cache.truncate(start + n_shared)
+            decoder.truncate(start + n_shared)
             scores.append(shared_score + score)
-        decoder.cache.truncate(start)
+        decoder.truncate(start)
         if np.isnan(scores).any():
             raise BundleError("the decoder gave no number (NaN); the bundle's weights are damaged")
         return np.array(scores)
@@ -154,9 +160,9 @@ def _continue(
     return score, rows[-1]
 
 
-def _best_allowed(logits: NDArray[np.float32], allowed: list[int]) -> int:
+def _best_allowed(logits: NDArray[np.float32], allowed: Sequence[int]) -> int:
     """The most likely token of ``allowed``, the lowest id at a tie."""
-    return allowed[greedy(logits[allowed])]
+    return allowed[greedy(logits[list(allowed)])]
 
 
 def _first_leaf(node: _Node) -> int:

@@ -171,6 +171,7 @@ def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
         verify=not options.no_verify,
         provider=options.provider,
         check_memory=not options.no_memory_check,
+        speculate=not options.no_speculation,
     )
     progress.loaded(model.bundle.manifest.source.weights, model.config.name, model.providers)
     return model

@@ -6,11 +6,19 @@ only for the positions that are asked for: the last one in :meth:`Decoder.prefil
 :meth:`Decoder.read`, all K in :meth:`Decoder.step`. Greedy is exact: the arg-max of the logits, the
 lowest id at a tie.
 
+With a :class:`~tinygiant.runtime.speculation.Drafter`, tokens are drafted and checked several in a
+step, and the answer is still the one that single steps give. Steps of many tokens round differently
+and leave keys and values that differ in their last bits, so what they decide is believed only where
+the best logit leads by more than a guard. Elsewhere everything since the last exact position is
+read again one token at a time, as without drafts: such decisions are exact to the bit, the others
+as long as the guard is wider than the difference.
+
 Shapes: ``T`` tokens of a prompt, ``K`` tokens of a step, ``D`` hidden size, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Generator, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +28,7 @@ from numpy.typing import NDArray
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import BundleError, UsageError
 from tinygiant.runtime.kv_cache import KvCache
+from tinygiant.runtime.speculation import Drafter, lead
 
 __all__ = ["PREFILL_TOKENS", "Decoder", "greedy"]
 
@@ -47,14 +56,22 @@ class Decoder:
     """One sequence being read and written by the decoder graph."""
 
     def __init__(
-        self, graph: _Graph, embeddings: _Embeddings, config: DecoderConfig, capacity: int
+        self,
+        graph: _Graph,
+        embeddings: _Embeddings,
+        config: DecoderConfig,
+        capacity: int,
+        drafter: Drafter | None = None,
     ) -> None:
-        """Start an empty sequence of at most ``capacity`` tokens.
+        """Start an empty sequence of at most ``capacity`` tokens, drafted by ``drafter`` if any.
 
         Raises:
             UsageError: more positions than the decoder has.
         """
         self.cache = KvCache(config, capacity)
+        self._drafter = drafter
+        # What single steps would have read since the last exact position; empty while all is exact.
+        self._inexact: list[NDArray[np.float32]] = []
         self._embeddings = embeddings
         self._config = config
         self._binding = graph.bind()
@@ -75,11 +92,19 @@ class Decoder:
         if n_tokens == 0:
             raise UsageError("nothing to read: prefill needs at least one position")
         self.cache.require(n_tokens)
-        for start in range(0, n_tokens, PREFILL_TOKENS):
-            part = np.ascontiguousarray(embeds[:, start : start + PREFILL_TOKENS], np.float32)
-            logits = self._run(part, np.array([part.shape[1] - 1], np.int64))
-        last: NDArray[np.float32] = logits[0]
-        return last
+        if self._inexact:
+            self._inexact.append(embeds)
+        logits: NDArray[np.float32] = self._prefill(embeds)[0]
+        return logits
+
+    def feed(self, embeds: NDArray[np.float32]) -> None:
+        """Read ``embeds (1, T, D)`` of which nobody wants logits: the LM head does not run.
+
+        Raises:
+            UsageError: more positions than the cache has room for.
+        """
+        self.cache.require(embeds.shape[1])
+        self._prefill(embeds, with_logits=False)
 
     def read(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Read tokens; returns the logits after the last of them, ``(V,)``.
@@ -99,7 +124,43 @@ class Decoder:
             raise UsageError("nothing to read: a step needs at least one token")
         self.cache.require(len(token_ids))
         embeds = np.ascontiguousarray(self._embeddings.lookup(token_ids)[None], np.float32)
+        if self._inexact:
+            self._inexact.append(embeds)
         return self._run(embeds, np.arange(len(token_ids), dtype=np.int64))
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from ``length`` on.
+
+        Raises:
+            UsageError: a length below 0 or beyond what is held.
+        """
+        n_forgotten = self.cache.length - length
+        self.cache.truncate(length)
+        while self._inexact and n_forgotten > 0:
+            last = self._inexact.pop()
+            if last.shape[1] > n_forgotten:
+                self._inexact.append(last[:, :-n_forgotten])
+            n_forgotten -= last.shape[1]
+
+    def best(self, logits: NDArray[np.float32], among: Sequence[int] | None = None) -> int:
+        """The most likely next token, of those in ``among`` if given; the lowest id at a tie.
+
+        ``logits (V,)`` are those after the last position that is held. Where drafts may have
+        decided which is best, that position is computed again without them.
+
+        Raises:
+            BundleError: not a number among the logits.
+        """
+        token = _best(logits, among)
+        if not self._inexact or self._drafter is None:
+            return token
+        speculation = self._drafter.speculation
+        found = lead(logits, token, among)
+        if found > speculation.guard:
+            return token
+        exact = self._settle()
+        speculation.learn_difference(found, lead(exact, token, among))
+        return _best(exact, among)
 
     def generate(
         self, logits: NDArray[np.float32], *, max_new_tokens: int, stop_ids: Collection[int]
@@ -110,14 +171,72 @@ class Decoder:
         ``max_new_tokens``. A stop token, and the last token of a spent budget, have not been read
         by the decoder: ``cache.length`` tells how many have.
         """
-        for n_written in range(max_new_tokens):
-            token = greedy(logits)
-            if token in stop_ids:
-                return token
-            yield token
-            if n_written + 1 < max_new_tokens:
-                logits = self.step([token])[-1]
+        n_left = max_new_tokens
+        tokens = [self.best(logits)] if n_left > 0 else []
+        while tokens:
+            for token in tokens:
+                if token in stop_ids:
+                    return token
+                yield token
+            n_left -= len(tokens)
+            if n_left == 0:
+                break
+            draft: list[int] = []
+            if self._drafter is not None:
+                self._drafter.take(tokens)
+                draft = self._drafter.draft(n_left - 1)
+            tokens = self._go_on(tokens[-1], draft)
         return None
+
+    def _go_on(self, token: int, draft: Sequence[int]) -> list[int]:
+        """Read ``token`` and what is right of ``draft``; returns that and the token after it."""
+        start_s = time.perf_counter()
+        if not draft:
+            logits = self.step([token])[-1]
+            self._learn_cost(1, start_s)
+            return [self.best(logits)]
+        start = self.cache.length
+        # Written down as single steps would have read them.
+        rows = self._embeddings.lookup([token, *draft])[None].astype(np.float32, copy=False)
+        logits = self._run(np.ascontiguousarray(rows), np.arange(1 + len(draft), dtype=np.int64))
+        self._inexact += [rows[:, i : i + 1] for i in range(1 + len(draft))]
+        self._learn_cost(1 + len(draft), start_s)
+        assert self._drafter is not None
+        guard = self._drafter.speculation.guard
+        right: list[int] = []
+        for row, guess in zip(logits, [*draft, None], strict=True):
+            found = greedy(row)
+            if found != guess or lead(row, found) <= guard:
+                self.truncate(start + 1 + len(right))
+                return [*right, self.best(row)]
+            right.append(found)
+        raise AssertionError("no token equals the guess None")
+
+    def _learn_cost(self, n_tokens: int, start_s: float) -> None:
+        if self._drafter is not None:
+            self._drafter.speculation.learn_cost(n_tokens, time.perf_counter() - start_s)
+
+    def _settle(self) -> NDArray[np.float32]:
+        """Read again, one step at a time, what was drafted; returns the last logits ``(V,)``."""
+        again, self._inexact = self._inexact, []
+        self.cache.truncate(self.cache.length - sum(embeds.shape[1] for embeds in again))
+        for embeds in again[:-1]:
+            self._prefill(embeds, with_logits=False)
+        logits: NDArray[np.float32] = self._prefill(again[-1])[0]
+        return logits
+
+    def _prefill(
+        self, embeds: NDArray[np.float32], *, with_logits: bool = True
+    ) -> NDArray[np.float32]:
+        """Read any number of positions: the logits of the last, ``(1, V)``, or none, ``(0, V)``."""
+        n_tokens = embeds.shape[1]
+        for start in range(0, n_tokens, PREFILL_TOKENS):
+            part = np.ascontiguousarray(embeds[:, start : start + PREFILL_TOKENS], np.float32)
+            end = start + part.shape[1]
+            # Nobody wants logits before the end: the LM head runs over no rows.
+            wanted = [part.shape[1] - 1] if with_logits and end == n_tokens else []
+            logits = self._run(part, np.array(wanted, np.int64))
+        return logits
 
     def _run(
         self, embeds: NDArray[np.float32], positions: NDArray[np.int64]
@@ -147,3 +266,10 @@ def greedy(logits: NDArray[np.float32]) -> int:
     if np.isnan(logits[token]):
         raise BundleError("the decoder gave no number (NaN); the bundle's weights are damaged")
     return token
+
+
+def _best(logits: NDArray[np.float32], among: Sequence[int] | None) -> int:
+    if among is None:
+        return greedy(logits)
+    allowed = sorted(among)
+    return allowed[greedy(logits[allowed])]

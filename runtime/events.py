@@ -81,11 +81,16 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens the decoder read (``audio`` of them stand for sound) and wrote."""
+    """Tokens the decoder read (``audio`` of them stand for sound) and wrote.
+
+    ``drafted`` were guessed before they were computed, ``accepted`` of these were right.
+    """
 
     prompt: int
     audio: int
     generated: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import UsageError
 
-__all__ = ["KvCache"]
+__all__ = ["KvCache", "KvSnapshot"]
+
+KvSnapshot = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+"""Keys and values of some positions, ``(1, n_kv_heads, length, head_dim)`` each, by layer."""
 
 
 class KvCache:
@@ -85,3 +88,23 @@ class KvCache:
         if not 0 <= length <= self.length:
             raise UsageError(f"cannot cut a KV cache of {self.length} tokens to {length}")
         self.length = length
+
+    def snapshot(self) -> KvSnapshot:
+        """A copy of every position that holds a token."""
+        return tuple(
+            (key[:, :, : self.length].copy(), value[:, :, : self.length].copy())
+            for key, value in self._buffers
+        )
+
+    def restore(self, snapshot: KvSnapshot) -> None:
+        """Begin with the positions of another cache of the same decoder.
+
+        Raises:
+            UsageError: they do not fit.
+        """
+        n_tokens = snapshot[0][0].shape[2]
+        self.length = 0
+        self.advance(n_tokens)
+        for (key, value), (known_key, known_value) in zip(self._buffers, snapshot, strict=True):
+            key[:, :, :n_tokens] = known_key
+            value[:, :, :n_tokens] = known_value

@@ -187,6 +187,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "encoders=tensorrt,decoder=cuda (%(default)s)",
     )  # fmt: skip
     group.add_argument(
+        "--no-speculation", action="store_true",
+        help="do not guess tokens ahead; answers are the same, and often slower",
+    )  # fmt: skip
+    group.add_argument(
         "--no-verify", action="store_true", help="do not compare the bundle's files with its hashes"
     )
     group.add_argument(

@@ -42,9 +42,11 @@ from tinygiant.runtime.events import (
     Timings,
     TokenCounts,
 )
+from tinygiant.runtime.kv_cache import KvSnapshot
 from tinygiant.runtime.memory import require_memory
 from tinygiant.runtime.prompt import IM_END, THINK_END, Prompt, build_prompt
 from tinygiant.runtime.sessions import GraphPool, SessionSettings
+from tinygiant.runtime.speculation import Drafter, Speculation
 from tinygiant.runtime.stages import Clock, Returning
 from tinygiant.runtime.streams import (
     Projection,
@@ -74,6 +76,7 @@ def load(
     spin: bool = True,
     provider: str = "cpu",
     check_memory: bool = True,
+    speculate: bool = True,
 ) -> TinyGiant:
     """Load a bundle and make it ready for questions.
 
@@ -88,6 +91,8 @@ def load(
         provider: what computes: ``cpu``, ``cuda``, ``tensorrt``, ..., or one for each part, such as
             ``encoders=tensorrt,decoder=cuda``.
         check_memory: refuse a bundle for which there cannot be enough memory; on the CPU alone.
+        speculate: guess the next tokens from the question and from earlier text, and check several
+            in one step where that pays. The answers are the same.
 
     Raises:
         TinyGiantError: there cannot be enough memory, or it runs out.
@@ -103,7 +108,7 @@ def load(
     if check_memory and provider == "cpu":
         require_memory(bundle, keep=keep)
     pool = GraphPool(bundle, settings, keep=keep, provider=provider)
-    model = TinyGiant(bundle, pool)
+    model = TinyGiant(bundle, pool, speculate=speculate)
     pool.load_all()
     pool.release()
     return model
@@ -112,7 +117,7 @@ def load(
 class TinyGiant:
     """A loaded model. Questions may be asked one after another; see :func:`load`."""
 
-    def __init__(self, bundle: Bundle, pool: GraphPool) -> None:
+    def __init__(self, bundle: Bundle, pool: GraphPool, *, speculate: bool = True) -> None:
         """Open tokenizer and embeddings of ``bundle``, whose graphs ``pool`` holds.
 
         Raises:
@@ -124,6 +129,9 @@ class TinyGiant:
         self._tokenizer = Tokenizer.from_file(bundle.file(bundle.manifest.tokenizer))
         self._embeddings = TokenEmbeddings.open(bundle)
         self._cache = StreamCache()
+        self._speculation = Speculation() if speculate else None
+        # What every prompt begins with, and its keys and values once they are known.
+        self._prefix: tuple[tuple[int, ...], KvSnapshot] | None = None
         _check_tokenizer(self._tokenizer, bundle)
 
     @property
@@ -219,8 +227,9 @@ class TinyGiant:
         with self._pool.use("decoder_model") as graph:
             with clock.stage("prefill"):
                 capacity = embeds.shape[1] + request.max_written
-                decoder = Decoder(graph, self._embeddings, self.config.decoder, capacity)
-                logits = decoder.prefill(embeds)
+                drafter = self._drafter(request)
+                decoder = Decoder(graph, self._embeddings, self.config.decoder, capacity, drafter)
+                logits = self._prefill(decoder, embeds, request.prompt.prefix_ids)
             yield _prompt_read(embeds, projections)
 
             tokens = Returning(self._write(decoder, logits, request))
@@ -230,6 +239,8 @@ class TinyGiant:
             ending = tokens.value
             # What is bound to a graph keeps it in memory even after the pool has closed it.
             del decoder, logits, tokens
+        if self._speculation is not None:
+            self._speculation.remember(transcript.token_ids)
         self._pool.release()
         yield from transcript.finish()
 
@@ -253,6 +264,8 @@ class TinyGiant:
                     prompt=embeds.shape[1],
                     audio=sum(chunk.audio_embeds.shape[1] for chunk in projections),
                     generated=transcript.n_tokens,
+                    drafted=0 if drafter is None else drafter.n_drafted,
+                    accepted=0 if drafter is None else drafter.n_accepted,
                 ),
                 choice_probabilities=ending.probabilities,
                 choice_scoring=None if ending.probabilities is None else "sum_of_log_probabilities",
@@ -293,6 +306,37 @@ class TinyGiant:
         ]
         return projections, np.concatenate(parts, axis=1)
 
+    def _drafter(self, request: _Request) -> Drafter | None:
+        """What guesses the next tokens of an answer; None if nothing is to be guessed."""
+        if self._speculation is None or not request.think:
+            return None
+        return self._speculation.start(
+            [request.prompt.instruction_ids], self._end_ids(request.trie is not None)
+        )
+
+    def _end_ids(self, with_choices: bool) -> set[int]:
+        """The tokens that end what is written freely."""
+        config = self.config.decoder
+        return {*config.eos_token_ids} | ({config.think_end_token_id} if with_choices else set())
+
+    def _prefill(
+        self, decoder: Decoder, embeds: NDArray[np.float32], prefix_ids: tuple[int, ...]
+    ) -> NDArray[np.float32]:
+        """Read the prompt ``embeds (1, T, D)``; returns its last logits ``(V,)``.
+
+        What every prompt begins with is read by itself, and kept: an answer is then the same to the
+        bit whether it was known or not.
+        """
+        n_prefix = len(prefix_ids)
+        if self._prefix is not None and self._prefix[0] == prefix_ids:
+            decoder.cache.restore(self._prefix[1])
+        else:
+            decoder.feed(embeds[:, :n_prefix])
+            # On a device of its own the cache does not come back.
+            if self.providers["decoder_model"] == ("cpu",):
+                self._prefix = prefix_ids, decoder.cache.snapshot()
+        return decoder.prefill(embeds[:, n_prefix:])
+
     def _write(
         self, decoder: Decoder, logits: NDArray[np.float32], request: _Request
     ) -> Generator[int, None, _Ending]:
@@ -307,10 +351,7 @@ class TinyGiant:
             best = int(found.argmax())
             yield from request.trie.sequences[best]
             return _Ending("stop", best, tuple(found.tolist()))
-        config = self.config.decoder
-        end_ids = {*config.eos_token_ids}
-        if request.trie is not None:
-            end_ids.add(config.think_end_token_id)
+        end_ids = self._end_ids(request.trie is not None)
         n_prompt = decoder.cache.length
         written: list[int] = []
         free = Returning(
@@ -322,9 +363,11 @@ class TinyGiant:
         finish_reason: FinishReason = "length" if free.value is None else "stop"
         if request.trie is None:
             return _Ending(finish_reason)
-        yield config.think_end_token_id
-        unread = [*written[decoder.cache.length - n_prompt :], config.think_end_token_id]
-        return _Ending(finish_reason, (yield from request.trie.decode(decoder.read, unread)))
+        think_end_id = self.config.decoder.think_end_token_id
+        yield think_end_id
+        unread = [*written[decoder.cache.length - n_prompt :], think_end_id]
+        choice = yield from request.trie.decode(decoder.read, unread, decoder.best)
+        return _Ending(finish_reason, choice)
 
 
 @dataclass(frozen=True)
@@ -370,14 +413,18 @@ class _Transcript:
         self._parser = AnswerParser(thinking=thinking)
         self._parser.feed(after)
         self._texts: list[str] = []
-        self.n_tokens = 0
+        self.token_ids: list[int] = []
 
     @property
     def text(self) -> str:
         return "".join(self._texts)
 
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
+
     def push(self, token: int) -> list[TextPiece]:
-        self.n_tokens += 1
+        self.token_ids.append(token)
         self._texts.append(self._detokenizer.push(token))
         return self._parser.feed(self._texts[-1])
 

@@ -1,0 +1,331 @@
+"""Drafts change how long an answer takes, never what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tinygiant.export.decoder import build_decoder
+from tinygiant.quantize import RECIPES, quantize_graph
+from tinygiant.runtime import TinyGiant, load
+from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.decoder import Decoder
+from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.sessions import Graph, SessionSettings
+from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, NgramIndex, Speculation, lead
+
+CONFIG = DecoderConfig(
+    vocab_size=24,
+    hidden_size=32,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=32,
+    ffn_size=64,
+    max_positions=128,
+    eos_token_ids=(1,),
+    think_end_token_id=2,
+)
+CAPACITY = 120
+
+
+# --- what is guessed
+
+
+def test_the_longest_ending_that_was_seen_goes_on_where_it_was_last() -> None:
+    index = NgramIndex()
+    index.extend([1, 2, 3, 9, 2, 3, 4])
+    assert index.match([7, 2, 3]) == (2, 6)  # after the later "2 3"
+    assert index.match([1, 2, 3]) == (3, 3)
+    assert index.match([8]) == (0, 0)
+    assert index.copy(3, 3) == [9, 2, 3]
+
+
+def test_texts_do_not_run_into_one_another() -> None:
+    index = NgramIndex()
+    index.extend([1, 2])
+    index.close()
+    index.extend([3, 4])
+    assert index.match([1, 2]) == (0, 0)  # nothing followed
+    assert index.match([2, 3])[0] == 1
+    assert index.copy(index.match([1])[1], 5) == [2]
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), min_size=1))
+def test_a_match_is_what_a_search_finds(text: list[int], context: list[int]) -> None:
+    index = NgramIndex()
+    index.extend(text)
+    n, position = index.match(context)
+    found = [
+        (k, end)
+        for k in range(min(4, len(context)), 0, -1)
+        for end in range(len(text) - 1, k - 1, -1)
+        if text[end - k : end] == context[-k:]
+    ]
+    assert (n, position) == (found[0] if found else (0, 0))
+
+
+# --- how much is guessed
+
+
+def test_drafts_end_where_they_do_not_pay_and_begin_again_where_they_do() -> None:
+    speculation = Speculation()
+    speculation.learn_cost(1, 1.0)
+    for _ in range(200):
+        speculation.learn_cost(5, 1.0 + 4 * 0.5)  # each further token costs half a step
+    for _ in range(100):
+        speculation.learn_acceptance(2, 0, missed=True)
+    assert speculation.length(2, MAX_DRAFT_TOKENS) == 0
+    drafter = speculation.start([[5, 6, 7, 8, 5, 6]], stop_ids=())
+    for _ in range(60):  # nothing is checked, but the guesses turn out right
+        for token in (5, 6, 7, 8):
+            drafter.draft(8)
+            drafter.take([token])
+    assert speculation.length(4, MAX_DRAFT_TOKENS) > 4
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "cost", "expected"),
+    [(1.0, 0.5, MAX_DRAFT_TOKENS), (0.5, 0.5, 0), (0.9, 0.2, 6)],
+)
+def test_the_length_is_the_one_with_the_most_tokens_for_the_time(
+    acceptance: float, cost: float, expected: int
+) -> None:
+    speculation = Speculation()
+    speculation.learn_cost(1, 1.0)
+    for _ in range(400):
+        speculation.learn_cost(2, 1.0 + cost)
+        n_right = round(10 * acceptance)
+        for right in [1] * n_right + [0] * (10 - n_right):
+            speculation.learn_acceptance(3, right, missed=not right)
+    rates = {
+        d: sum(acceptance**i for i in range(d + 1)) / (1 + cost * d)
+        for d in range(MAX_DRAFT_TOKENS + 1)
+    }
+    assert max(rates, key=rates.__getitem__) == pytest.approx(expected, abs=1)
+    assert speculation.length(3, MAX_DRAFT_TOKENS) == pytest.approx(expected, abs=3)
+
+
+def test_a_draft_holds_no_token_that_ends_the_text_and_keeps_the_limit() -> None:
+    drafter = Speculation().start([[3, 4, 1, 5, 3, 4, 9, 9, 9, 9, 9, 9, 3, 4]], stop_ids=(1, 9))
+    drafter.take([3, 4])
+    assert drafter.draft(10) == []
+    drafter = Speculation().start([[3, 4, 5, 6, 7, 8]], stop_ids=())
+    drafter.take([3, 4])
+    assert drafter.draft(2) == [5, 6]
+    assert drafter.draft(0) == []
+
+
+def test_the_lead_is_in_deviations() -> None:
+    logits = np.array([0.0, 4.0, 1.0, 3.0], np.float32)
+    assert lead(logits, 1) == pytest.approx(1.0 / logits.std())
+    assert lead(logits, 1, among=[1, 2]) == pytest.approx(3.0 / logits.std())
+    assert lead(logits, 1, among=[1]) == np.inf
+
+
+# --- what comes out
+
+
+Weights = dict[str, NDArray[np.float32]]
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    from tinygiant.export.decoder import _layer_shapes
+
+    rng = np.random.default_rng(5)
+
+    def matrix(shape: tuple[int, ...]) -> NDArray[np.float32]:
+        scale = 0.5 if len(shape) == 2 else 0.0
+        return np.asarray(scale * rng.standard_normal(shape) + (len(shape) == 1), np.float32)
+
+    tensors = {
+        f"model.layers.{layer}.{name}": matrix(shape)
+        for layer in range(CONFIG.n_layers)
+        for name, shape in _layer_shapes(CONFIG).items()
+    }
+    tensors["model.norm.weight"] = np.ones(CONFIG.hidden_size, np.float32)
+    tensors["model.embed_tokens.weight"] = matrix((CONFIG.vocab_size, CONFIG.hidden_size))
+    return tensors
+
+
+@pytest.fixture(scope="module", params=["fp32", "int4"])
+def graph(
+    request: pytest.FixtureRequest, weights: Weights, tmp_path_factory: pytest.TempPathFactory
+) -> Graph:
+    folder = tmp_path_factory.mktemp("decoder")
+    build_decoder(CONFIG, weights, folder / "decoder_model.onnx")
+    target = folder / "decoder_model.onnx"
+    if request.param != "fp32":
+        target = folder / "quantized" / "decoder_model.onnx"
+        target.parent.mkdir()
+        scheme = RECIPES[request.param].graphs["decoder_model"]
+        quantize_graph(folder / "decoder_model.onnx", target, scheme)
+    return Graph(target, SessionSettings(threads=1, spin=False))
+
+
+def eager() -> Speculation:
+    """One that always drafts: what is drafted must not matter, however wrong it is."""
+    speculation = Speculation()
+    speculation.length = lambda match, limit: min(limit, 6)  # type: ignore[method-assign]
+    return speculation
+
+
+@settings(max_examples=40)
+@given(
+    prompt=st.lists(st.integers(3, CONFIG.vocab_size - 1), min_size=1, max_size=12),
+    texts=st.lists(st.lists(st.integers(3, CONFIG.vocab_size - 1), max_size=30), max_size=3),
+    n_new=st.integers(1, 60),
+    right=st.booleans(),
+)
+def test_tokens_are_those_of_single_steps(
+    prompt: list[int],
+    texts: list[list[int]],
+    n_new: int,
+    right: bool,
+    graph: Graph,
+    weights: Weights,
+) -> None:
+    """Random drafts, and drafts that are mostly right because the answer was seen before."""
+    embeddings = TokenEmbeddings(weights["model.embed_tokens.weight"])
+    stop_ids = CONFIG.eos_token_ids
+    plain = Decoder(graph, embeddings, CONFIG, CAPACITY)
+    expected = list(plain.generate(plain.read(prompt), max_new_tokens=n_new, stop_ids=stop_ids))
+    speculation = eager()
+    drafter = speculation.start([*texts, *([expected] if right else [])], stop_ids)
+    decoder = Decoder(graph, embeddings, CONFIG, CAPACITY, drafter)
+    found = list(decoder.generate(decoder.read(prompt), max_new_tokens=n_new, stop_ids=stop_ids))
+    assert found == expected
+    assert decoder.cache.length == plain.cache.length
+    # What follows is decided as if nothing had been drafted.
+    choices = [3, 7, 11, 20]
+    assert decoder.best(decoder.read([4]), choices) == plain.best(plain.read([4]), choices)
+
+
+class Noisy:
+    """A decoder graph whose steps of many tokens are off, logits and cache, by up to ``size``."""
+
+    def __init__(self, graph: Graph, size: float) -> None:
+        self.graph, self.size, self.n_many = graph, size, 0
+
+    def bind(self) -> Any:
+        outer, inner = self, self.graph.bind()
+
+        class Binding:
+            logits: NDArray[np.float32]
+            n_tokens = 0
+
+            def input(self, name: str, array: NDArray[Any]) -> None:
+                if name == "inputs_embeds":
+                    self.n_tokens = array.shape[1]
+                inner.input(name, array)
+
+            def output(self, name: str, array: NDArray[Any]) -> None:
+                self.logits = array
+                inner.output(name, array)
+
+            def shared(self, input_name: str, output_name: str, array: NDArray[Any]) -> None:
+                inner.shared(input_name, output_name, array)
+
+            def run(self) -> None:
+                inner.run()
+                if self.n_tokens > 1 and self.logits.shape[1] > 1:
+                    outer.n_many += 1
+                    rng = np.random.default_rng(outer.n_many)
+                    noise = rng.uniform(-outer.size, outer.size, self.logits.shape)
+                    self.logits += noise.astype(np.float32)
+
+        return Binding()
+
+
+def test_steps_that_round_otherwise_are_not_believed_at_near_ties(
+    graph: Graph, weights: Weights
+) -> None:
+    """Within half of the guard any error is harmless; far beyond it, tokens do change.
+
+    The second half shows that the first is not passed by a text without near ties.
+    """
+    embeddings = TokenEmbeddings(weights["model.embed_tokens.weight"])
+
+    def texts(size: float, guard: float) -> tuple[list[list[int]], int]:
+        answers, n_accepted = [], 0
+        for start in range(3, 15):
+            plain = Decoder(graph, embeddings, CONFIG, CAPACITY)
+            known = list(plain.generate(plain.read([start]), max_new_tokens=60, stop_ids=()))
+            speculation = eager()
+            speculation.guard = guard
+            drafter = speculation.start([known], ())
+            decoder = Decoder(Noisy(graph, size), embeddings, CONFIG, CAPACITY, drafter)
+            found = list(decoder.generate(decoder.read([start]), max_new_tokens=60, stop_ids=()))
+            answers.append(known if size == 0 else found)
+            n_accepted += drafter.n_accepted
+        return answers, n_accepted
+
+    expected, _ = texts(0.0, 0.0)
+    deviation = float(np.std([_logits(graph, embeddings, [start]) for start in range(3, 15)]))
+    noise = 0.1 * deviation
+    guarded, n_accepted = texts(noise, 0.5)
+    assert guarded == expected
+    assert n_accepted > 100  # most drafts are still taken
+    unguarded, _ = texts(8 * noise, 0.0)
+    assert unguarded != expected
+
+
+def _logits(graph: Graph, embeddings: TokenEmbeddings, ids: Sequence[int]) -> NDArray[np.float32]:
+    return Decoder(graph, embeddings, CONFIG, CAPACITY).read(ids)
+
+
+# --- a whole question
+
+
+def test_answers_are_the_same_with_and_without(
+    tiny_bundle: Path, tone: Callable[[float, int], NDArray[np.float32]]
+) -> None:
+    """Twice the same questions: the second time, drafts come from the first answers."""
+    models = [load(tiny_bundle, threads=1, speculate=speculate) for speculate in (False, True)]
+    n_accepted = 0
+    for _ in range(2):
+        for seconds in (0.5, 2.0):
+            for choices in (None, ["a dog", "a siren"]):
+                plain, drafted = (
+                    model.ask((tone(seconds, 16_000), 16_000), "What?", choices, max_new_tokens=40)
+                    for model in models
+                )
+                assert drafted.raw_text == plain.raw_text
+                assert drafted.choice_index == plain.choice_index
+                assert drafted.finish_reason == plain.finish_reason
+                assert (plain.tokens.drafted, plain.tokens.accepted) == (0, 0)
+                assert drafted.tokens.accepted <= drafted.tokens.drafted
+                n_accepted += drafted.tokens.accepted
+    assert n_accepted > 0
+
+
+def test_what_all_prompts_begin_with_is_read_once(
+    tiny: TinyGiant,
+    tiny_bundle: Path,
+    tone: Callable[[float, int], NDArray[np.float32]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[int] = []
+    run = Decoder._run
+
+    def counted(self: Decoder, embeds: Any, positions: Any) -> Any:
+        read.append(embeds.shape[1])
+        return run(self, embeds, positions)
+
+    monkeypatch.setattr(Decoder, "_run", counted)
+    model = load(tiny_bundle, threads=1)
+    sound = (tone(1.0, 16_000), 16_000)
+    first = model.ask(sound, "What?", max_new_tokens=1)
+    n_first, read[:] = sum(read), []
+    second = model.ask(sound, "What?", max_new_tokens=1)
+    assert n_first == first.tokens.prompt == second.tokens.prompt
+    assert sum(read) == first.tokens.prompt - len(model._prefix[0])  # type: ignore[index]
+    assert second.raw_text == first.raw_text == tiny.ask(sound, "What?", max_new_tokens=1).raw_text
