@@ -10,10 +10,12 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import (
     MissingDependencyError,
     StorageError,
@@ -127,6 +129,8 @@ def _source(options: argparse.Namespace) -> ModelSource:
             "--whisper, --htsat and --qwen3; see tg-export --help"
         )
     if options.checkpoint is not None:
+        if options.audio_context is not None:
+            raise UsageError("a checkpoint says itself what its --audio-context is; leave it out")
         return CheckpointSource(Path(options.checkpoint))
     if any(parts.values()) or options.projector is not None:
         missing = [f"--{name}" for name in ("whisper", "htsat", "qwen3") if not parts[name]]
@@ -134,11 +138,12 @@ def _source(options: argparse.Namespace) -> ModelSource:
             raise UsageError(f"the parts {', '.join(missing)} are missing; see tg-export --help")
         paths = {name: Path(value) for name, value in parts.items() if value}
         projector = None if options.projector is None else Path(options.projector)
-        return PartsSource(Parts(**paths, projector=projector), seed=0)
+        context = options.audio_context or "full"
+        return PartsSource(Parts(**paths, projector=projector, audio_context=context), seed=0)
     if options.preset is None or options.random_weights is None:
         raise UsageError("--preset and --random-weights SEED belong together")
     tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
-    return RandomSource(options.preset, options.random_weights, tokenizer)
+    return RandomSource(options.preset, options.random_weights, tokenizer, options.audio_context)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,6 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--clap", metavar="DIR", help="CLAP folder; default: HTS-AT gives the anchor too")
     add("--qwen3", metavar="DIR", help="Qwen3 folder from Hugging Face")
     add("--projector", metavar="FILE", help="projector .safetensors; default: random, seed 0")
+    add(
+        "--audio-context", choices=typing.get_args(AudioContext),
+        help="whether the model was trained on whole windows of 30 s (full, the paper's) or on "
+        "clips as long as they are (clip: faster); with --preset or parts",
+    )  # fmt: skip
     version = importlib.metadata.version("tinygiant")
     add("--version", action="version", version=f"tg-export {version}")
     return parser

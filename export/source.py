@@ -6,6 +6,7 @@ has to be in memory.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tinygiant.models.config import TinyGiantConfig, preset
 from tinygiant.models.parts import Parts, load_part, parts_config
 from tinygiant.models.tinygiant import build_component
 from tinygiant.runtime.bundle import SourceEntry
-from tinygiant.runtime.config import config_to_dict
+from tinygiant.runtime.config import AudioContext, config_to_dict
 from tinygiant.runtime.errors import CheckpointError
 
 __all__ = ["CheckpointSource", "ModelSource", "PartsSource", "RandomSource", "byte_tokenizer"]
@@ -131,11 +132,15 @@ class RandomSource:
     preset_name: str
     seed: int
     tokenizer_file: Path | None = None
+    audio_context: AudioContext | None = None
 
     @property
     def config(self) -> TinyGiantConfig:
-        """The preset."""
-        return preset(self.preset_name)
+        """The preset, with another audio context if one is named."""
+        config = preset(self.preset_name)
+        if self.audio_context is None:
+            return config
+        return dataclasses.replace(config, audio_context=self.audio_context)
 
     def component(self, name: str) -> nn.Module | None:
         """See :class:`ModelSource`."""

@@ -30,7 +30,7 @@ from transformers.modeling_utils import no_init_weights
 from tinygiant.models.config import TinyGiantConfig, preset, upstream_fields
 from tinygiant.models.tensors import PrefixedTensors, load_into, open_tensors, read_json
 from tinygiant.models.tinygiant import COMPONENTS, TinyGiantALM, build_component
-from tinygiant.runtime.config import ClapFeatures, ProjectorConfig, config_from_dict
+from tinygiant.runtime.config import AudioContext, ClapFeatures, ProjectorConfig, config_from_dict
 from tinygiant.runtime.errors import BundleError, CheckpointError
 
 __all__ = ["PROJECTOR_CONFIG_KEY", "Parts", "assemble", "load_part", "parts_config"]
@@ -51,13 +51,17 @@ _HTSAT_FEATURES = ClapFeatures(sampling_rate_hz=32_000, hop_length=320)
 
 @dataclass(frozen=True)
 class Parts:
-    """Paths of the public checkpoints; ``clap = None`` lets HTS-AT's tower give the anchor too."""
+    """Paths of the public checkpoints; ``clap = None`` lets HTS-AT's tower give the anchor too.
+
+    ``audio_context`` is how the projector was, or is to be, trained to see short clips.
+    """
 
     whisper: Path
     htsat: Path
     qwen3: Path
     clap: Path | None = None
     projector: Path | None = None
+    audio_context: AudioContext = "full"
 
 
 def parts_config(parts: Parts) -> TinyGiantConfig:
@@ -97,6 +101,7 @@ def parts_config(parts: Parts) -> TinyGiantConfig:
         projector=projector,
         eos_token_ids=(ids["<|im_end|>"], ids["<|endoftext|>"]),
         think_end_token_id=ids["</think>"],
+        audio_context=parts.audio_context,
         event_features=event_features,
         anchor_features=anchor_features,
     )

@@ -1,4 +1,4 @@
-"""Drafts for the decoder: guesses at the next tokens, how many are worth checking, and when to doubt.
+"""Drafts for the decoder: guesses at the next tokens, how many to check, and when to doubt.
 
 Prompt lookup: what followed the last few tokens where they occurred before, in the prompt, in the
 answer so far and in earlier answers of the same model. Checking ``d`` drafted tokens in one step

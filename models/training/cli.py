@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 import tomllib
+import typing
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
 from tinygiant.runtime.options import OneLineParser
 
@@ -100,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     cota.add_argument("--checkpoint", type=Path, help="start from a checkpoint of this project")
     for part in ("whisper", "htsat", "clap", "qwen3", "projector"):
         cota.add_argument(f"--{part}", type=Path, help="or from public checkpoints on disk")
+    cota.add_argument(
+        "--audio-context", choices=typing.get_args(AudioContext),
+        help="with parts: train on whole windows of 30 s (full, the paper's, the default) or on "
+        "clips as long as they are (clip: faster)",
+    )  # fmt: skip
     cota.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     cota.set_defaults(run=_cota)
 
@@ -175,11 +182,18 @@ def _cota(options: argparse.Namespace) -> None:
     from tinygiant.models.training.cota import CotaRun, train_cota
     from tinygiant.models.training.picture import draw_losses
 
+    if options.checkpoint is not None and options.audio_context is not None:
+        raise UsageError("a checkpoint says itself what its --audio-context is; leave it out")
     if options.checkpoint is not None:
         start: Path | Parts = options.checkpoint
     elif options.whisper and options.htsat and options.qwen3:
         start = Parts(
-            options.whisper, options.htsat, options.qwen3, options.clap, options.projector
+            options.whisper,
+            options.htsat,
+            options.qwen3,
+            options.clap,
+            options.projector,
+            options.audio_context or "full",
         )
     else:
         raise UsageError("give --checkpoint, or at least --whisper, --htsat and --qwen3")
