@@ -23,7 +23,7 @@ __all__ = ["MAX_DRAFT_TOKENS", "Drafter", "NgramIndex", "Speculation", "lead"]
 
 MAX_DRAFT_TOKENS = 15
 _LONGEST_NGRAM, _SHORTEST_NGRAM = 4, 1
-_MEMORY_TOKENS = 16_384
+_MEMORY_TOKENS = 8_192  # some 5 MB
 _BREAK = -1  # between texts that do not follow one another
 
 # Logits of a step of many tokens differ from those of single steps: sums are rounded in another

@@ -27,7 +27,10 @@ def test_the_last_line_holds_every_clip_and_stage(
         assert sum(row[stage] for stage in stages) == pytest.approx(row["total_s"], rel=0.3)
         # The encoders are skipped the second time.
         assert row["second_question_first_token_s"] < row["first_token_s"]
+        assert 0 < row["gap_p50_s"] <= row["gap_p95_s"]
     assert data["weights"] == "seeded-random"
+    # A process has to start and to load first.
+    assert data["cold_start_s"] > data["load_s"] + short["first_token_s"]
 
 
 def test_a_missing_bundle_ends_in_one_line(
