@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import json
 import os
 import struct
@@ -239,11 +240,11 @@ def _save_tokenizer(tokens: list[str], folder: Path) -> None:
 
 
 def _whisper_ct2(size: WhisperSize, folder: Path) -> None:
-    from ctranslate2.converters import TransformersConverter
-
+    converters: Any = importlib.import_module("ctranslate2.converters")
     with tempfile.TemporaryDirectory(dir=folder.parent) as source:
         _random_whisper(size, Path(source))
-        TransformersConverter(source).convert(str(folder), quantization="int8", force=True)
+        converter = converters.TransformersConverter(source)
+        converter.convert(str(folder), quantization="int8", force=True)
 
 
 def _whisper_cpp(size: WhisperSize, folder: Path) -> None:
@@ -288,9 +289,7 @@ def _whisper_onnx(size: WhisperSize, folder: Path) -> None:
     if features.window_s % event.features.window_s:
         short = type(event.features)(window_s=features.window_s)
         event = type(event)(features=short, anchor_features=short)
-    contract = ModelConfig(
-        tokens_per_chunk=size.n_positions // 5, temporal=temporal, event=event
-    )
+    contract = ModelConfig(tokens_per_chunk=size.n_positions // 5, temporal=temporal, event=event)
     graph = export_temporal_encoder(WhisperEncoder(config), contract)
     onnx_ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
 
@@ -309,9 +308,9 @@ def whisper_config(size: WhisperSize) -> dict[str, Any]:
 
 def _gguf(size: Qwen3Size, path: Path) -> None:
     """A Qwen3 in float16, in llama.cpp's format."""
-    import gguf
     import numpy as np
 
+    gguf: Any = importlib.import_module("gguf")
     writer = gguf.GGUFWriter(path, "qwen3")
     writer.add_context_length(size.n_positions)
     writer.add_embedding_length(size.hidden_size)
@@ -346,8 +345,7 @@ def _gguf(size: Qwen3Size, path: Path) -> None:
 
 
 def _quantized_gguf(size: Qwen3Size, folder: Path, kind: str, *, pure: bool) -> None:
-    import llama_cpp
-
+    llama_cpp: Any = importlib.import_module("llama_cpp")
     with tempfile.TemporaryDirectory(dir=folder.parent) as source:
         plain = Path(source) / "f16.gguf"
         _gguf(size, plain)
@@ -374,13 +372,11 @@ def _qwen3_genai(size: Qwen3Size, folder: Path) -> None:
     """onnxruntime-genai's own builder: int4 in blocks of 32, as Q4_0 has them."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as source:
         _random_qwen3(size, Path(source))
-        options = ["accuracy_level=4", "block_size=32", "prune_lm_head=true"]
-        subprocess.run(
-            [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source]
-            + ["-o", str(folder), "-p", "int4", "-e", "cpu", "-c", str(Path(source) / "cache")]
-            + ["--extra_options", *options],
-            check=True,
-        )
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command += ["-i", source, "-o", str(folder), "-c", str(Path(source) / "cache")]
+        command += ["-p", "int4", "-e", "cpu", "--extra_options"]
+        command += ["accuracy_level=4", "block_size=32", "prune_lm_head=true"]
+        subprocess.run(command, check=True)
 
 
 def _qwen3_optimum(size: Qwen3Size, folder: Path) -> None:

@@ -12,7 +12,7 @@ project's own, and a folder of ``benchmarks.peer_models`` for the others.
 that this Python has.
 
 Imports the standard library and numpy, and in each worker the engine that it runs: a peer's Python
-need not hold the project.
+need not hold the project. The peers are imported by name, for no extra of the project brings them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -89,7 +90,10 @@ class Settings:
 
 
 class _Worker(Protocol):
-    """Loads in its constructor, which takes :class:`Settings`."""
+    """Loads in its constructor, which takes :class:`Settings`.
+
+    May have ``built_with``: for which processor features its engine was compiled.
+    """
 
     def round(self, request: Round) -> Round: ...
 
@@ -153,8 +157,7 @@ class CTranslate2(_Encoder):
     """CTranslate2's Whisper, int8: the engine of faster-whisper."""
 
     def __init__(self, settings: Settings) -> None:
-        import ctranslate2
-
+        ctranslate2: Any = importlib.import_module("ctranslate2")
         self._model = ctranslate2.models.Whisper(
             str(settings.model),
             device="cpu",
@@ -176,8 +179,7 @@ class WhisperCpp(_Encoder):
     """
 
     def __init__(self, settings: Settings) -> None:
-        import _pywhispercpp as whisper_cpp
-
+        whisper_cpp: Any = importlib.import_module("_pywhispercpp")
         self._library, self._threads = whisper_cpp, settings.threads
         parameters = whisper_cpp.whisper_context_default_params()
         parameters.use_gpu = False
@@ -186,6 +188,7 @@ class WhisperCpp(_Encoder):
         )
         if self._context is None:
             raise RuntimeError("whisper.cpp cannot load the model")
+        self.built_with = whisper_cpp.whisper_print_system_info()
         self.n_mels, self.n_frames = settings.whisper.n_mels, settings.whisper.n_frames
 
     def encode(self, features: Array) -> Any:
@@ -295,8 +298,7 @@ class LlamaCpp(_Decoder):
     flash_attention = False
 
     def __init__(self, settings: Settings) -> None:
-        import llama_cpp
-
+        llama_cpp: Any = importlib.import_module("llama_cpp")
         self._library = llama_cpp
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(
@@ -310,6 +312,7 @@ class LlamaCpp(_Decoder):
         self._context = model and llama_cpp.llama_init_from_model(model, parameters)
         if not self._context:
             raise RuntimeError("llama.cpp cannot load the model")
+        self.built_with = llama_cpp.llama_print_system_info().decode()
         self.vocab_size = settings.qwen3.vocab_size
 
     def prefill(self, token_ids: list[int]) -> int:
@@ -340,8 +343,7 @@ class OnnxRuntimeGenAI(_Decoder):
     """onnxruntime-genai: its own graph and its own loop, which picks the tokens itself."""
 
     def __init__(self, settings: Settings) -> None:
-        import onnxruntime_genai
-
+        onnxruntime_genai: Any = importlib.import_module("onnxruntime_genai")
         self._library = onnxruntime_genai
         options = {"intra_op_num_threads": settings.threads}
         config = onnxruntime_genai.Config(str(settings.model))
@@ -434,12 +436,21 @@ class OptimumDecoder(_Transformers):
 
 
 class OurQuestion:
-    """A question about a clip of 10 s, from samples in memory to the last token of the answer."""
+    """A question about a clip of 10 s, from samples in memory to the last token of the answer.
+
+    Without drafts: a model of random weights repeats itself, which is easy to guess.
+    """
 
     def __init__(self, settings: Settings) -> None:
         from tinygiant.runtime import load
+        from tinygiant.runtime.prompt import build_prompt
+        from tinygiant.runtime.tokenizer import Tokenizer
 
-        self._model = load(settings.model, threads=settings.threads, verify=False)
+        self._model = load(settings.model, threads=settings.threads, verify=False, speculate=False)
+        bundle = self._model.bundle
+        tokenizer = Tokenizer.from_file(bundle.file(bundle.manifest.tokenizer))
+        prompt = build_prompt("What?", None, tokenizer, bundle.config.prompt)
+        self._n_kept = len(prompt.prefix_ids)  # read by the first question, then kept
 
     def round(self, request: Round) -> Round:
         noise = np.random.default_rng(request["seed"]).standard_normal(round(_CLIP_S * _RATE_HZ))
@@ -447,14 +458,15 @@ class OurQuestion:
         answer = self._model.ask(
             clip, request["question"], think=True, max_new_tokens=request["new_tokens"]
         )
-        config = self._model.config
-        of_full_context = config.tokens_per_chunk - answer.tokens.audio
+        config, tokens = self._model.config, answer.tokens
+        read = tokens.prompt - self._n_kept
         stages = ("audio_s", "encode_s", "project_s", "prefill_s", "decode_s", "total_s")
         return {stage: getattr(answer.timings, stage) for stage in stages} | {
             "audio_context": config.audio_context,
-            "prompt_tokens": answer.tokens.prompt,
-            "full_prompt_tokens": answer.tokens.prompt + of_full_context,
-            "generated": answer.tokens.generated,
+            "prompt_tokens": tokens.prompt,
+            "read_tokens": read,
+            "full_read_tokens": read + config.tokens_per_chunk - tokens.audio,
+            "generated": tokens.generated,
         }
 
 
@@ -497,7 +509,8 @@ def serve(
     """Load a worker, then answer each line with a round until there is none."""
     start_s = time.perf_counter()
     worker = load()
-    write({"load_s": time.perf_counter() - start_s, "peak_rss_bytes": peak_rss_bytes()})
+    loaded = {"load_s": time.perf_counter() - start_s, "peak_rss_bytes": peak_rss_bytes()}
+    write(loaded | {"built_with": getattr(worker, "built_with", None)})
     while line := read():
         answer = worker.round(json.loads(line))
         write(answer | {"peak_rss_bytes": peak_rss_bytes()})

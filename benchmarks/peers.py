@@ -13,8 +13,9 @@ out, and both table and JSON say so. Models have random weights and are made onc
 - **encoder**: Whisper-large-v3-turbo's, a window of 30 s, features given. Ours also on a clip of
   10 s as ``clip`` audio context cuts it, which those of a fixed window cannot do.
 - **decoder**: Qwen3-0.6B, a prompt of 400 tokens, then 64 greedy steps. Ours without drafts.
-- **question**: ours about a clip of 10 s, 128 tokens written, against the peers' best parts: the
-  fastest encoder, prefill of as many tokens as ours reads in full context, and 128 steps. Which
+- **question**: ours about a clip of 10 s, 128 tokens written without drafts, against the best parts
+  of the peers: the fastest encoder, prefill of as many tokens as ours reads in full context (what
+  all prompts begin with is kept from the first question on, so is not read), and 128 steps. Which
   are best is what the two other tasks found; they are run again here, in the same rounds as ours.
 
 What other programs compute meanwhile is measured and told: a run on a busy machine is no
@@ -194,7 +195,7 @@ def summarize_question(rounds: Rounds, parts: Mapping[str, str]) -> list[Round]:
         if "total_s" in of[0]:
             stages = [key for key in of[0] if key.endswith("_s")]
             row: Round = {stage: statistics.median(done[stage] for done in of) for stage in stages}
-            counts = ("audio_context", "prompt_tokens", "full_prompt_tokens", "generated")
+            counts = ("audio_context", "prompt_tokens", "read_tokens", "generated")
             row |= {"name": name} | {key: of[-1][key] for key in counts}
             row["of_peers"] = median_ratio([done["total_s"] for done in of], sums)
             rows.append(row)
@@ -326,15 +327,16 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def _probe(python: Path) -> dict[str, str]:
-    done = subprocess.run(
-        [python, "-m", "benchmarks.peer_workers", "probe"],
-        cwd=_ROOT,
-        env=_environment(1),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise UsageError(f"--peers-python {python}: {done.stderr.strip().splitlines()[-1:]}")
+    """Modules that a Python has, and their versions."""
+    command = [python, "-m", "benchmarks.peer_workers", "probe"]
+    try:
+        done = subprocess.run(
+            command, cwd=_ROOT, env=_environment(1), capture_output=True, text=True, check=True
+        )
+    except OSError as error:
+        raise UsageError(f"--peers-python {python}: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise UsageError(f"--peers-python {python}: {error.stderr.strip()[-200:]}") from error
     found: dict[str, str] = json.loads(done.stdout)
     return found
 
@@ -388,7 +390,9 @@ class _Peers:
                     with self._told(contender):
                         results[contender.name].append(process.ask(request | {"seed": number + 1}))
             for contender, process, _ in running:
-                self.facts.setdefault(contender.name, self._facts(contender, process))
+                found = self._facts(contender, process)
+                known = self.facts.setdefault(contender.name, found)
+                known["others_cores"] = max(known["others_cores"], found["others_cores"])
         return {name: of for name, of in results.items() if name not in self.skipped}
 
     def first_answer(self, contender: Contender, request: Round) -> Round | None:
@@ -500,19 +504,27 @@ def measure(peers: _Peers, new_tokens: int) -> Round:
     }
     if ours := peers.wanted("question"):
         parts = _best_parts(data)
-        ask = {"question": _QUESTION, "new_tokens": new_tokens}
-        first = peers.first_answer(ours[0], ask)
-        if first is not None and parts:
-            request = {"prompt_tokens": first["full_prompt_tokens"], "steps": new_tokens}
-            by_name = {contender.name: contender for contender in CONTENDERS}
-            rivals = [(by_name[name], request) for name in dict.fromkeys(parts.values())]
-            rounds = peers.race([*((c, ask) for c in ours), *rivals])
-            if all(name in rounds for name in parts.values()):
-                data["question"] = summarize_question(rounds, parts)
-        elif not parts:
-            reason = "needs an encoder and a decoder of the peers"
+        if parts:
+            data["question"] = _measure_question(peers, ours, parts, new_tokens)
+        else:
+            reason = "needs an encoder and a decoder of the peers in the same run"
             peers.skipped |= {contender.name: reason for contender in ours}
     return data
+
+
+def _measure_question(
+    peers: _Peers, ours: Sequence[Contender], parts: Mapping[str, str], new_tokens: int
+) -> list[Round]:
+    ask = {"question": _QUESTION, "new_tokens": new_tokens}
+    first = peers.first_answer(ours[0], ask)
+    if first is None:
+        return []
+    request = {"prompt_tokens": first["full_read_tokens"], "steps": new_tokens}
+    by_name = {contender.name: contender for contender in CONTENDERS}
+    rivals = [(by_name[name], request) for name in dict.fromkeys(parts.values())]
+    rounds = peers.race([*((contender, ask) for contender in ours), *rivals])
+    there = all(name in rounds for name in parts.values())
+    return summarize_question(rounds, parts) if there else []
 
 
 def _best_parts(data: Round) -> dict[str, str]:
@@ -649,7 +661,7 @@ def _question_name(row: Round) -> str:
     if "parts" in row:
         return f"{row['name']}: {', '.join(dict.fromkeys(row['parts'].values()))}"
     return (
-        f"{row['name']}, context {row['audio_context']}, {row['prompt_tokens']} tokens read, "
+        f"{row['name']}, context {row['audio_context']}, {row['read_tokens']} tokens read, "
         f"{row['generated']} written"
     )
 
