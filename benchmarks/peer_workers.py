@@ -282,10 +282,13 @@ class OurDecoder(_Decoder):
             self._graph = graph
         self._embeddings = TokenEmbeddings.open(bundle)
         self._config, self._class, self._greedy = bundle.config.decoder, Decoder, greedy
+        self._kv_type = bundle.manifest.kv_cache
         self.vocab_size = self._config.vocab_size
 
     def prefill(self, token_ids: list[int]) -> int:
-        self._decoder = self._class(self._graph, self._embeddings, self._config, self.capacity)
+        self._decoder = self._class(
+            self._graph, self._embeddings, self._config, self.capacity, kv_type=self._kv_type
+        )
         return self._greedy(self._decoder.read(token_ids))
 
     def step(self, token: int) -> int:

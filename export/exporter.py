@@ -183,6 +183,7 @@ class _Job:
             created=_tool_versions(),
             verification=verification,
             files=tuple(describe_file(self.root, file) for file in files),
+            kv_cache=self.recipe.kv_cache,
         )
 
     def finish(self, verification: Verification) -> Manifest:
@@ -265,7 +266,9 @@ class _Job:
         source, scheme = self._fp32(graph), self.recipe.graphs[graph]
         self.stage(f"{graph}: {scheme.label}")
         target = self.root / GRAPH_FOLDER / source.name
-        self.reports.append(quantize_graph(source, target, scheme))
+        int8 = graph == "decoder_model" and self.recipe.kv_cache == "int8"
+        peaks = self.reference.kv_peaks if int8 else None
+        self.reports.append(quantize_graph(source, target, scheme, peaks))
         source.unlink()
         weights_path(source).unlink(missing_ok=True)
 

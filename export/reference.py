@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Qwen3ForCausalLM
+from transformers import Cache, Qwen3ForCausalLM
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -23,6 +23,7 @@ from tinygiant.models.config import TinyGiantConfig
 from tinygiant.models.generate import greedy
 from tinygiant.models.projector import Projector
 from tinygiant.models.tinygiant import TinyGiantALM, encode_event, encode_temporal
+from tinygiant.quantize.kv_cache import KvPeaks, kv_peaks
 from tinygiant.runtime.audio import Audio, read_audio
 from tinygiant.runtime.chunks import Chunk, event_rows, join_streams, mean_anchor, split_chunks
 from tinygiant.runtime.prompt import Prompt, build_prompt
@@ -99,6 +100,7 @@ class Reference:
         self.token_ids: tuple[int, ...] = ()
         self.embedding_rows: Array = np.zeros((0, 0), np.float32)
         self.dialogues: list[Dialogue] = []
+        self.kv_peaks: list[KvPeaks] = []
 
     @torch.no_grad()
     def run_temporal(self, whisper: WhisperEncoder) -> None:
@@ -165,9 +167,10 @@ class Reference:
             token_embeds = model.embed_tokens(torch.tensor([token_ids], dtype=torch.long))
             output = decoder(
                 inputs_embeds=torch.cat((embeds, token_embeds), dim=1),
-                use_cache=False,
+                use_cache=True,
                 logits_to_keep=len(token_ids) + 1,
             )
+            self._keep_peaks(output.past_key_values)
             text, choices = QUESTIONS[question]
             self.dialogues.append(
                 Dialogue(
@@ -190,6 +193,15 @@ class Reference:
         ids = sorted({i for prompt in self._prompts for i in prompt.prefix_ids + prompt.suffix_ids})
         self.token_ids = tuple(ids)
         self.embedding_rows = embeddings(torch.tensor(ids)).numpy()
+
+    def _keep_peaks(self, cache: Cache) -> None:
+        """The largest keys and values of each layer, over all dialogues."""
+        found = []
+        for layer in cache.layers:
+            assert layer.keys is not None and layer.values is not None
+            found.append(kv_peaks(layer.keys[0].numpy(), layer.values[0].numpy()))
+        known = self.kv_peaks or found
+        self.kv_peaks = [a | b for a, b in zip(known, found, strict=True)]
 
     def _streams(self) -> list[list[dict[str, Array]]]:
         """Streams and anchor of every chunk of every clip, from the encoders' outputs."""

@@ -21,7 +21,6 @@ from tinygiant.export.reference import NEW_TOKENS, Case, Dialogue, Reference
 from tinygiant.quantize.recipes import Recipe
 from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.chunks import split_chunks
-from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import TinyGiantError, VerificationError
@@ -160,7 +159,7 @@ def verify_bundle(
     for name in bundle.manifest.graphs:
         with _gathering(result, name), pool.use(name) as graph:
             if name == "decoder_model":
-                errors = _decoder_errors(graph, reference.dialogues, bundle.config.decoder)
+                errors = _decoder_errors(graph, reference.dialogues, bundle)
             else:
                 errors = _graph_errors(graph, reference.cases[name])
             _record(result, name, errors)
@@ -243,15 +242,22 @@ class _KnownRows:
 
 
 def _decoder_errors(
-    graph: Graph, dialogues: Sequence[Dialogue], config: DecoderConfig
+    graph: Graph, dialogues: Sequence[Dialogue], bundle: Bundle
 ) -> dict[str, OutputError]:
     """Errors of the logits, over prefill, steps of one token and a step of many."""
     pairs = []
     for dialogue in dialogues:
         capacity = dialogue.embeds.shape[1] + NEW_TOKENS
-        decoder = Decoder(graph, _KnownRows(dialogue), config, capacity)
+        decoder = _decoder(graph, _KnownRows(dialogue), bundle, capacity)
         pairs.append((_teacher_forced(decoder, dialogue.embeds, dialogue), dialogue.logits))
     return {"logits": output_error(pairs)}
+
+
+def _decoder(
+    graph: Graph, embeddings: TokenEmbeddings | _KnownRows, bundle: Bundle, capacity: int
+) -> Decoder:
+    kv_type = bundle.manifest.kv_cache
+    return Decoder(graph, embeddings, bundle.config.decoder, capacity, kv_type=kv_type)
 
 
 def _teacher_forced(decoder: Decoder, embeds: Array, dialogue: Dialogue) -> Array:
@@ -290,7 +296,7 @@ def _end_to_end(
     with pool.use("decoder_model") as graph:
         for dialogue, embeds in zip(reference.dialogues, composed, strict=True):
             capacity = embeds.shape[1] + NEW_TOKENS
-            decoder = Decoder(graph, embeddings, bundle.config.decoder, capacity)
+            decoder = _decoder(graph, embeddings, bundle, capacity)
             logits.append(_teacher_forced(decoder, embeds, dialogue))
     wanted = [dialogue.logits for dialogue in reference.dialogues]
     agree = np.concatenate(

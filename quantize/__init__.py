@@ -9,6 +9,7 @@ from __future__ import annotations
 import tinygiant.runtime.sessions  # noqa: F401 - turns telemetry off before onnxruntime is imported
 from tinygiant.quantize.embeddings import quantize_rows
 from tinygiant.quantize.graph import load_graph, save_graph, weights_path
+from tinygiant.quantize.kv_cache import KvPeaks, kv_peaks
 from tinygiant.quantize.quantizer import quantize_graph
 from tinygiant.quantize.recipes import RECIPES, Limits, Recipe, Scheme, recipe
 from tinygiant.quantize.report import GraphReport, graph_size_bytes
@@ -16,10 +17,12 @@ from tinygiant.quantize.report import GraphReport, graph_size_bytes
 __all__ = [
     "RECIPES",
     "GraphReport",
+    "KvPeaks",
     "Limits",
     "Recipe",
     "Scheme",
     "graph_size_bytes",
+    "kv_peaks",
     "load_graph",
     "quantize_graph",
     "quantize_rows",

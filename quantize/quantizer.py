@@ -1,7 +1,11 @@
-"""Graph in, graph out: apply one scheme to one graph, and say what was done."""
+"""Graph in, graph out: apply one scheme to one graph, and say what was done.
+
+A decoder's keys and values may become int8 on the way; see :mod:`tinygiant.quantize.kv_cache`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -9,19 +13,23 @@ import onnx_ir as ir
 
 from tinygiant.quantize import dynamic, weight_only
 from tinygiant.quantize.graph import load_graph, save_graph
+from tinygiant.quantize.kv_cache import KvPeaks, quantize_kv_cache
 from tinygiant.quantize.recipes import Scheme
 from tinygiant.quantize.report import GraphReport, graph_size_bytes, weighted_nodes
 
 __all__ = ["quantize_graph"]
 
 
-def quantize_graph(source: Path, target: Path, scheme: Scheme) -> GraphReport:
+def quantize_graph(
+    source: Path, target: Path, scheme: Scheme, kv_peaks: Sequence[KvPeaks] | None = None
+) -> GraphReport:
     """Write to ``target`` the float32 graph ``source``, quantized; report on every product.
 
     Args:
         source: a float32 graph whose linear layers are ``MatMul`` by a constant ``(in, out)``.
         target: the file to write; its weights go beside it. Must be another than ``source``.
         scheme: what to do.
+        kv_peaks: keep keys and values in int8, with room for these, layer by layer.
     """
     model = load_graph(source)
     chosen, kept = _choose(model.graph, scheme)
@@ -32,10 +40,12 @@ def quantize_graph(source: Path, target: Path, scheme: Scheme) -> GraphReport:
             dynamic.quantize_matmul(model.graph, node, scheme)
     if scheme.kind == "weight_only":
         model.opset_imports.setdefault("com.microsoft", 1)
+    if kv_peaks is not None:
+        quantize_kv_cache(model.graph, kv_peaks)
     save_graph(model, target)
     return GraphReport(
         graph=target.stem,
-        scheme=scheme.label,
+        scheme=scheme.label + ("" if kv_peaks is None else "-kv8"),
         size_before_bytes=graph_size_bytes(source),
         size_after_bytes=graph_size_bytes(target),
         quantized=tuple(sorted(chosen)),

@@ -19,6 +19,8 @@ constant from the manifest. The exporter builds a :class:`Manifest` and writes
       "embeddings": {"file": "embed_tokens.npy", "dtype": "fp32" | "fp16" | "int8",
                      "scale_file": null},    int8: (vocab_size,) float32, one scale a row
       "tokenizer": "tokenizer.json",
+      "kv_cache": "int8",                    how the decoder keeps keys and values; left out where
+                                             it is float32
       "recipe": {"name": "int4", "details": {...}},
       "opset": 21,
       "min_onnxruntime": "1.20.0",
@@ -50,7 +52,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tinygiant.runtime.config import ModelConfig, config_from_dict, config_to_dict
+from tinygiant.runtime.config import KvType, ModelConfig, config_from_dict, config_to_dict
 from tinygiant.runtime.errors import BundleError
 from tinygiant.runtime.operators import (
     CONTROL_FLOW,
@@ -159,6 +161,7 @@ class Manifest:
     created: dict[str, str]
     verification: dict[str, Any]
     files: tuple[FileEntry, ...]
+    kv_cache: KvType = "fp32"
 
     def __post_init__(self) -> None:
         problems = _manifest_problems(self)
@@ -168,6 +171,8 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as it is written to disk: sorted keys, so that it is reproducible."""
         data = config_to_dict(self) | {"format": FORMAT, "format_version": FORMAT_VERSION}
+        if self.kv_cache == "fp32":
+            del data["kv_cache"]  # runtimes that know of nothing else read the bundle too
         return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
@@ -186,6 +191,7 @@ class Manifest:
                 f"{FORMAT_VERSION}; update tinygiant or export the bundle again"
             )
         fields = {key: value for key, value in data.items() if not key.startswith("format")}
+        fields.setdefault("kv_cache", "fp32")
         expected = {key: _object_of(fields, key) for key in ("graphs", "recipe", "created")}
         verification = _object_of(fields, "verification")
         recipe = expected["recipe"]
@@ -216,6 +222,7 @@ class Manifest:
             created=expected["created"],
             verification=verification,
             files=simple.files,
+            kv_cache=simple.kv_cache,
         )
 
 
@@ -230,6 +237,7 @@ class _SimpleFields:
     min_onnxruntime: str
     source: SourceEntry
     files: tuple[FileEntry, ...]
+    kv_cache: KvType
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ __all__ = [
     "ClapFeatures",
     "DecoderConfig",
     "EventStream",
+    "KvType",
     "ModelConfig",
     "ProjectorConfig",
     "PromptConfig",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 AudioContext = Literal["full", "clip"]
+KvType = Literal["fp32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class DecoderConfig:
     after this step, minus one), ``total_sequence_length () int32``, ``logits_positions (K,) int64``
     (which of the T positions get logits), ``past_key_values.{i}.{key,value}
     (1, n_kv_heads, capacity, head_dim)`` -> ``logits (1, K, vocab_size)`` and
-    ``present.{i}.{key,value}``, which share the past's buffers.
+    ``present.{i}.{key,value}``, which share the past's buffers. These are float32, or int8
+    where the bundle's ``kv_cache`` says so; the graph then holds their scales.
     """
 
     vocab_size: int = 151_936

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.errors import BundleError, UsageError
 from tinygiant.runtime.kv_cache import KvCache
 from tinygiant.runtime.speculation import Drafter, lead
@@ -62,13 +62,17 @@ class Decoder:
         config: DecoderConfig,
         capacity: int,
         drafter: Drafter | None = None,
+        *,
+        kv_type: KvType = "fp32",
     ) -> None:
         """Start an empty sequence of at most ``capacity`` tokens, drafted by ``drafter`` if any.
+
+        ``kv_type`` is how the graph keeps keys and values: the manifest's ``kv_cache``.
 
         Raises:
             UsageError: more positions than the decoder has.
         """
-        self.cache = KvCache(config, capacity)
+        self.cache = KvCache(config, capacity, kv_type)
         self._drafter = drafter
         # What single steps would have read since the last exact position; empty while all is exact.
         self._inexact: list[NDArray[np.float32]] = []

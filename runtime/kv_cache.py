@@ -1,36 +1,50 @@
 """Keys and values of the tokens a decoder has read: pre-allocated once, written in place.
 
-Layout: for every layer one key and one value buffer ``(1, n_kv_heads, capacity, head_dim)``
-float32. The decoder graph gets each buffer as past and as present, so a step copies nothing: it
-writes its own positions behind ``length`` and reads those before. :class:`~tinygiant.runtime.
-decoder.Decoder` alone advances the length; going back is :meth:`KvCache.truncate`, which costs
-nothing because positions behind ``length`` are never read.
+Layout: for every layer one key and one value buffer ``(1, n_kv_heads, capacity, head_dim)``, of
+float32 or int8 as the bundle says; the scales of int8 are the graph's. The decoder graph gets each
+buffer as past and as present, so a step copies nothing: it writes its own positions behind
+``length`` and reads those before. :class:`~tinygiant.runtime.decoder.Decoder` alone advances the
+length; going back is :meth:`KvCache.truncate`, which costs nothing because positions behind
+``length`` are never read.
 
-Memory: ``n_bytes = capacity * kv_values_per_token * 4`` (224 KiB a token at full size). The system
-hands out zeroed pages when they are first written, so a long capacity costs only what is used.
+Memory: ``n_bytes = capacity * kv_token_bytes``: at full size 224 KiB a token, 56 KiB in int8. The
+system hands out zeroed pages when they are first written, so a long capacity costs only what is
+used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.errors import UsageError
 
-__all__ = ["KvCache", "KvSnapshot"]
+__all__ = ["KV_DTYPES", "KvCache", "KvSnapshot", "kv_token_bytes"]
 
-KvSnapshot = tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...]
+KV_DTYPES: Mapping[KvType, np.dtype[Any]] = MappingProxyType(
+    {"fp32": np.dtype(np.float32), "int8": np.dtype(np.int8)}
+)
+"""How a key or value of each type lies in memory."""
+
+KvSnapshot = tuple[tuple[NDArray[Any], NDArray[Any]], ...]
 """Keys and values of some positions, ``(1, n_kv_heads, length, head_dim)`` each, by layer."""
+
+
+def kv_token_bytes(config: DecoderConfig, kv_type: KvType) -> int:
+    """Bytes of the keys and values of one position."""
+    return config.kv_values_per_token * KV_DTYPES[kv_type].itemsize
 
 
 class KvCache:
     """The key/value buffers of one sequence of at most ``capacity`` positions."""
 
-    def __init__(self, config: DecoderConfig, capacity: int) -> None:
-        """Allocate the buffers.
+    def __init__(self, config: DecoderConfig, capacity: int, kv_type: KvType = "fp32") -> None:
+        """Allocate the buffers, of the type that the decoder graph reads and writes.
 
         Raises:
             UsageError: a capacity below 1 or beyond the decoder's positions.
@@ -41,9 +55,9 @@ class KvCache:
                 f"{config.max_positions} positions; shorten the audio, the question or the answer"
             )
         shape = (1, config.n_kv_heads, capacity, config.head_dim)
-        self._buffers: tuple[tuple[NDArray[np.float32], NDArray[np.float32]], ...] = tuple(
-            (np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-            for _ in range(config.n_layers)
+        dtype = KV_DTYPES[kv_type]
+        self._buffers: KvSnapshot = tuple(
+            (np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(config.n_layers)
         )
         self.capacity = capacity
         self.length = 0  # positions that hold a token
@@ -53,7 +67,7 @@ class KvCache:
         """Bytes of all buffers."""
         return sum(key.nbytes + value.nbytes for key, value in self._buffers)
 
-    def buffers(self) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+    def buffers(self) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
         """Layer, key buffer, value buffer, in order."""
         for layer, (key, value) in enumerate(self._buffers):
             yield layer, key, value

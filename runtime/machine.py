@@ -135,9 +135,9 @@ class Machine:
 
     def _file_cache_bytes(self, path: str) -> int:
         """The file cache of a control group, below it included; the kernel drops it at need."""
-        stat = dict(re.findall(r"^(\w+) (\d+)$", self.text(path), re.MULTILINE))
+        stat: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", self.text(path), re.MULTILINE))
         return sum(
-            int(stat.get(f"total_{name}", stat.get(name, 0)))
+            int(stat.get(f"total_{name}", stat.get(name, "0")))
             for name in ("inactive_file", "active_file")
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.errors import TinyGiantError
+from tinygiant.runtime.kv_cache import kv_token_bytes
 from tinygiant.runtime.machine import Machine
 
 __all__ = ["estimated_bytes", "least_bytes", "require_memory"]
@@ -22,7 +23,6 @@ MIB = 2**20
 _BASE_BYTES = 120 * MIB
 _BYTES_PER_GRAPH_BYTE = 1.3
 _TYPICAL_TOKENS = 1_024
-_KV_VALUE_BYTES = 4
 
 # After loading, the full-size int4 bundle held 1.02 bytes of anonymous memory for each byte of its
 # graphs on x86-64: they are repacked for the processor. Where one of them is not, its weights stay
@@ -32,8 +32,8 @@ _LEAST_RESIDENT = 0.5
 
 def estimated_bytes(bundle: Bundle) -> tuple[int, int]:
     """Estimated peak memory of a question in default and in low-memory mode."""
-    kv_values = bundle.manifest.model.decoder.kv_values_per_token
-    fixed = _BASE_BYTES + _TYPICAL_TOKENS * kv_values * _KV_VALUE_BYTES
+    token_bytes = kv_token_bytes(bundle.config.decoder, bundle.manifest.kv_cache)
+    fixed = _BASE_BYTES + _TYPICAL_TOKENS * token_bytes
     graphs = _graph_bytes(bundle)
     return (
         round(fixed + _BYTES_PER_GRAPH_BYTE * sum(graphs)),

@@ -228,7 +228,14 @@ class TinyGiant:
             with clock.stage("prefill"):
                 capacity = embeds.shape[1] + request.max_written
                 drafter = self._drafter(request)
-                decoder = Decoder(graph, self._embeddings, self.config.decoder, capacity, drafter)
+                decoder = Decoder(
+                    graph,
+                    self._embeddings,
+                    self.config.decoder,
+                    capacity,
+                    drafter,
+                    kv_type=self.bundle.manifest.kv_cache,
+                )
                 logits = self._prefill(decoder, embeds, request.prompt.prefix_ids)
             yield _prompt_read(embeds, projections)
 

@@ -26,6 +26,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from tinygiant.runtime.bundle import Bundle
+from tinygiant.runtime.config import KvType
 from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
 from tinygiant.runtime.providers import CPU, PROVIDERS, Provider, assign, require_available
 from tinygiant.runtime.text import one_line, printable
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 _FATAL = 4
+_KV_TYPES: Mapping[KvType, str] = {"fp32": "tensor(float)", "int8": "tensor(int8)"}
 # Encoders of the windows of 10 s: products of their unpacked weights take 5 % longer, which is
 # 0.3 % of a question, and 105 MB of copies are not made.
 _NOT_PACKED = frozenset({"htsat_encoder", "clap_encoder"})
@@ -82,6 +84,7 @@ class Graph:
     Attributes:
         name: the file's, without its ending.
         input_names: in the order of the graph.
+        input_types: by name, as onnxruntime calls them: "tensor(float)".
         output_names: in the order of the graph.
         providers: names of the providers that run its operators, the one asked for first.
     """
@@ -134,6 +137,7 @@ class Graph:
         self.providers = self._used_providers()
         self.input_names = tuple(node.name for node in self._session.get_inputs())
         self.output_names = tuple(node.name for node in self._session.get_outputs())
+        self.input_types = {node.name: str(node.type) for node in self._session.get_inputs()}
 
     def _used_providers(self) -> tuple[str, ...]:
         """Those that run operators; refuses a session that does without the one asked for."""
@@ -348,8 +352,20 @@ class GraphPool:
             pack=name not in _NOT_PACKED,
         )
         self.providers[name] = graph.providers
+        _require_kv_type(graph, self._bundle.manifest.kv_cache)
         self._bundle.require_unchanged()  # after loading, so that there is no moment in between
         return graph
+
+
+def _require_kv_type(graph: Graph, kv_type: KvType) -> None:
+    """Refuse a decoder that keeps keys and values otherwise than its manifest says."""
+    expected = _KV_TYPES[kv_type]
+    for name, found in graph.input_types.items():
+        if name.startswith("past_key_values.") and found != expected:
+            raise BundleError(
+                f"graph {graph.name} takes {printable(name):.80} as {found}, but the manifest's "
+                f"kv_cache is {kv_type}; export the bundle again"
+            )
 
 
 def release_free_memory() -> None:

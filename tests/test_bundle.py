@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,10 +17,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from tinygiant.runtime import bundle as b
-from tinygiant.runtime import sessions
+from tinygiant.runtime import load, sessions
 from tinygiant.runtime.config import EventStream, ModelConfig, ProjectorConfig
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
+from tinygiant.runtime.memory import estimated_bytes
 from tinygiant.runtime.sessions import (
     Graph,
     GraphPool,
@@ -92,6 +94,39 @@ def test_the_manifest_survives_a_round_trip_and_is_reproducible(root: Path) -> N
     manifest = b.Manifest.from_dict(json.loads(text))
     assert manifest.to_json() == text
     assert b.Manifest.from_dict(json.loads(manifest.to_json())) == manifest
+
+
+def test_what_a_manifest_does_not_say_of_the_kv_cache_is_float32(root: Path) -> None:
+    assert "kv_cache" not in json.loads((root / b.MANIFEST_NAME).read_text())
+    opened = b.Bundle.open(root).manifest
+    assert opened.kv_cache == "fp32"
+    int8 = dataclasses.replace(opened, kv_cache="int8")
+    assert json.loads(int8.to_json())["kv_cache"] == "int8"
+    assert b.Manifest.from_dict(json.loads(int8.to_json())) == int8
+
+
+@pytest.mark.parametrize("value", ["int4", None, 8])
+def test_another_kv_cache_is_refused(root: Path, value: Any) -> None:
+    edit(root, lambda data: data.update(kv_cache=value))
+    assert "manifest.kv_cache" in refusal(root)
+
+
+def test_an_int8_cache_is_estimated_at_a_quarter(root: Path) -> None:
+    before = estimated_bytes(b.Bundle.open(root))
+    edit(root, lambda data: data.update(kv_cache="int8"))
+    after = estimated_bytes(b.Bundle.open(root))
+    saved = 1_024 * (224 - 56) * 2**10
+    assert [x - y for x, y in zip(before, after, strict=True)] == [saved, saved]
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_a_graph_with_another_cache_than_the_manifest_says(bundle_copy: Path, memory: Any) -> None:
+    edit(bundle_copy, lambda data: data.update(kv_cache="int8"))
+    with pytest.raises(BundleError) as caught:
+        model = load(bundle_copy, threads=1, memory=memory)
+        model.ask((np.zeros(8_000, np.float32), 16_000), "What?", max_new_tokens=1)
+    assert "as tensor(float), but the manifest's kv_cache is int8" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -5,29 +5,34 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.errors import UsageError
-from tinygiant.runtime.kv_cache import KvCache
+from tinygiant.runtime.kv_cache import KvCache, kv_token_bytes
 
 CONFIG = DecoderConfig(n_layers=3, n_kv_heads=2, head_dim=4, max_positions=32)
 
 
 def test_one_token_costs_what_the_contract_says() -> None:
     assert DecoderConfig().kv_values_per_token == 57_344
+    assert kv_token_bytes(DecoderConfig(), "int8") == 56 * 2**10
     cache = KvCache(CONFIG, 10)
-    assert cache.n_bytes == 10 * CONFIG.kv_values_per_token * 4
+    assert (
+        cache.n_bytes == 10 * CONFIG.kv_values_per_token * 4 == 10 * kv_token_bytes(CONFIG, "fp32")
+    )
+    assert KvCache(CONFIG, 10, "int8").n_bytes * 4 == cache.n_bytes
     assert cache.capacity == 10
 
 
-def test_buffers_are_contiguous_and_one_a_layer_and_kind() -> None:
-    cache = KvCache(CONFIG, 5)
+@pytest.mark.parametrize(("kv_type", "dtype"), [("fp32", np.float32), ("int8", np.int8)])
+def test_buffers_are_contiguous_and_one_a_layer_and_kind(kv_type: KvType, dtype: type) -> None:
+    cache = KvCache(CONFIG, 5, kv_type)
     buffers = list(cache.buffers())
     assert [layer for layer, _, _ in buffers] == [0, 1, 2]
     arrays = [array for _, key, value in buffers for array in (key, value)]
     assert len({array.ctypes.data for array in arrays}) == 6
     for array in arrays:
         assert array.shape == (1, 2, 5, 4)
-        assert array.dtype == np.float32
+        assert array.dtype == dtype
         assert array.flags.c_contiguous
 
 
@@ -58,3 +63,24 @@ def test_truncating_only_goes_back(length: int) -> None:
 def test_impossible_capacities(capacity: int) -> None:
     with pytest.raises(UsageError, match="32 positions"):
         KvCache(CONFIG, capacity)
+
+
+@pytest.mark.parametrize("kv_type", ["fp32", "int8"])
+def test_a_snapshot_is_a_copy_of_what_is_held(kv_type: KvType) -> None:
+    cache = KvCache(CONFIG, 5, kv_type)
+    cache.advance(3)
+    for layer, key, value in cache.buffers():
+        key[...], value[...] = layer + 1, -layer - 1
+    snapshot = cache.snapshot()
+    cache.truncate(0)
+    for _, key, value in cache.buffers():
+        key[...], value[...] = 9, 9
+    other = KvCache(CONFIG, 4, kv_type)
+    other.restore(snapshot)
+    assert other.length == 3
+    for layer, key, value in other.buffers():
+        assert (key[:, :, :3] == layer + 1).all()
+        assert (value[:, :, :3] == -layer - 1).all()
+        assert not key[:, :, 3:].any()
+    with pytest.raises(UsageError, match="do not fit"):
+        KvCache(CONFIG, 2, kv_type).restore(snapshot)

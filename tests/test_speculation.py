@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tinygiant.export.decoder import build_decoder
-from tinygiant.quantize import RECIPES, quantize_graph
+from tinygiant.quantize import RECIPES, KvPeaks, kv_peaks, quantize_graph
 from tinygiant.runtime import TinyGiant, load
-from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.sessions import Graph, SessionSettings
-from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, NgramIndex, Speculation, lead
+from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, Drafter, NgramIndex, Speculation, lead
 
 CONFIG = DecoderConfig(
     vocab_size=24,
@@ -156,19 +156,37 @@ def weights() -> Weights:
     return tensors
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "int4", "fp32-kv8", "int4-kv8"])
 def graph(
     request: pytest.FixtureRequest, weights: Weights, tmp_path_factory: pytest.TempPathFactory
 ) -> Graph:
     folder = tmp_path_factory.mktemp("decoder")
-    build_decoder(CONFIG, weights, folder / "decoder_model.onnx")
-    target = folder / "decoder_model.onnx"
-    if request.param != "fp32":
-        target = folder / "quantized" / "decoder_model.onnx"
-        target.parent.mkdir()
-        scheme = RECIPES[request.param].graphs["decoder_model"]
-        quantize_graph(folder / "decoder_model.onnx", target, scheme)
+    source, target = (folder / kind / "decoder_model.onnx" for kind in ("float", "quantized"))
+    source.parent.mkdir()
+    target.parent.mkdir()
+    build_decoder(CONFIG, weights, source)
+    weights_as, kv8, _ = request.param.partition("-kv8")
+    peaks = seen_peaks(source, weights) if kv8 else None
+    quantize_graph(source, target, RECIPES[weights_as].graphs["decoder_model"], peaks)
     return Graph(target, SessionSettings(threads=1, spin=False))
+
+
+def seen_peaks(source: Path, weights: Weights) -> list[KvPeaks]:
+    """Keys and values of some text, read by the float32 graph."""
+    embeddings = TokenEmbeddings(weights["model.embed_tokens.weight"])
+    reader = Decoder(Graph(source, SessionSettings(threads=1)), embeddings, CONFIG, CAPACITY)
+    reader.read(np.random.default_rng(6).integers(3, CONFIG.vocab_size, CAPACITY).tolist())
+    return [kv_peaks(key[0], value[0]) for _, key, value in reader.cache.buffers()]
+
+
+def sequence(
+    graph: Graph | Noisy, embeddings: TokenEmbeddings, drafter: Drafter | None = None
+) -> Decoder:
+    """A decoder whose cache is of the type that the graph takes."""
+    loaded = graph.graph if isinstance(graph, Noisy) else graph
+    int8 = loaded.input_types["past_key_values.0.key"] == "tensor(int8)"
+    kv_type: KvType = "int8" if int8 else "fp32"
+    return Decoder(graph, embeddings, CONFIG, CAPACITY, drafter, kv_type=kv_type)
 
 
 def eager() -> Speculation:
@@ -196,11 +214,11 @@ def test_tokens_are_those_of_single_steps(
     """Random drafts, and drafts that are mostly right because the answer was seen before."""
     embeddings = TokenEmbeddings(weights["model.embed_tokens.weight"])
     stop_ids = CONFIG.eos_token_ids
-    plain = Decoder(graph, embeddings, CONFIG, CAPACITY)
+    plain = sequence(graph, embeddings)
     expected = list(plain.generate(plain.read(prompt), max_new_tokens=n_new, stop_ids=stop_ids))
     speculation = eager()
     drafter = speculation.start([*texts, *([expected] if right else [])], stop_ids)
-    decoder = Decoder(graph, embeddings, CONFIG, CAPACITY, drafter)
+    decoder = sequence(graph, embeddings, drafter)
     found = list(decoder.generate(decoder.read(prompt), max_new_tokens=n_new, stop_ids=stop_ids))
     assert found == expected
     assert decoder.cache.length == plain.cache.length
@@ -210,7 +228,10 @@ def test_tokens_are_those_of_single_steps(
 
 
 class Noisy:
-    """A decoder graph whose steps of many tokens are off, logits and cache, by up to ``size``."""
+    """A decoder graph whose steps of many tokens are off, logits by up to ``size``, cache by steps.
+
+    Of an int8 cache, every tenth key and value is a whole step higher or lower.
+    """
 
     def __init__(self, graph: Graph, size: float) -> None:
         self.graph, self.size, self.n_many = graph, size, 0
@@ -220,11 +241,16 @@ class Noisy:
 
         class Binding:
             logits: NDArray[np.float32]
-            n_tokens = 0
+            n_tokens, n_held = 0, 0
+
+            def __init__(self) -> None:
+                self.caches: list[NDArray[Any]] = []
 
             def input(self, name: str, array: NDArray[Any]) -> None:
                 if name == "inputs_embeds":
                     self.n_tokens = array.shape[1]
+                if name == "total_sequence_length":
+                    self.n_held = int(array)
                 inner.input(name, array)
 
             def output(self, name: str, array: NDArray[Any]) -> None:
@@ -232,6 +258,7 @@ class Noisy:
                 inner.output(name, array)
 
             def shared(self, input_name: str, output_name: str, array: NDArray[Any]) -> None:
+                self.caches.append(array)
                 inner.shared(input_name, output_name, array)
 
             def run(self) -> None:
@@ -241,6 +268,11 @@ class Noisy:
                     rng = np.random.default_rng(outer.n_many)
                     noise = rng.uniform(-outer.size, outer.size, self.logits.shape)
                     self.logits += noise.astype(np.float32)
+                    for cache in self.caches:
+                        if cache.dtype == np.int8:
+                            new = cache[:, :, self.n_held - self.n_tokens : self.n_held]
+                            steps = rng.choice((-1, 0, 1), new.shape, p=(0.05, 0.9, 0.05))
+                            new[...] = np.clip(new + steps, -128, 127)
 
         return Binding()
 
@@ -257,12 +289,12 @@ def test_steps_that_round_otherwise_are_not_believed_at_near_ties(
     def texts(size: float, guard: float) -> tuple[list[list[int]], int]:
         answers, n_accepted = [], 0
         for start in range(3, 15):
-            plain = Decoder(graph, embeddings, CONFIG, CAPACITY)
+            plain = sequence(graph, embeddings)
             known = list(plain.generate(plain.read([start]), max_new_tokens=60, stop_ids=()))
             speculation = eager()
             speculation.guard = guard
             drafter = speculation.start([known], ())
-            decoder = Decoder(Noisy(graph, size), embeddings, CONFIG, CAPACITY, drafter)
+            decoder = sequence(Noisy(graph, size), embeddings, drafter)
             found = list(decoder.generate(decoder.read([start]), max_new_tokens=60, stop_ids=()))
             answers.append(known if size == 0 else found)
             n_accepted += drafter.n_accepted
@@ -279,7 +311,7 @@ def test_steps_that_round_otherwise_are_not_believed_at_near_ties(
 
 
 def _logits(graph: Graph, embeddings: TokenEmbeddings, ids: Sequence[int]) -> NDArray[np.float32]:
-    return Decoder(graph, embeddings, CONFIG, CAPACITY).read(ids)
+    return sequence(graph, embeddings).read(ids)
 
 
 # --- a whole question

@@ -67,7 +67,7 @@ def nothing_left(folder: Path) -> bool:
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4", "int4-kv8"])
 def test_every_recipe_makes_a_verified_bundle(
     checkpoint: Path,
     tmp_path: Path,
@@ -92,6 +92,11 @@ def test_every_recipe_makes_a_verified_bundle(
     present = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
     assert listed == present - {"manifest.json"}
 
+    kv_type = "int8" if recipe == "int4-kv8" else "fp32"
+    assert bundle.manifest.kv_cache == kv_type
+    model = load(target, threads=1)
+    assert bundle.manifest.graphs["decoder_model"].scheme.endswith("-kv8") == (kv_type == "int8")
+
     report = json.loads((target / "verification.json").read_text())
     assert report["passed"] is True
     assert set(report["graphs"]) == {*bundle.manifest.graphs, "embed_tokens"}
@@ -105,7 +110,7 @@ def test_every_recipe_makes_a_verified_bundle(
     assert card.startswith("---\n")
     assert "pipeline_tag: audio-text-to-text" in card
     assert notes in card
-    answer = load(target, threads=1).ask(
+    answer = model.ask(
         (tone(1.0), 16_000), "What is heard?", ["a dog", "a siren"], max_new_tokens=4
     )
     assert answer.text in ("a dog", "a siren")
@@ -148,8 +153,8 @@ def test_a_damaged_weight_leaves_no_bundle(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def quantize_and_damage(source: Path, target: Path, scheme: Any) -> Any:
-        report = quantize_graph(source, target, scheme)
+    def quantize_and_damage(source: Path, target: Path, *options: Any) -> Any:
+        report = quantize_graph(source, target, *options)
         if target.stem == "whisper_encoder":
             model = load_graph(target)
             weight = model.graph.initializers["whisper.layers.0.fc2.weight"]

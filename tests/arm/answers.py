@@ -48,7 +48,8 @@ def main() -> None:
 
     with pool.use("decoder_model") as graph:
         config = bundle.config.decoder
-        decoder = Decoder(graph, embeddings, config, embeds.shape[1] + n_tokens)
+        capacity, kv_type = embeds.shape[1] + n_tokens, bundle.manifest.kv_cache
+        decoder = Decoder(graph, embeddings, config, capacity, kv_type=kv_type)
         first = decoder.prefill(embeds)
         tokens = list(decoder.generate(first, max_new_tokens=n_tokens, stop_ids=()))
         decoder.cache.truncate(embeds.shape[1])
