@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,12 @@ learning_rate = 1e-3
 steps = 2
 
 [reasoning]
+batch_size = 4
+projector_learning_rate = 1e-3
+decoder_learning_rate = 1e-3
+steps = {steps}
+
+[drill]
 batch_size = 4
 projector_learning_rate = 1e-3
 decoder_learning_rate = 1e-3
@@ -70,8 +77,44 @@ def test_every_part_of_the_checkpoint_was_trained(run: Path) -> None:
     assert isinstance(trained, TinyGiantALM)
     for part in ("whisper", "htsat", "projector", "decoder"):
         assert not _same(getattr(trained, part), getattr(fresh, part)), part
-    log = [json.loads(line) for line in (run / "reasoning" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == 2
+    for stage in ("reasoning", "drill"):
+        lines = (run / stage / "log.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] == 2
+
+
+def test_the_drill_asks_new_questions_and_rarely_easy_ones(run: Path) -> None:
+    from tinygiant.models.config import preset
+    from tinygiant.models.training.streams import CachedStreams
+    from tinygiant.models.training.world_set import WorldDrillSet, WorldReasoningSet
+    from tinygiant.models.world.dataset import WorldDataset
+    from tinygiant.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_file(run / "tokenizer.json")
+    world = WorldDataset(run / "world" / "train")
+    streams = CachedStreams(run / "streams" / "train")
+    drill, stored = (
+        kind(world, streams, tokenizer, preset("nano").prompt)
+        for kind in (WorldDrillSet, WorldReasoningSet)
+    )
+
+    def texts(questions: WorldReasoningSet, draws: int) -> list[str]:
+        samples = [
+            questions.sample(index, np.random.default_rng((draw, index)))
+            for draw in range(draws)
+            for index in range(len(questions))
+        ]
+        return [tokenizer.decode(sample.response_ids) for sample in samples]
+
+    assert texts(drill, 2) == texts(drill, 2)  # a draw is the rng's alone
+    several = texts(drill, 12)
+    assert len({*several}) > 3 * len({*texts(stored, 12)})
+
+    def share(found: list[str]) -> float:
+        """Of thoughts that count, compare distances, or put one thing behind another."""
+        logic = [text.split("<REASONING>")[1] for text in found]
+        return sum("That makes" in t or " near" in t or ", then " in t for t in logic) / len(logic)
+
+    assert share(several) > 1.3 * share(texts(stored, 12))
 
 
 def test_an_ablation_takes_over_encoders_and_decoder(

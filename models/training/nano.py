@@ -27,7 +27,11 @@ from tinygiant.models.training.loop import LoopConfig
 from tinygiant.models.training.reasoning import ReasoningTask, train_reasoning
 from tinygiant.models.training.streams import cache_streams
 from tinygiant.models.training.tokenizer import train_tokenizer
-from tinygiant.models.training.world_set import WorldReasoningSet, training_texts
+from tinygiant.models.training.world_set import (
+    WorldDrillSet,
+    WorldReasoningSet,
+    training_texts,
+)
 from tinygiant.models.world.dataset import WorldDataset
 from tinygiant.models.world.dataset import build as build_world
 from tinygiant.runtime.errors import TinyGiantError
@@ -105,20 +109,30 @@ def train_nano(run: NanoRun) -> Path:
             model, dataset, run.shared / "streams" / split, fingerprint=print_
         )
     tokenizer = Tokenizer.from_file(tokenizer_path)
-    sets = [
-        WorldReasoningSet(dataset, streams[split], tokenizer, config.prompt)
+    arguments = {
+        split: (dataset, streams[split], tokenizer, config.prompt)
         for split, dataset in (("train", train_set), ("validation", validation_set))
-    ]
-    settings = dict(run.recipe["reasoning"])
-    task = ReasoningTask(
+    }
+    validation = WorldReasoningSet(*arguments["validation"])
+    for stage, questions in (("reasoning", WorldReasoningSet), ("drill", WorldDrillSet)):
+        if stage in run.recipe:
+            task = _reasoning_task(run, stage)
+            train_reasoning(
+                model, task, questions(*arguments["train"]), validation, run.folder / stage,
+                run.device,
+            )  # fmt: skip
+    save(model.cpu(), checkpoint, tokenizer=tokenizer_path)
+    return checkpoint
+
+
+def _reasoning_task(run: NanoRun, stage: str) -> ReasoningTask:
+    settings = dict(run.recipe[stage])
+    return ReasoningTask(
         batch_size=settings.pop("batch_size"),
         projector_learning_rate=settings.pop("projector_learning_rate"),
         decoder_learning_rate=settings.pop("decoder_learning_rate"),
         loop=LoopConfig(seed=run.seed, **settings),
     )
-    train_reasoning(model, task, sets[0], sets[1], run.folder / "reasoning", run.device)
-    save(model.cpu(), checkpoint, tokenizer=tokenizer_path)
-    return checkpoint
 
 
 def pretrain(run: NanoRun, name: str) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 from tinygiant.models.training.reasoning import Sample
 from tinygiant.models.training.streams import CachedStreams
 from tinygiant.models.world.dataset import WorldDataset
+from tinygiant.models.world.questions import QUESTION_TYPES, ask
 from tinygiant.models.world.thought import format_response
 from tinygiant.runtime.config import PromptConfig
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
 
-__all__ = ["END_OF_TURN", "WorldReasoningSet", "training_texts"]
+__all__ = ["END_OF_TURN", "WorldDrillSet", "WorldReasoningSet", "training_texts"]
 
 END_OF_TURN = "<|im_end|>"
 
@@ -30,6 +31,7 @@ class WorldReasoningSet:
         tokenizer: Tokenizer,
         prompt: PromptConfig,
     ) -> None:
+        self._dataset = dataset
         self._streams = streams
         self._tokenizer = tokenizer
         self._prompt = prompt
@@ -49,7 +51,9 @@ class WorldReasoningSet:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Question ``index`` with its choices in an order drawn from ``rng``."""
-        clip, record = self._records[index]
+        return self._sample(*self._records[index], rng)
+
+    def _sample(self, clip: int, record: dict[str, Any], rng: np.random.Generator) -> Sample:
         choices = [str(choice) for choice in rng.permutation(record["choices"])]
         prompt = build_prompt(record["question"], choices, self._tokenizer, self._prompt)
         response = self._tokenizer.encode_markup(format_response(record) + END_OF_TURN)
@@ -61,6 +65,39 @@ class WorldReasoningSet:
             instruction_ids=prompt.instruction_ids,
             response_ids=response,
         )
+
+
+class WorldDrillSet(WorldReasoningSet):
+    """New questions about the clips of a split, above all those that want reasoning.
+
+    Of the stored questions, four a clip, most are answered by one word of the caption; counting and
+    comparing are rare. Here the type is drawn anew each time, by ``DRILL_WEIGHTS``.
+    """
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """A question about the clip of stored question ``index``, drawn from ``rng``."""
+        clip, stored = self._records[index]
+        scene = self._dataset.scene(clip)
+        kinds = list(DRILL_WEIGHTS)
+        weights = np.array(list(DRILL_WEIGHTS.values()))
+        for kind in rng.choice(kinds, size=len(kinds), replace=False, p=weights / weights.sum()):
+            record = ask(scene, str(kind), rng)
+            if record is not None:
+                return self._sample(clip, record, rng)
+        return self._sample(clip, stored, rng)
+
+
+# Of the types that a scene allows, how often each is drawn, relative to one another.
+DRILL_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 0.5) | {
+    "sound count": 6.0,
+    "sound missing": 2.0,
+    "distance": 2.0,
+    "after": 4.0,
+    "before": 4.0,
+    "relation": 4.0,
+    "nearer": 4.0,
+    "more often": 1.0,
+}
 
 
 def training_texts(dataset: WorldDataset, prompt: PromptConfig) -> list[str]:
