@@ -148,7 +148,7 @@ def measure(
                 raise UsageError(f"answer {number}: other tokens than those of the text came out")
             if drafter is not None:
                 row |= {"drafted": drafter.n_drafted, "accepted": drafter.n_accepted}
-        speculation.remember(script.answer_ids)
+        speculation.remember(script.answer_ids, row["drafted_s"], drafted=True)
         rows.append(row)
     return rows
 

@@ -162,7 +162,9 @@ class Decoder:
         found = lead(logits, token, among)
         if found > speculation.guard:
             return token
+        start_s = time.perf_counter()
         exact = self._settle()
+        speculation.learn_reread(time.perf_counter() - start_s)
         speculation.learn_difference(found, lead(exact, token, among))
         return _best(exact, among)
 
@@ -204,14 +206,15 @@ class Decoder:
         rows = self._embeddings.lookup([token, *draft])[None].astype(np.float32, copy=False)
         logits = self._run(np.ascontiguousarray(rows), np.arange(1 + len(draft), dtype=np.int64))
         self._inexact += [rows[:, i : i + 1] for i in range(1 + len(draft))]
-        self._learn_cost(1 + len(draft), start_s)
         assert self._drafter is not None
+        self._drafter.speculation.learn_reread(0.0)
         guard = self._drafter.speculation.guard
         right: list[int] = []
         for row, guess in zip(logits, [*draft, None], strict=True):
             found = greedy(row)
             if found != guess or lead(row, found) <= guard:
                 self.truncate(start + 1 + len(right))
+                self._learn_cost(1 + len(draft), start_s)
                 return [*right, self.best(row)]
             right.append(found)
         raise AssertionError("no token equals the guess None")

@@ -246,8 +246,10 @@ class TinyGiant:
             ending = tokens.value
             # What is bound to a graph keeps it in memory even after the pool has closed it.
             del decoder, logits, tokens
-        if self._speculation is not None:
-            self._speculation.remember(transcript.token_ids)
+        if self._speculation is not None and request.think:
+            self._speculation.remember(
+                transcript.token_ids, clock.seconds("decode"), drafted=drafter is not None
+            )
         self._pool.release()
         yield from transcript.finish()
 
@@ -315,7 +317,7 @@ class TinyGiant:
 
     def _drafter(self, request: _Request) -> Drafter | None:
         """What guesses the next tokens of an answer; None if nothing is to be guessed."""
-        if self._speculation is None or not request.think:
+        if self._speculation is None or not request.think or not self._speculation.is_worth_it():
             return None
         return self._speculation.start(
             [request.prompt.instruction_ids], self._end_ids(request.trie is not None)

@@ -27,16 +27,20 @@ _MEMORY_TOKENS = 8_192  # some 5 MB
 _BREAK = -1  # between texts that do not follow one another
 
 # Logits of a step of many tokens differ from those of single steps: sums are rounded in another
-# order, and where activations are quantized to 8 bits such a difference may move a value by a whole
-# step. docs/decisions.md has what was measured; the guard is several times the largest difference.
+# order, and where activations are quantized to 8 bits such a difference may move a value by a step.
+# How far they differ is seen whenever a near tie is computed again; until enough was seen, the
+# guard is one that is wide for every recipe measured so far (docs/decisions.md).
 _GUARD = 0.15  # deviations of the logits
-_GUARD_FACTOR = 4.0
+_LEAST_GUARD = 0.01
+_GUARD_FACTOR = 8.0
+_ENOUGH_SEEN = 16
 
 _ACCEPTANCE = 0.7  # before anything is known
 _ACCEPTANCE_RATE = 0.1  # weight of one drafted token
 _STEP_COST = 0.4  # of each token beyond the first, in steps of one; before anything is known
 _COST_RATE = 0.05  # weight of one step
 _MIN_GAIN = 1.05  # a draft must promise as much, for the promise is an estimate
+_TRY_AGAIN = 16  # answers after which the slower way is tried again
 
 
 class NgramIndex:
@@ -90,17 +94,36 @@ class Speculation:
     def __init__(self, guard: float = _GUARD) -> None:
         """Start without any knowledge; ``guard`` is in deviations of the logits."""
         self.guard = guard
+        self._n_differences, self._largest_difference = 0, 0.0
         self.memory = NgramIndex()
         self._acceptance = [_ACCEPTANCE] * (_LONGEST_NGRAM + 1)  # by length of the match
         self._single_s = 0.0
         self._token_cost = _STEP_COST
+        self._reread_s = 0.0  # for each draft
+        self._n_answers = 0
+        self._token_s: dict[bool, float] = {}  # of answers with drafts, and of those without
 
     def start(self, texts: Iterable[Sequence[int]], stop_ids: Collection[int]) -> Drafter:
         """A drafter for one answer after ``texts``, which holds no token of ``stop_ids``."""
         return Drafter(self, texts, stop_ids)
 
-    def remember(self, answer: Sequence[int]) -> None:
-        """Keep an answer for the drafts of later ones."""
+    def is_worth_it(self) -> bool:
+        """Whether the next answer is to be drafted.
+
+        The first is, the second is not; then whichever was faster, and at times the other again.
+        """
+        if len(self._token_s) < 2:
+            return not self._token_s
+        drafts_are_faster = self._token_s[True] < self._token_s[False]
+        return drafts_are_faster != (self._n_answers % _TRY_AGAIN == 0)
+
+    def remember(self, answer: Sequence[int], seconds: float, *, drafted: bool) -> None:
+        """Keep an answer for the drafts of later ones, and how long it took to write."""
+        self._n_answers += 1
+        if answer:
+            token_s = seconds / len(answer)
+            known = self._token_s.get(drafted, token_s)
+            self._token_s[drafted] = known + 0.3 * (token_s - known)
         if len(self.memory) + len(answer) > _MEMORY_TOKENS:
             self.memory = NgramIndex()
         self.memory.extend(answer)
@@ -114,10 +137,11 @@ class Speculation:
         """
         acceptance = self._acceptance[match]
         best, best_gain, tokens, chance = 0, _MIN_GAIN, 1.0, 1.0
+        fixed = 1.0 + (self._reread_s / self._single_s if self._single_s else 0.0)
         for n_drafted in range(1, min(limit, MAX_DRAFT_TOKENS) + 1):
             chance *= acceptance
             tokens += chance
-            gain = tokens / (1.0 + self._token_cost * n_drafted)
+            gain = tokens / (fixed + self._token_cost * n_drafted)
             if gain > best_gain:
                 best, best_gain = n_drafted, gain
         return best
@@ -133,13 +157,24 @@ class Speculation:
             # Sooner down than up: the first steps after loading, and disturbed ones, take longer.
             rate = _COST_RATE if seconds > self._single_s else 0.5
             self._single_s += (seconds - self._single_s) * (rate if self._single_s else 1.0)
+            self._reread_s *= 1.0 - _COST_RATE / 10  # forgotten slowly, so that drafts come back
         elif self._single_s:
             cost = (seconds / self._single_s - 1.0) / (n_tokens - 1)
             self._token_cost += _COST_RATE * (min(max(cost, 0.0), 1.0) - self._token_cost)
 
+    def learn_reread(self, seconds: float) -> None:
+        """Take in how long it took to read again what was drafted; 0 after a draft without that."""
+        self._reread_s += _COST_RATE * (seconds - self._reread_s)
+
     def learn_difference(self, found: float, exact: float) -> None:
-        """Widen the guard if it nearly was too narrow: the same lead after both kinds of step."""
-        self.guard = max(self.guard, _GUARD_FACTOR * abs(found - exact))
+        """Fit the guard to the same lead after both kinds of step."""
+        self._n_differences += 1
+        self._largest_difference = max(self._largest_difference, abs(found - exact))
+        wide = _GUARD_FACTOR * self._largest_difference
+        if self._n_differences >= _ENOUGH_SEEN:
+            self.guard = max(wide, _LEAST_GUARD)
+        else:
+            self.guard = max(wide, self.guard)
 
 
 class Drafter:

@@ -91,6 +91,51 @@ def test_drafts_end_where_they_do_not_pay_and_begin_again_where_they_do() -> Non
     assert speculation.length(4, MAX_DRAFT_TOKENS) > 4
 
 
+def test_drafts_that_are_read_again_do_not_pay() -> None:
+    speculation = Speculation()
+    speculation.learn_cost(1, 1.0)
+    assert speculation.length(4, MAX_DRAFT_TOKENS) > 0
+    for _ in range(100):
+        speculation.learn_reread(20.0)
+    assert speculation.length(4, MAX_DRAFT_TOKENS) == 0
+    for _ in range(2_000):  # single steps
+        speculation.learn_cost(1, 1.0)
+    assert speculation.length(4, MAX_DRAFT_TOKENS) > 0
+
+
+def test_answers_are_drafted_where_that_was_faster() -> None:
+    def share(drafted_s: float, plain_s: float) -> float:
+        speculation = Speculation()
+        decisions = []
+        for _ in range(160):
+            decisions.append(speculation.is_worth_it())
+            seconds = drafted_s if decisions[-1] else plain_s
+            speculation.remember([5] * 10, seconds, drafted=decisions[-1])
+        return sum(decisions) / len(decisions)
+
+    assert share(1.0, 2.0) > 0.9
+    assert 0 < share(2.0, 1.0) < 0.1
+
+
+def test_the_guard_follows_what_is_seen_once_enough_was_seen() -> None:
+    speculation = Speculation()
+    start = speculation.guard
+    for _ in range(15):
+        speculation.learn_difference(0.5, 0.501)
+    assert speculation.guard == start
+    speculation.learn_difference(0.5, 0.502)
+    assert 0.015 < speculation.guard < start
+    speculation.learn_difference(0.1, 0.4)
+    assert speculation.guard > 2
+    fresh = Speculation()
+    fresh.learn_difference(0.1, 0.4)
+    assert fresh.guard > 2
+    exact = Speculation()
+    for _ in range(30):
+        exact.learn_difference(0.1, 0.1)
+    assert 0 < exact.guard < start
+
+
 @pytest.mark.parametrize(
     ("acceptance", "cost", "expected"),
     [(1.0, 0.5, MAX_DRAFT_TOKENS), (0.5, 0.5, 0), (0.9, 0.2, 6)],
