@@ -168,6 +168,10 @@ class DecoderConfig:
         """Numbers the KV cache holds for one position: 57,344 at full size."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim
 
+    def kv_token_bytes(self, kv_type: KvType) -> int:
+        """Bytes of the keys and values of one position: 224 or 56 KiB at full size."""
+        return self.kv_values_per_token * {"fp32": 4, "int8": 1}[kv_type]
+
 
 @dataclass(frozen=True)
 class PromptConfig:

@@ -24,20 +24,14 @@ from numpy.typing import NDArray
 from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.errors import UsageError
 
-__all__ = ["KV_DTYPES", "KvCache", "KvSnapshot", "kv_token_bytes"]
+__all__ = ["KvCache", "KvSnapshot"]
 
-KV_DTYPES: Mapping[KvType, np.dtype[Any]] = MappingProxyType(
+_DTYPES: Mapping[KvType, np.dtype[Any]] = MappingProxyType(
     {"fp32": np.dtype(np.float32), "int8": np.dtype(np.int8)}
 )
-"""How a key or value of each type lies in memory."""
 
 KvSnapshot = tuple[tuple[NDArray[Any], NDArray[Any]], ...]
 """Keys and values of some positions, ``(1, n_kv_heads, length, head_dim)`` each, by layer."""
-
-
-def kv_token_bytes(config: DecoderConfig, kv_type: KvType) -> int:
-    """Bytes of the keys and values of one position."""
-    return config.kv_values_per_token * KV_DTYPES[kv_type].itemsize
 
 
 class KvCache:
@@ -55,7 +49,7 @@ class KvCache:
                 f"{config.max_positions} positions; shorten the audio, the question or the answer"
             )
         shape = (1, config.n_kv_heads, capacity, config.head_dim)
-        dtype = KV_DTYPES[kv_type]
+        dtype = _DTYPES[kv_type]
         self._buffers: KvSnapshot = tuple(
             (np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(config.n_layers)
         )

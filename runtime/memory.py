@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.errors import TinyGiantError
-from tinygiant.runtime.kv_cache import kv_token_bytes
 from tinygiant.runtime.machine import Machine
 
 __all__ = ["estimated_bytes", "least_bytes", "require_memory"]
@@ -32,7 +31,7 @@ _LEAST_RESIDENT = 0.5
 
 def estimated_bytes(bundle: Bundle) -> tuple[int, int]:
     """Estimated peak memory of a question in default and in low-memory mode."""
-    token_bytes = kv_token_bytes(bundle.config.decoder, bundle.manifest.kv_cache)
+    token_bytes = bundle.config.decoder.kv_token_bytes(bundle.manifest.kv_cache)
     fixed = _BASE_BYTES + _TYPICAL_TOKENS * token_bytes
     graphs = _graph_bytes(bundle)
     return (

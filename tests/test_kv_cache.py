@@ -7,17 +7,17 @@ import pytest
 
 from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.errors import UsageError
-from tinygiant.runtime.kv_cache import KvCache, kv_token_bytes
+from tinygiant.runtime.kv_cache import KvCache
 
 CONFIG = DecoderConfig(n_layers=3, n_kv_heads=2, head_dim=4, max_positions=32)
 
 
 def test_one_token_costs_what_the_contract_says() -> None:
     assert DecoderConfig().kv_values_per_token == 57_344
-    assert kv_token_bytes(DecoderConfig(), "int8") == 56 * 2**10
+    assert DecoderConfig().kv_token_bytes("int8") == 56 * 2**10
     cache = KvCache(CONFIG, 10)
     assert (
-        cache.n_bytes == 10 * CONFIG.kv_values_per_token * 4 == 10 * kv_token_bytes(CONFIG, "fp32")
+        cache.n_bytes == 10 * CONFIG.kv_values_per_token * 4 == 10 * CONFIG.kv_token_bytes("fp32")
     )
     assert KvCache(CONFIG, 10, "int8").n_bytes * 4 == cache.n_bytes
     assert cache.capacity == 10

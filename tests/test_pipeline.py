@@ -44,10 +44,12 @@ CHOICES = ["a dog", "a dog barks", "a siren", "the bell rings"]
 
 
 def without_times(answer: Answer) -> Answer:
-    """An answer without what may differ from run to run."""
+    """An answer without what may differ from run to run: times, and what was drafted."""
     fields = [field.name for field in dataclasses.fields(answer.timings)]
     return dataclasses.replace(
-        answer, timings=dataclasses.replace(answer.timings, **dict.fromkeys(fields, 0))
+        answer,
+        timings=dataclasses.replace(answer.timings, **dict.fromkeys(fields, 0)),
+        tokens=dataclasses.replace(answer.tokens, drafted=0, accepted=0),
     )
 
 
