@@ -1,4 +1,4 @@
-"""The model inside the package: trained, small, made from the committed checkpoint, and it hears."""
+"""The model inside the package: trained, small, of the committed checkpoint, and it hears."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import soundfile
 
-from tinygiant.runtime import TinyGiant, load
+from tinygiant.runtime import Answer, TinyGiant, load
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,11 +59,14 @@ def test_it_answers_the_questions_of_the_example(
 
 
 def test_what_it_says_depends_on_what_it_hears(model: TinyGiant) -> None:
-    """Half of the clip, in which the birds have gone."""
-    import soundfile
-
+    """The clip's beginning: the word alone, then the word and the first of three chirps."""
     samples, rate_hz = soundfile.read(CLIP, dtype="float32")
-    whole = model.ask(CLIP, "What comes last?", ["bird chirp", "speech"])
-    start = (samples[: rate_hz * 3 // 2], rate_hz)
-    word = model.ask(start, "What comes last?", ["bird chirp", "speech"])
-    assert (whole.text, word.text) == ("bird chirp", "speech")
+
+    def ask(seconds: float) -> Answer:
+        clip = (samples[: round(seconds * rate_hz)], rate_hz)
+        return model.ask(clip, "What comes last?", ["bird chirp", "speech"])
+
+    answers = {seconds: ask(seconds) for seconds in (0.9, 1.5, 3.8)}
+    assert [a.text for a in answers.values()] == ["speech", "bird chirp", "bird chirp"]
+    assert [a.audio_analysis.count("bird chirp") for a in answers.values()] == [0, 1, 3]
+    assert all("says tiger" in a.audio_analysis for a in answers.values())
