@@ -27,7 +27,7 @@ DEMO_CHOICES ?= monkey tiger spider rabbit
 
 SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
 
-.PHONY: help demo test bench test-arm fuzz check lint types imports wheel constraints clean distclean
+.PHONY: help demo test bench bench-peers test-arm fuzz check lint types imports wheel constraints clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-12s", $$1, $$2; \
@@ -44,6 +44,9 @@ test-arm: $(VENV)/.installed ## compare Arm (emulated Raspberry Pi 4 and 5) with
 
 bench: $(VENV)/.installed ## how long a question takes, by stage and length of the clip
 	@$(VENV)/bin/python -m benchmarks.latency $(BENCH_ARGS)
+
+bench-peers: $(VENV)/.installed ## compare with other engines, those in .venv-peers
+	@$(VENV)/bin/python -m benchmarks.peers $(BENCH_ARGS)
 
 fuzz: $(VENV)/.installed ## fuzz every parser of foreign input, FUZZ_S seconds each
 	@$(VENV)/bin/python -m tests.fuzz.run --seconds $(FUZZ_S) $(FUZZ_ARGS)
