@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="tg-train", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = OneLineParser(add_help=False)
     common.add_argument("--out", "-o", type=Path, required=True, help="the run's folder")
     common.add_argument("--seed", type=int, default=0, help="of weights and order (default 0)")
     common.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
