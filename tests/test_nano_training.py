@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,35 @@ def test_an_ablation_takes_over_encoders_and_decoder(
         assert _same(getattr(start, part), getattr(ablation, part)), part
     assert ablation.projector.intent is None and ablation.projector.gate is None
     assert not _same(start.projector.blocks, ablation.projector.blocks)
+
+
+def test_training_on_starts_from_every_part_and_the_tokenizer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a step of training, ``--start`` gives its checkpoint back."""
+    banks = ToneBanks()
+    monkeypatch.setattr(dataset, "load_banks", lambda *_: banks)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(re.sub(r"steps = \d+", "steps = 0", RECIPE.format(steps=0)))
+    start = run / "checkpoint"
+    where = ("-o", tmp_path / "more", "--recipe", recipe, "--seed", "5")
+    assert _train(run, *where, "--start", start) == 0
+    more = tmp_path / "more" / "checkpoint"
+    assert _same(load(start), load(more))
+    assert (more / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--start", "nowhere"], "nowhere: no such folder; expected a TinyGiantALM checkpoint"),
+        (["--start", "x", "--no-intent-query"], "--start takes the whole model as it is"),
+    ],
+)
+def test_a_wrong_start_is_told_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], line: str
+) -> None:
+    assert main(["nano", "-o", str(tmp_path / "run"), *more]) != 0
+    error = capsys.readouterr().err
+    assert line in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

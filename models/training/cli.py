@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     nano.add_argument(
         "--decoder", type=Path, metavar="CHECKPOINT", help="start from this checkpoint's decoder"
     )
+    nano.add_argument(
+        "--start", type=Path, metavar="CHECKPOINT",
+        help="train this checkpoint on instead of random weights: encoders, projector and decoder",
+    )  # fmt: skip
     nano.set_defaults(run=_nano)
 
     cota = commands.add_parser(
@@ -115,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     encoder.add_argument("component", help="whisper or htsat")
     encoder.add_argument("--data", type=Path, help="the world's folder (default: OUT/world)")
+    encoder.add_argument("--start", type=Path, metavar="CHECKPOINT", help="from its weights")
     encoder.add_argument("--threads", type=int, default=1)
     encoder.set_defaults(run=_encoder)
     return parser
@@ -124,6 +129,10 @@ def _nano(options: argparse.Namespace) -> None:
     from tinygiant.models.training.nano import NanoRun, train_nano
     from tinygiant.models.training.picture import draw_losses
 
+    if options.start and (options.no_intent_query or options.no_semantic_gate or options.decoder):
+        raise UsageError(
+            "--start takes the whole model as it is; leave out ablations and --decoder"
+        )
     run = NanoRun(
         folder=options.out,
         data=options.data or options.out / "world",
@@ -136,6 +145,7 @@ def _nano(options: argparse.Namespace) -> None:
         semantic_gate=not options.no_semantic_gate,
         encoders=options.encoders,
         decoder=options.decoder,
+        start=options.start,
     )
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     try:
@@ -173,6 +183,7 @@ def _encoder(options: argparse.Namespace) -> None:
         recipe_file=options.recipe,
         seed=options.seed,
         device=_device(options.device),
+        start=options.start,
     )
     pretrain(run, options.component)
 

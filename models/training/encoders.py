@@ -23,7 +23,7 @@ from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tinygiant.models.config import TinyGiantConfig
-from tinygiant.models.tinygiant import build_component, encode_event, encode_temporal
+from tinygiant.models.tinygiant import encode_event, encode_temporal
 from tinygiant.models.training.batching import LengthBatches
 from tinygiant.models.training.loop import LoopConfig, ParameterGroup, autocast, train
 from tinygiant.models.world.dataset import WorldDataset
@@ -125,6 +125,7 @@ def span_means(rows: Tensor, spans: Tensor) -> Tensor:
 
 
 def pretrain_encoder(
+    encoder: nn.Module,
     config: TinyGiantConfig,
     task: EncoderTask,
     train_set: WorldDataset,
@@ -133,9 +134,7 @@ def pretrain_encoder(
     device: torch.device,
     seed: int,
 ) -> nn.Module:
-    """Train one encoder on tags and return it; the run's state stays in ``folder``."""
-    encoder = build_component(config, task.component, seed)
-    assert encoder is not None, "the configuration has this component"
+    """Train ``encoder`` on tags, through new heads; the run's state stays in ``folder``."""
     runtime = config.runtime
     weights = _WEIGHTS[task.component]
     temporal = task.component == "whisper"

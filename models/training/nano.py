@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tinygiant.models.checkpoint import load, save
+from tinygiant.models.checkpoint import TOKENIZER_FILE, load, load_component, load_config, save
 from tinygiant.models.config import TinyGiantConfig, preset
 from tinygiant.models.tensors import load_into, open_tensors
-from tinygiant.models.tinygiant import build
+from tinygiant.models.tinygiant import build, build_component
 from tinygiant.models.training.encoders import EncoderTask, pretrain_encoder
 from tinygiant.models.training.loop import LoopConfig
 from tinygiant.models.training.reasoning import ReasoningTask, train_reasoning
@@ -61,6 +62,7 @@ class NanoRun:
     semantic_gate: bool = True
     encoders: Path | None = None
     decoder: Path | None = None
+    start: Path | None = None
     recipe_file: Path | None = None
 
     @property
@@ -83,6 +85,8 @@ def train_nano(run: NanoRun) -> Path:
     checkpoint = run.folder / "checkpoint"
     if checkpoint.is_dir():
         return checkpoint
+    if run.start is not None:
+        load_config(run.start)  # a wrong folder is told before the world is built
     world = run.recipe["world"]
     for split in ("train", "validation"):
         build_world(
@@ -93,10 +97,13 @@ def train_nano(run: NanoRun) -> Path:
     tokenizer_path = run.shared / "tokenizer.json"
     if not tokenizer_path.is_file():
         run.shared.mkdir(parents=True, exist_ok=True)
-        texts = training_texts(train_set, config.prompt)
-        train_tokenizer(texts, config.decoder["vocab_size"], tokenizer_path)
+        if run.start is not None:
+            shutil.copyfile(run.start / TOKENIZER_FILE, tokenizer_path)
+        else:
+            texts = training_texts(train_set, config.prompt)
+            train_tokenizer(texts, config.decoder["vocab_size"], tokenizer_path)
     _pretrain_encoders(run)
-    model = build(config, run.seed)
+    model = build(config, run.seed) if run.start is None else load(run.start)
     if run.decoder is not None:
         model.decoder.load_state_dict(load(run.decoder).decoder.state_dict())
     for name in ENCODERS:
@@ -146,6 +153,9 @@ def pretrain(run: NanoRun, name: str) -> None:
     )
     train_set, validation_set = (WorldDataset(run.data / s) for s in ("train", "validation"))
     encoder = pretrain_encoder(
+        build_component(run.config, name, run.seed)
+        if run.start is None
+        else load_component(run.start, name),
         run.config,
         task,
         train_set,
@@ -175,6 +185,8 @@ def _pretrain_encoders(run: NanoRun) -> None:
     options = ["--out", str(run.folder), "--data", str(run.data), "--seed", str(run.seed)]
     if run.recipe_file is not None:
         options += ["--recipe", str(run.recipe_file)]
+    if run.start is not None:
+        options += ["--start", str(run.start)]
     processes = [subprocess.Popen([*command, name, *options]) for name in missing]
     failed = [name for name, p in zip(missing, processes, strict=True) if p.wait() != 0]
     if failed:

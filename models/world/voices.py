@@ -30,7 +30,9 @@ class Voice:
     settings: tuple[tuple[float, float], ...]
 
 
-_TRAIN = ((40.0, 140.0), (50.0, 160.0), (62.0, 150.0))
+# Training voices are higher and lower than those of any other split, men always below women.
+_TRAIN_WOMEN = ((38.0, 140.0), (48.0, 160.0), (60.0, 150.0), (78.0, 155.0))
+_TRAIN_MEN = ((30.0, 145.0), (42.0, 140.0), (52.0, 160.0), (64.0, 150.0))
 _VALIDATION = ((45.0, 150.0),)
 _TEST = ((46.0, 145.0), (56.0, 155.0))
 _SHIFTED = ((35.0, 125.0), (68.0, 175.0))
@@ -44,11 +46,15 @@ def _espeak(
 
 VOICES: dict[Split, tuple[Voice, ...]] = {
     "train": (
-        *_espeak("woman", _TRAIN, "en-us+f1 en-us+f2 en-gb-scotland+f3 en-us+f4 en-us+Annie"),
-        *_espeak("woman", _TRAIN, "en-us+linda en-us+Andrea en-gb-x-rp+aunty"),
+        *_espeak("woman", _TRAIN_WOMEN, "en-us+f1 en-us+f2 en-gb-scotland+f3 en-us+f4"),
+        *_espeak("woman", _TRAIN_WOMEN, "en-us+Annie en-us+linda en-us+Andrea en-gb-x-rp+aunty"),
+        *_espeak("woman", _TRAIN_WOMEN, "en-gb-x-rp+f1 en-gb-scotland+f2 en-us+f3 en-gb-x-rp+f4"),
+        *_espeak("woman", _TRAIN_WOMEN, "en-us+grandma en-gb-scotland+shelby en-gb-x-rp+linda"),
         Voice("slt", "flite", "woman", ((165.0, 1.0), (180.0, 1.15), (195.0, 1.05))),
-        *_espeak("man", _TRAIN, "en-us+m1 en-gb-scotland+m3 en-us+m4 en-us+m5 en-us+m7"),
-        *_espeak("man", _TRAIN, "en-us+paul en-gb-x-rp+edward"),
+        *_espeak("man", _TRAIN_MEN, "en-us+m1 en-gb-scotland+m3 en-us+m4 en-us+m5 en-us+m7"),
+        *_espeak("man", _TRAIN_MEN, "en-us+paul en-gb-x-rp+edward en-us+Alex en-us+Denis"),
+        *_espeak("man", _TRAIN_MEN, "en-gb-scotland+Andy en-us+Gene2 en-gb-x-rp+Mario"),
+        *_espeak("man", _TRAIN_MEN, "en-us+robert en-gb-scotland+victor en-us+grandpa"),
         Voice("rms", "flite", "man", ((90.0, 1.0), (102.0, 1.1), (112.0, 1.0))),
         Voice("kal16", "flite", "man", ((95.0, 1.0), (108.0, 1.05), (118.0, 1.1))),
     ),
