@@ -1,9 +1,11 @@
 """Weight-only quantization: ``MatMul`` by a constant becomes ``com.microsoft.MatMulNBits``.
 
-onnxruntime's own block quantizer works on each weight. The walk over the graph is ours, because
-that of ``onnxruntime.quantization.matmul_nbits_quantizer`` reads the whole model into one protobuf
-message, takes one number of bits for all nodes, and sets up the process's logging when imported.
-Here one float32 weight is in memory at a time, beside the quantized ones.
+onnxruntime's own block quantizer works on each weight, but for symmetric 4 bits, whose scales it
+takes from the largest weight of a block: there, the scale of the least squared error is searched.
+The walk over the graph is ours, because that of ``onnxruntime.quantization.matmul_nbits_quantizer``
+reads the whole model into one protobuf message, takes one number of bits for all nodes, and sets up
+the process's logging when imported. Here one float32 weight is in memory at a time, beside the
+quantized ones.
 """
 
 from __future__ import annotations
@@ -24,6 +26,11 @@ HEAD_NODE = "lm_head"
 """The node that a scheme's ``head_bits`` are for."""
 
 _CONTRIB = "com.microsoft"
+
+# Scales that are tried, as parts of the one that maps a block's largest weight to -8, the widest
+# of the sixteen steps. Smaller ones clip that weight and are finer for all others.
+_SHRINK = np.arange(0.65, 1.06, 0.05, dtype=np.float32)
+_CHUNK = 1 << 18  # weights that are searched at a time
 
 
 def quantize_matmul(graph: ir.Graph, node: ir.Node, scheme: Scheme) -> None:
@@ -66,6 +73,8 @@ def quantize_blocks(
         ``packed (N, K / block_size, block_size * bits / 8)``, ``scales (N, K / block_size)``, and
         zero points, packed likewise along the blocks.
     """
+    if bits == 4 and scheme.symmetric:
+        return (*_search_blocks(weight, scheme.block_size), np.zeros((0, 0), np.uint8))
     n_in, n_out = weight.shape
     n_blocks, values_per_byte = -(-n_in // scheme.block_size), 8 // bits
     padded = np.pad(weight, ((0, n_blocks * scheme.block_size - n_in), (0, 0)))
@@ -75,6 +84,42 @@ def quantize_blocks(
     kernel = quantize_matmul_4bits if bits == 4 else quantize_matmul_8bits
     kernel(packed, padded, scales, zero_points, scheme.block_size, n_out, n_in, scheme.symmetric)
     return packed, scales, zero_points
+
+
+def _search_blocks(
+    weight: npt.NDArray[np.float32], block_size: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Symmetric 4 bits of ``(K, N)``, each block with the scale of the least squared error."""
+    n_in, n_out = weight.shape
+    n_blocks = -(-n_in // block_size)
+    packed = np.empty((n_out, n_blocks, block_size // 2), np.uint8)
+    scales = np.empty((n_out, n_blocks), np.float32)
+    rows = max(1, _CHUNK // (n_blocks * block_size))
+    for start in range(0, n_out, rows):
+        part = slice(start, start + rows)
+        padded = np.pad(weight[:, part].T, ((0, 0), (0, n_blocks * block_size - n_in)))
+        blocks = padded.reshape(-1, n_blocks, block_size)
+        largest = np.abs(blocks).argmax(axis=-1, keepdims=True)
+        widest = np.take_along_axis(blocks, largest, axis=-1) / np.float32(-8)
+        widest[widest == 0] = 1.0  # a block of zeros
+        least = np.full_like(widest, np.inf)
+        best = widest
+        for shrink in _SHRINK:
+            scale = widest * shrink
+            error = np.square(_steps(blocks, scale) * scale - blocks).sum(axis=-1, keepdims=True)
+            best = np.where(error < least, scale, best)
+            least = np.minimum(error, least)
+        halves = (_steps(blocks, best) + 8).astype(np.uint8)
+        packed[part] = halves[..., 0::2] | halves[..., 1::2] << 4
+        scales[part] = best[..., 0]
+    return packed, scales
+
+
+def _steps(
+    blocks: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    steps: npt.NDArray[np.float32] = np.clip(np.rint(blocks / scale), -8, 7)
+    return steps
 
 
 def dequantize_blocks(

@@ -108,10 +108,9 @@ def cells(output: str, first: str) -> list[list[str]]:
 
 def test_today_s_variants_are_what_the_recipes_ship() -> None:
     decoders, encoders = recipes.VARIANTS["decoder"], recipes.VARIANTS["encoder"]
-    int4, kv8 = RECIPES["int4"], RECIPES["int4-kv8"]
+    int4 = RECIPES["int4"]
     today = recipes.TODAY["decoder"]
     assert decoders[today] == recipes.Variant(int4.graphs["decoder_model"], int4.kv_cache)
-    assert decoders[f"{today}-kv8"] == recipes.Variant(kv8.graphs["decoder_model"], kv8.kv_cache)
     assert decoders["int8-b32"].scheme == RECIPES["int8"].graphs["decoder_model"]
     for graph in ("whisper_encoder", "htsat_encoder", "clap_encoder"):
         assert encoders[recipes.TODAY["encoder"]].scheme == int4.graphs[graph]
@@ -225,7 +224,8 @@ def test_decoders_from_end_to_end(
         return write_result(name, benchmark, command, data, tmp_path / "results")
 
     monkeypatch.setattr(recipes, "write_result", write)
-    asked = ["fp32", "int8-b32", "int4-b32-head8", "int4-b32-zp-head8", "int4-b128-head4-kv8"]
+    asked = ["fp32", "int8-b32", "int4-b32-head8", "int4-b32-zp-head8"]
+    asked += ["int4-b128-head8-kv8", "int4-b128-head4-kv8"]
     output, data = run("decoder", "--only", *asked, "--save", "tiny")
     rows = {row["name"]: row for row in data["rows"]}
     assert [*rows] == asked
@@ -249,13 +249,15 @@ def test_decoders_from_end_to_end(
     assert error["fp32"] == 0.0 and rows["fp32"]["agreement"] == 1.0
     assert 0 < error["int8-b32"] < error["int4-b32-head8"] < error["int4-b128-head4-kv8"]
     assert rows["int8-b32"]["size_bytes"] < rows["fp32"]["size_bytes"]
-    assert rows["int4-b32-head8"]["prefill_of_today"] == 1.0
+    assert rows[recipes.TODAY["decoder"]]["prefill_of_today"] == 1.0
     assert (data["weights"], data["prefill"], data["decode"]) == ("trained", 40, 8)
 
     head, *table = cells(output, "graph")
     assert head[1:3] == ["variant", "MB"] and head[-1] == "tokens as fp32's"
     assert all(len(row) == len(head) for row in table)
-    assert [row[1] for row in table] == [f"{n}{'*' * (n == 'int4-b32-head8')}" for n in asked]
+    assert [row[1] for row in table] == [
+        f"{n}{'*' * (n == recipes.TODAY['decoder'])}" for n in asked
+    ]
     assert not list(tmp_path.glob("recipes-*"))  # nothing is left behind
     (result,) = read_results([tmp_path / "results" / "tiny.json"], "recipes")
     assert result["rows"] == data["rows"] and "--save tiny" in result["command"]
@@ -299,7 +301,7 @@ def test_answers_are_compared_with_those_of_float32(run: Run, tone: Any, tmp_pat
         for n, text in enumerate(texts)
     ]
     (folder / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    name = "int4-b32-head8"
+    name = recipes.TODAY["decoder"]
     output, data = run("decoder", "--only", name, "--meta", str(folder), "--questions", "2")
     reference, row = data["answers"]
     assert (reference["name"], row["name"]) == ("fp32", name)
