@@ -4,12 +4,19 @@ The contract: graph in, graph out, from the largest keys and values that were se
 ``GroupQueryAttention`` writes ``rint(x / scale)``, clipped to int8, and reads it times the scale;
 all products are still float32. A scale belongs to a channel of a head of a layer (onnxruntime's
 ``PER_CHANNEL``): keys of Qwen3 have channels that are far larger than the others.
+
+onnxruntime's attention over int8 is fast for single tokens and slow for prompts. So each node
+becomes an ``If``: its *short* branch is that attention, its *long* one makes the past float32,
+attends in float32, and quantizes what is new by itself, to the bit as onnxruntime does. Past and
+present are one buffer with room for the new rows, as the runtime binds them: nothing else is
+written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +24,34 @@ import onnx_ir as ir
 
 from tinygiant.quantize.graph import add_initializer
 
-__all__ = ["HEADROOM", "KvPeaks", "kv_peaks", "kv_scales", "quantize_kv_cache"]
+__all__ = ["HEADROOM", "LONGEST_STEP", "KvPeaks", "kv_peaks", "kv_scales", "quantize_kv_cache"]
 
 HEADROOM = 1.25
 """How much larger than what was seen a key or value may be before it is clipped."""
 
+LONGEST_STEP = 32
+"""So many tokens at once are still read by the attention over int8.
+
+A step of decoding has one token, with drafts at most 16 (speculation's ``MAX_DRAFT_TOKENS``): all
+of them take the same branch. It reads a quarter of the bytes; to make the whole past float32 for a
+few tokens costs more than the faster products save.
+"""
+
 _ATTENTION = "GroupQueryAttention"
-_PASTS, _PRESENTS = slice(3, 5), slice(1, 3)  # inputs and outputs of the operator
-_K_SCALE, _V_SCALE = 12, 13  # inputs of it as well
+_CONTRIB = "com.microsoft"
+# Inputs of it: query, key, value, the pasts, seqlens_k, total_sequence_length, ...
+_QUERY, _PASTS, _TOTAL = 0, slice(3, 5), 6
+_K_SCALE = 12  # the values' follows
+_KINDS = ("key", "value")
 _ATTRIBUTES: Mapping[str, str | int] = {
     "k_quant_type": "PER_CHANNEL",
     "v_quant_type": "PER_CHANNEL",
     "kv_cache_bit_width": 8,
 }
-_LARGEST = 127
+_SMALLEST, _LARGEST = -128, 127
 _LEAST = 1e-3  # of the largest peak of the layer
+_POSITIONS = 2  # axis of a cache (1, n_kv_heads, capacity, head_dim)
+_END = 2**63 - 1  # of an axis, whatever its length
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,19 +94,189 @@ def quantize_kv_cache(graph: ir.Graph, peaks: Sequence[KvPeaks]) -> None:
         peaks: of each layer, in order.
 
     Raises:
-        ValueError: another number of peaks than of layers.
+        ValueError: another number of peaks than of layers, or layers with different numbers of
+            heads.
     """
     nodes = [node for node in graph if node.op_type == _ATTENTION]
-    for node, of_layer in zip(nodes, peaks, strict=True):
-        node.resize_inputs(_V_SCALE + 1)
-        for position, name, found in (
-            (_K_SCALE, "key_scale", of_layer.keys),
-            (_V_SCALE, "value_scale", of_layer.values),
-        ):
-            scale = add_initializer(graph, f"{node.name}.{name}", kv_scales(found))
-            node.replace_input_with(position, scale)
-        for attribute in ir.convenience.convert_attributes(_ATTRIBUTES):
-            node.attributes.add(attribute)
-        for cache in (*node.inputs[_PASTS], *node.outputs[_PRESENTS]):
-            assert cache is not None
-            cache.type = ir.TensorType(ir.DataType.INT8)
+    layers = list(zip(nodes, peaks, strict=True))
+    if not layers:
+        return
+    reading = _reading(graph, nodes, head_dim=peaks[0].keys.shape[1])
+    for node, of_layer in layers:
+        scales = [
+            add_initializer(graph, f"{node.name}.{kind}_scale", kv_scales(found))
+            for kind, found in zip(_KINDS, (of_layer.keys, of_layer.values), strict=True)
+        ]
+        for past in node.inputs[_PASTS]:
+            assert past is not None
+            past.type = ir.TensorType(ir.DataType.INT8)
+        branches = {
+            "then_branch": _long(node, scales, reading),
+            "else_branch": _short(node, scales),
+        }
+        choice = ir.node("If", [reading.is_long], branches, num_outputs=3, name=node.name)
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [choice], node.outputs, choice.outputs
+        )
+        for present in choice.outputs[1:]:
+            present.type = ir.TensorType(ir.DataType.INT8)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What all layers need to know of one run, and constants.
+
+    Attributes:
+        is_long: whether more than :data:`LONGEST_STEP` tokens are read.
+        n_past: ``(1,)``, how many tokens were read before.
+        rows: ``(1, n_kv_heads, n_new, 3)``, the index in a cache of each new row.
+        start, end, positions: of ``Slice``, the first row, beyond the last, and the axis.
+        ones: ``(head_dim,)``.
+        smallest, largest: of int8, in float32.
+    """
+
+    is_long: ir.Value
+    n_past: ir.Value
+    rows: ir.Value
+    start: ir.Value
+    end: ir.Value
+    positions: ir.Value
+    ones: ir.Value
+    smallest: ir.Value
+    largest: ir.Value
+
+
+def _reading(graph: ir.Graph, nodes: Sequence[ir.Node], head_dim: int) -> _Reading:
+    """Compute it once for all layers, before the first one."""
+    (n_heads,) = {node.attributes["kv_num_heads"].as_int() for node in nodes}
+    nodes_before = _Nodes("kv")
+
+    def integers(name: str, values: Any) -> ir.Value:
+        return add_initializer(graph, f"kv.{name}", np.array(values, np.int64))
+
+    def numbers(name: str, values: Any) -> ir.Value:
+        return add_initializer(graph, f"kv.{name}", np.array(values, np.float32))
+
+    add, start = nodes_before.add, integers("start", [0])
+    n_new = add("Shape", "n_new.dimension", [nodes[0].inputs[_QUERY]], start=1, end=2)
+    n_new = add("Squeeze", "n_new", [n_new])
+    is_long = add("Greater", "is_long", [n_new, integers("longest_step", LONGEST_STEP)])
+    total = add("Cast", "n_total", [nodes[0].inputs[_TOTAL]], to=ir.DataType.INT64)
+    n_past = add("Sub", "n_past.scalar", [total, n_new])
+    position = add("Range", "positions", [n_past, total, integers("step", 1)])
+    # The row of head h at position p is (0, h, p).
+    position = add("Unsqueeze", "positions.column", [position, integers("last_axis", [-1])])
+    position = add("Mul", "positions.index", [position, integers("index.position", [0, 0, 1])])
+    heads = [[[[0, head, 0]] for head in range(n_heads)]]
+    reading = _Reading(
+        is_long=is_long,
+        n_past=add("Unsqueeze", "n_past", [n_past, start]),
+        rows=add("Add", "rows", [position, integers("index.head", heads)]),
+        start=start,
+        end=integers("end", [_END]),
+        positions=integers("axis", [_POSITIONS]),
+        ones=numbers("ones", np.ones(head_dim)),
+        smallest=numbers("smallest", _SMALLEST),
+        largest=numbers("largest", _LARGEST),
+    )
+    graph.insert_before(nodes[0], nodes_before.nodes)
+    return reading
+
+
+def _short(node: ir.Node, scales: Sequence[ir.Value]) -> ir.Graph:
+    """Attention over the int8 cache, which onnxruntime also writes."""
+    nodes = _Nodes(f"{node.name}.short")
+    empty = [None] * (_K_SCALE - len(node.inputs))
+    attributes = {**_attributes(node), **_ATTRIBUTES}
+    attended, *presents = nodes.attention([*node.inputs, *empty, *scales], attributes)
+    return nodes.branch(attended, presents)
+
+
+def _long(node: ir.Node, scales: Sequence[ir.Value], reading: _Reading) -> ir.Graph:
+    """Attention in float32 over the past times its scale; new rows are written behind it."""
+    nodes = _Nodes(f"{node.name}.long")
+    inputs = list(node.inputs)
+    pasts = inputs[_PASTS]
+    inputs[_PASTS] = [
+        nodes.dequantized(kind, past, scale, reading)
+        for kind, past, scale in zip(_KINDS, pasts, scales, strict=True)
+    ]
+    attended, *wholes = nodes.attention(inputs, _attributes(node))
+    presents = [
+        nodes.written(kind, past, whole, scale, reading)
+        for kind, past, whole, scale in zip(_KINDS, pasts, wholes, scales, strict=True)
+    ]
+    return nodes.branch(attended, presents)
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+class _Nodes:
+    """Nodes of a graph or a branch in order, all named after it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.nodes: list[ir.Node] = []
+
+    def add(
+        self, kind: str, name: str, inputs: Sequence[ir.Value | None], **attributes: Any
+    ) -> ir.Value:
+        """Add a node of ONNX with one output of the same name."""
+        name = f"{self._name}.{name}"
+        self.nodes.append(ir.node(kind, inputs, attributes, outputs=[ir.val(name)], name=name))
+        return self.nodes[-1].outputs[0]
+
+    def attention(
+        self, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any]
+    ) -> Sequence[ir.Value]:
+        """Add the attention: what it gives, the keys and the values."""
+        outputs = [ir.val(f"{self._name}.{name}") for name in ("out", *_KINDS)]
+        self.nodes.append(
+            ir.node(
+                _ATTENTION, inputs, attributes, domain=_CONTRIB, outputs=outputs, name=self._name
+            )
+        )
+        return outputs
+
+    def dequantized(
+        self, kind: str, past: ir.Value | None, scale: ir.Value, reading: _Reading
+    ) -> ir.Value:
+        """The rows of ``past`` that hold a token, in float32."""
+        span = [reading.start, reading.n_past, reading.positions]
+        known = self.add("Slice", f"{kind}.known", [past, *span])
+        known = self.add("Cast", f"{kind}.float", [known], to=ir.DataType.FLOAT)
+        return self.add("Mul", f"{kind}.past", [known, scale])
+
+    def written(
+        self,
+        kind: str,
+        past: ir.Value | None,
+        whole: ir.Value,
+        scale: ir.Value,
+        reading: _Reading,
+    ) -> ir.Value:
+        """The buffer ``past`` with the new rows of ``whole`` in it, quantized.
+
+        onnxruntime multiplies by the reciprocal of the scale, rounds to even at a tie and clips.
+        ``Reciprocal`` may approximate; a quotient is exact, and one that divides a single 1 would
+        be drawn into the product.
+        """
+        new = self.add(
+            "Slice", f"{kind}.new", [whole, reading.n_past, reading.end, reading.positions]
+        )
+        per_scale = self.add("Div", f"{kind}.per_scale", [reading.ones, scale])
+        steps = self.add("Mul", f"{kind}.steps", [new, per_scale])
+        steps = self.add("Round", f"{kind}.rounded", [steps])
+        steps = self.add("Clip", f"{kind}.clipped", [steps, reading.smallest, reading.largest])
+        steps = self.add("Cast", f"{kind}.int8", [steps], to=ir.DataType.INT8)
+        # In place: onnxruntime copies the past only if the present is another buffer.
+        return self.add("ScatterND", f"{kind}.present", [past, reading.rows, steps])
+
+    def branch(self, attended: ir.Value, presents: Sequence[ir.Value]) -> ir.Graph:
+        """All of it as a branch of an ``If``."""
+        attended.type = ir.TensorType(ir.DataType.FLOAT)
+        for present in presents:
+            present.type = ir.TensorType(ir.DataType.INT8)
+        return ir.Graph([], [attended, *presents], nodes=self.nodes, name=self._name)

@@ -319,7 +319,7 @@ class Bundle:
 
         Raises:
             BundleError: the file is not the one that the manifest describes; it uses an operator
-                that the manifest does not list for it, control flow, or weights from other files
+                that the manifest does not list for it, loops, or weights from other files
                 than those that are listed for it.
         """
         path, entry = self.graph(name), self.manifest.graphs[name]

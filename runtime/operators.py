@@ -2,9 +2,10 @@
 
 The contract: :func:`graph_contents` takes the bytes of a file and tells which operators its nodes
 name and which files its weights lie in. It reads the protobuf wire format itself (the runtime has
-no onnx package), skips every field that it does not need, and never recurses: a graph inside a node
-is refused, and with it every loop and branch, so the depth is fixed and every run of a graph ends.
-It holds to onnx.proto3 of ONNX 1.23 and refuses whatever a usual writer would not write.
+no onnx package) and skips every field that it does not need. A graph inside a node is refused, and
+with it every loop, except the two branches of an ``If``, which hold neither initializers nor
+another ``If``: so the depth is fixed, and every run of a graph ends. It holds to onnx.proto3 of
+ONNX 1.23 and refuses whatever a usual writer would not write.
 
 Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 """
@@ -20,8 +21,8 @@ from tinygiant.runtime.text import printable
 
 __all__ = ["CONTROL_FLOW", "MAX_GRAPH_BYTES", "OPERATOR", "GraphContents", "graph_contents"]
 
-CONTROL_FLOW = frozenset(f"ai.onnx:{name}" for name in ("If", "Loop", "Scan", "SequenceMap"))
-"""Operators that choose what runs, or how often. They are refused even without a graph inside."""
+CONTROL_FLOW = frozenset(f"ai.onnx:{name}" for name in ("Loop", "Scan", "SequenceMap"))
+"""Operators that choose how often something runs. They are refused even without a graph inside."""
 
 OPERATOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}:[A-Za-z][A-Za-z0-9_]{0,63}")
 """An operator as a manifest writes it, domain and name: ``ai.onnx:MatMul``."""
@@ -36,13 +37,14 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE_INITIALIZER = 1, 5, 15
 _NODE_OP_TYPE, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_ATTRIBUTE_NAME, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 1, 6, 11
 _ATTRIBUTE_TENSORS = (5, 10)
-_ATTRIBUTE_GRAPHS = (6, 11)
 _ATTRIBUTE_SPARSE_TENSORS = (22, 23)
 _SPARSE_TENSORS = (1, 2)  # values, indices
 _TENSOR_EXTERNAL_DATA = 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
+_IF, _BRANCHES = "ai.onnx:If", frozenset({"then_branch", "else_branch"})
 
 _Span = tuple[int, int]  # where a message or a string starts and ends
 
@@ -59,7 +61,8 @@ def graph_contents(content: bytes) -> GraphContents:
     """Read the bytes of an ONNX file.
 
     Raises:
-        BundleError: it is too large or damaged, or holds control flow, functions or training.
+        BundleError: it is too large or damaged, or holds loops, branches within branches or with
+            initializers, functions or training.
     """
     if len(content) > MAX_GRAPH_BYTES:
         raise BundleError(f"the graph has {len(content)} bytes, at most {MAX_GRAPH_BYTES} are read")
@@ -84,42 +87,68 @@ class _Reader:
             elif number in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
                 raise BundleError("the graph brings functions or training of its own")
 
-    def _graph(self, span: _Span) -> None:
+    def _graph(self, span: _Span, *, is_branch: bool = False) -> None:
         for number, part in self._fields(span):
             if number == _GRAPH_NODE:
-                self._node(part)
-            elif number == _GRAPH_INITIALIZER:
-                self._tensor(part)
-            elif number == _GRAPH_SPARSE_INITIALIZER:
-                self._sparse(part)
+                self._node(part, in_branch=is_branch)
+            elif number in (_GRAPH_INITIALIZER, _GRAPH_SPARSE_INITIALIZER):
+                if is_branch:
+                    raise _control_flow("a branch with initializers")
+                if number == _GRAPH_INITIALIZER:
+                    self._tensor(part)
+                else:
+                    self._sparse(part)
 
-    def _node(self, span: _Span) -> None:
+    def _node(self, span: _Span, *, in_branch: bool) -> None:
         names: list[str] = []
         domains: list[str] = []
+        branches: dict[str, _Span] = {}
         for number, part in self._fields(span):
             if number == _NODE_OP_TYPE:
                 names.append(self._string(part))
             elif number == _NODE_DOMAIN:
                 domains.append(self._string(part))
             elif number == _NODE_ATTRIBUTE:
-                self._attribute(part)
+                found = self._attribute(part)
+                if found is None:
+                    continue
+                name, graph = found
+                if in_branch or name not in _BRANCHES or name in branches:
+                    raise _control_flow("a graph inside a node")
+                branches[name] = graph
         if len(names) != 1 or len(domains) > 1:
             raise _damaged("a node has no operator, or several")
         operator = f"{''.join(domains) or 'ai.onnx'}:{names[0]}"
         if OPERATOR.fullmatch(operator) is None:
             raise BundleError(f"the graph uses an impossible operator, {printable(operator):.80}")
         if operator in CONTROL_FLOW:
-            raise BundleError(f"the graph has control flow ({operator}), not allowed")
+            raise _control_flow(operator)
+        if operator == _IF and set(branches) != _BRANCHES:
+            raise _control_flow("an If without its two branches")
+        if operator != _IF and branches:
+            raise _control_flow("a graph inside a node")
         self.operators.add(operator)
+        for graph in branches.values():  # of a node outside of branches: this goes one level down
+            self._graph(graph, is_branch=True)
 
-    def _attribute(self, span: _Span) -> None:
+    def _attribute(self, span: _Span) -> tuple[str, _Span] | None:
+        """The name of an attribute that holds a graph, and where that is."""
+        names: list[str] = []
+        graphs: list[_Span] = []
         for number, part in self._fields(span):
-            if number in _ATTRIBUTE_GRAPHS:
-                raise BundleError("the graph has control flow (a graph inside a node), not allowed")
-            if number in _ATTRIBUTE_TENSORS:
+            if number == _ATTRIBUTE_NAME:
+                names.append(self._string(part))
+            elif number == _ATTRIBUTE_GRAPH:
+                graphs.append(part)
+            elif number == _ATTRIBUTE_GRAPHS:
+                raise _control_flow("graphs inside a node")
+            elif number in _ATTRIBUTE_TENSORS:
                 self._tensor(part)
             elif number in _ATTRIBUTE_SPARSE_TENSORS:
                 self._sparse(part)
+        if len(names) > 1 or len(graphs) > 1:
+            raise _damaged("an attribute has several names or graphs")
+        return ("".join(names), graphs[0]) if graphs else None
 
     def _sparse(self, span: _Span) -> None:
         for number, part in self._fields(span):
@@ -197,3 +226,7 @@ class _Reader:
 
 def _damaged(what: str) -> BundleError:
     return BundleError(f"the graph is damaged or no ONNX file: {what}")
+
+
+def _control_flow(what: str) -> BundleError:
+    return BundleError(f"the graph has control flow ({what}), not allowed")

@@ -25,19 +25,34 @@ from tinygiant.runtime.sessions import Graph, GraphPool, SessionSettings
 
 
 def by_onnx(model: onnx.ModelProto) -> GraphContents:
-    """Operators and weight files of a graph without graphs in it, as the onnx package reads it."""
+    """Operators and weight files of a graph, as the onnx package reads it.
+
+    Graphs inside it are the two branches of an ``If``, or it fails.
+    """
+    branches = [
+        attribute.g
+        for node in model.graph.node
+        if name_of(node) == "ai.onnx:If"
+        for attribute in node.attribute
+    ]
+    assert not any(branch.initializer or branch.sparse_initializer for branch in branches)
     tensors = [*model.graph.initializer]
     for sparse in model.graph.sparse_initializer:
         tensors += [sparse.values, sparse.indices]
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            assert not attribute.HasField("g")
-            assert not attribute.graphs
-            tensors += [attribute.t, *attribute.tensors]
-            for sparse in [attribute.sparse_tensor, *attribute.sparse_tensors]:
-                tensors += [sparse.values, sparse.indices]
+    operators = set()
+    for graph in (model.graph, *branches):
+        for node in graph.node:
+            operators.add(name_of(node))
+            is_if = graph is model.graph and name_of(node) == "ai.onnx:If"
+            holding = {attribute.name for attribute in node.attribute if attribute.HasField("g")}
+            assert holding == ({"then_branch", "else_branch"} if is_if else set())
+            for attribute in node.attribute:
+                assert not attribute.graphs
+                tensors += [attribute.t, *attribute.tensors]
+                for sparse in [attribute.sparse_tensor, *attribute.sparse_tensors]:
+                    tensors += [sparse.values, sparse.indices]
     return GraphContents(
-        frozenset(f"{node.domain or 'ai.onnx'}:{node.op_type}" for node in model.graph.node),
+        frozenset(operators),
         frozenset(
             entry.value
             for tensor in tensors
@@ -45,6 +60,10 @@ def by_onnx(model: onnx.ModelProto) -> GraphContents:
             if entry.key == "location"
         ),
     )
+
+
+def name_of(node: onnx.NodeProto) -> str:
+    return f"{node.domain or 'ai.onnx'}:{node.op_type}"
 
 
 def external(location: str, name: str = "w") -> onnx.TensorProto:
@@ -64,8 +83,24 @@ def model_of(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
+def branch(*nodes: onnx.NodeProto, weights: Iterable[onnx.TensorProto] = ()) -> onnx.GraphProto:
+    """A branch that gives ``b``."""
+    value = helper.make_tensor_value_info("b", TensorProto.FLOAT, [1])
+    return helper.make_graph(list(nodes), "branch", [], [value], list(weights))
+
+
+def choice(
+    then: onnx.GraphProto | None = None, otherwise: onnx.GraphProto | None = None
+) -> onnx.NodeProto:
+    """An ``If`` on ``c``; a branch that is not given gives ``x``."""
+    plain = branch(helper.make_node("Identity", ["x"], ["b"]))
+    return helper.make_node(
+        "If", ["c"], ["y"], then_branch=then or plain, else_branch=otherwise or plain
+    )
+
+
 def everywhere() -> onnx.ModelProto:
-    """A model with weights in every place where onnx.proto allows one."""
+    """A model with weights in every place where onnx.proto allows one, and branches."""
     constant = helper.make_node("Constant", [], ["c"])
     constant.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(external("t"))
     tensors = constant.attribute.add(name="more", type=onnx.AttributeProto.TENSORS)
@@ -75,10 +110,13 @@ def everywhere() -> onnx.ModelProto:
     constant.attribute.add(name="ss").sparse_tensors.append(
         onnx.SparseTensorProto(values=external("v2"), indices=external("i2"))
     )
+    inside = helper.make_node("Constant", [], ["b"])
+    inside.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(external("b"))
     model = model_of(
-        [helper.make_node("Add", ["x", "w"], ["y"], domain="com.microsoft"), constant],
+        [helper.make_node("Add", ["x", "w"], ["y"], domain="com.microsoft"), constant,
+         choice(branch(inside))],
         [external("w"), external("", "empty")],
-    )
+    )  # fmt: skip
     model.graph.sparse_initializer.append(
         onnx.SparseTensorProto(values=external("v3"), indices=external("i3"))
     )
@@ -128,8 +166,10 @@ def test_the_installed_bundle_lists_what_it_uses() -> None:
 
 def test_weights_are_found_wherever_they_may_be() -> None:
     found = graph_contents(everywhere().SerializeToString())
-    assert found.weight_files == {"w", "v", "i", "t", "t1", "t2", "v2", "i2", "v3", "i3", ""}
-    assert found.operators == {"com.microsoft:Add", "ai.onnx:Constant"}
+    assert found.weight_files == {"w", "v", "i", "t", "t1", "t2", "v2", "i2", "v3", "i3", "b", ""}
+    assert found.operators == {
+        "com.microsoft:Add", "ai.onnx:Constant", "ai.onnx:If", "ai.onnx:Identity"
+    }  # fmt: skip
 
 
 def test_the_two_names_of_the_default_domain_are_one() -> None:
@@ -172,6 +212,95 @@ def test_control_flow_is_refused_by_name(operator: str) -> None:
     assert "control flow" in refusal(model_of([node]).SerializeToString())
 
 
+def test_operators_in_branches_are_counted() -> None:
+    then, otherwise = (
+        branch(helper.make_node(kind, ["x"], ["b"], domain=domain))
+        for kind, domain in (("Det", ""), ("Gelu", "com.microsoft"))
+    )
+    content = model_of([choice(then, otherwise)]).SerializeToString()
+    assert graph_contents(content) == by_onnx(onnx.load_from_string(content))
+    assert graph_contents(content).operators == {
+        "ai.onnx:If", "ai.onnx:Det", "com.microsoft:Gelu"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["then", "otherwise"])
+@pytest.mark.parametrize("operator", ["If", "Loop", "Scan", "SequenceMap"])
+@pytest.mark.parametrize("with_graphs", [False, True])
+def test_control_flow_in_a_branch_is_refused(which: str, operator: str, with_graphs: bool) -> None:
+    inner = choice() if with_graphs else helper.make_node(operator, ["x"], ["b"])
+    inner.op_type = operator
+    node = choice(**{which: branch(inner)})
+    assert "control flow" in refusal(model_of([node]).SerializeToString())
+
+
+@pytest.mark.parametrize("which", ["then", "otherwise"])
+def test_initializers_of_a_branch_are_refused(which: str) -> None:
+    """Also such as lie in the file: the exporter writes none."""
+    inside = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+    node = helper.make_node("Identity", ["w"], ["b"])
+    for weight in (inside, external("w.data")):
+        held = choice(**{which: branch(node, weights=[weight])})
+        assert "a branch with initializers" in refusal(model_of([held]).SerializeToString())
+    sparse = branch(node)
+    sparse.sparse_initializer.append(onnx.SparseTensorProto(values=inside))
+    held = choice(**{which: sparse})
+    assert "a branch with initializers" in refusal(model_of([held]).SerializeToString())
+
+
+def test_only_the_two_branches_of_an_if_may_be_graphs() -> None:
+    def told(node: onnx.NodeProto) -> str:
+        return refusal(model_of([node]).SerializeToString())
+
+    for name in ("then_branch", "else_branch"):
+        node = choice()
+        missing = next(i for i, part in enumerate(node.attribute) if part.name == name)
+        del node.attribute[missing]
+        assert "without its two branches" in told(node)
+    third = choice()
+    third.attribute.add(name="body").g.CopyFrom(branch())
+    twice = choice()
+    twice.attribute.add(name="then_branch").g.CopyFrom(branch())
+    nameless = choice()
+    nameless.attribute[0].name = ""
+    many = choice()
+    many.attribute.add(name="more").graphs.append(branch())
+    other = choice()
+    other.op_type = "Abs"
+    foreign = choice()
+    foreign.domain = "com.microsoft"
+    for node in (third, twice, nameless, many, other, foreign):
+        assert "inside a node" in told(node)
+
+
+def test_the_order_of_fields_hides_nothing() -> None:
+    """Attributes before the operator, and the name of one behind its graph."""
+    inner = field(1, field(4, b"Det"))
+
+    def branches_of(graph: bytes) -> bytes:
+        names = (b"then_branch", b"else_branch")
+        return b"".join(field(5, field(6, graph) + field(1, name)) for name in names)
+
+    branches = branches_of(inner)
+    for node in (branches + field(4, b"If"), field(4, b"If") + branches):
+        content = field(7, field(1, node))
+        assert graph_contents(content).operators == {"ai.onnx:If", "ai.onnx:Det"}
+    assert "inside a node" in refusal(field(7, field(1, branches + field(4, b"Abs"))))
+    nested = field(1, branches + field(4, b"If"))
+    hidden = field(1, branches_of(nested) + field(4, b"If"))
+    assert "inside a node" in refusal(field(7, hidden))
+
+
+@pytest.mark.parametrize("name", [b"then_branch", b"body"])
+def test_an_attribute_with_two_names_or_graphs_is_refused(name: bytes) -> None:
+    graph = field(6, field(1, field(4, b"Det")))
+    for attribute in (
+        field(1, b"then_branch") + graph + field(1, name),
+        field(1, b"then_branch") + graph + graph,
+    ):
+        assert "several" in refusal(field(7, field(1, field(4, b"If") + field(5, attribute))))
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_graph_inside_a_node_is_refused_whatever_the_operator(several: bool) -> None:
     inner = model_of([helper.make_node("Abs", ["x"], ["y"])]).graph
@@ -192,19 +321,26 @@ def test_functions_and_training_are_refused() -> None:
     )  # fmt: skip
     model.functions.append(function)
     assert "functions" in refusal(model.SerializeToString())
+    del model.graph.node[:]
+    called = helper.make_node("Twice", ["x"], ["b"], domain="own")
+    model.graph.node.append(choice(branch(called)))
+    assert "functions" in refusal(model.SerializeToString())
     del model.functions[:]
     model.training_info.add().algorithm.CopyFrom(model.graph)
     assert "training" in refusal(model.SerializeToString())
 
 
 def test_deep_nesting_costs_nothing() -> None:
-    """Node in attribute in graph in node, 3,000 deep: refused at the first level."""
-    content = b""
-    for _ in range(3_000):
-        content = field(1, field(4, b"Abs") + field(5, field(6, content)))
-    start = time.process_time()
-    assert "control flow" in refusal(field(7, content))
-    assert time.process_time() - start < 1.0
+    """Node in attribute in graph in node, 3,000 deep: refused at the first or second level."""
+    for operator in (b"Abs", b"If"):
+        content = b""
+        for _ in range(3_000):
+            inner = field(5, field(1, b"then_branch") + field(6, content))
+            empty = field(5, field(1, b"else_branch") + field(6, b""))
+            content = field(1, field(4, operator) + inner + empty)
+        start = time.process_time()
+        assert "control flow" in refusal(field(7, content))
+        assert time.process_time() - start < 1.0
 
 
 def test_an_endless_loop_of_a_bundle_never_reaches_onnxruntime(bundle_copy: Path) -> None:
@@ -324,6 +460,17 @@ def test_an_operator_that_the_manifest_does_not_list(bundle_copy: Path) -> None:
     replace_graph(bundle_copy, model_of([node]).SerializeToString())
     assert "operator ai.onnx:Det" in reading(bundle_copy)
     replace_graph(bundle_copy, model_of([node]).SerializeToString(), operators=["ai.onnx:Det"])
+    b.Bundle.open(bundle_copy).read_graph("projector")
+
+
+def test_an_operator_in_a_branch_that_the_manifest_does_not_list(bundle_copy: Path) -> None:
+    content = model_of([choice(branch(helper.make_node("Det", ["x"], ["b"])))]).SerializeToString()
+    known = ["ai.onnx:If", "ai.onnx:Identity"]
+    replace_graph(bundle_copy, content, operators=known)
+    assert "operator ai.onnx:Det" in reading(bundle_copy)
+    replace_graph(bundle_copy, content, operators=[*known[1:], "ai.onnx:Det"])
+    assert "operator ai.onnx:If" in reading(bundle_copy)
+    replace_graph(bundle_copy, content, operators=[*known, "ai.onnx:Det"])
     b.Bundle.open(bundle_copy).read_graph("projector")
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tinygiant.export.decoder import build_decoder
 from tinygiant.quantize import RECIPES, KvPeaks, kv_peaks, quantize_graph
+from tinygiant.quantize.kv_cache import LONGEST_STEP
 from tinygiant.runtime import TinyGiant, load
 from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.decoder import Decoder
@@ -241,10 +242,15 @@ def eager() -> Speculation:
     return speculation
 
 
+PROMPT_TOKENS = st.integers(3, CONFIG.vocab_size - 1)
+
+
 @settings(max_examples=40)
 @given(
-    prompt=st.lists(st.integers(3, CONFIG.vocab_size - 1), min_size=1, max_size=12),
-    texts=st.lists(st.lists(st.integers(3, CONFIG.vocab_size - 1), max_size=30), max_size=3),
+    # Of an int8 cache also prompts that are read in float32.
+    prompt=st.lists(PROMPT_TOKENS, min_size=1, max_size=12)
+    | st.lists(PROMPT_TOKENS, min_size=LONGEST_STEP + 1, max_size=LONGEST_STEP + 8),
+    texts=st.lists(st.lists(PROMPT_TOKENS, max_size=30), max_size=3),
     n_new=st.integers(1, 60),
     right=st.booleans(),
 )

@@ -229,6 +229,17 @@ def check_tokenizer(data: bytes) -> None:
 def graph_seeds() -> list[bytes]:
     from onnx import TensorProto, helper
 
+    def value(name: str) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [2])
+
+    def model(node: Any, weight: Any) -> bytes:
+        graph = helper.make_graph([node], "g", [value("x")], [value("y")], [weight])
+        opsets = [helper.make_opsetid("", 21)]
+        encoded: bytes = helper.make_model(
+            graph, opset_imports=opsets, ir_version=10
+        ).SerializeToString()
+        return encoded
+
     seeds = []
     for location in (None, "weights.bin", "../weights.bin"):
         weight = helper.make_tensor(
@@ -237,17 +248,15 @@ def graph_seeds() -> list[bytes]:
         if location is not None:
             weight.ClearField("raw_data")
             weight.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", location), ("offset", "0"), ("length", "8")):
-                weight.external_data.add(key=key, value=value)
-        graph = helper.make_graph(
-            [helper.make_node("Add", ["x", "w"], ["y"])],
-            "g",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
-            [weight],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-        seeds.append(model.SerializeToString())
+            for key, text in (("location", location), ("offset", "0"), ("length", "8")):
+                weight.external_data.add(key=key, value=text)
+        seeds.append(model(helper.make_node("Add", ["x", "w"], ["y"]), weight))
+    branches = {
+        name: helper.make_graph([helper.make_node(kind, ["x"], ["b"])], name, [], [value("b")])
+        for name, kind in (("then_branch", "Neg"), ("else_branch", "Identity"))
+    }
+    condition = helper.make_tensor("c", TensorProto.BOOL, [], [True])
+    seeds.append(model(helper.make_node("If", ["c"], ["y"], **branches), condition))
     return seeds
 
 
