@@ -152,10 +152,13 @@ def pretrain(run: NanoRun, name: str) -> None:
         loop=LoopConfig(seed=run.seed, **settings),
     )
     train_set, validation_set = (WorldDataset(run.data / s) for s in ("train", "validation"))
+    if run.start is None:
+        fresh = build_component(run.config, name, run.seed)
+    else:
+        fresh = load_component(run.start, name)
+    assert fresh is not None, "nano has this component"
     encoder = pretrain_encoder(
-        build_component(run.config, name, run.seed)
-        if run.start is None
-        else load_component(run.start, name),
+        fresh,
         run.config,
         task,
         train_set,
