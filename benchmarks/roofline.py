@@ -169,6 +169,7 @@ class _Stages:
 
     def __init__(self, bundle: Bundle, threads: int, prompt_tokens: int, steps: int) -> None:
         self._config, self._steps = bundle.config, steps
+        self._kv_type = bundle.manifest.kv_cache
         self._pool = GraphPool(bundle, SessionSettings(threads=threads))
         self._embeddings = TokenEmbeddings.open(bundle)
         self._prompt_tokens = prompt_tokens
@@ -197,7 +198,9 @@ class _Stages:
         with self._pool.use("decoder_model") as graph:
             capacity = self._prompt_tokens + self._steps
             start_s = time.perf_counter()
-            decoder = Decoder(graph, self._embeddings, self._config.decoder, capacity)
+            decoder = Decoder(
+                graph, self._embeddings, self._config.decoder, capacity, kv_type=self._kv_type
+            )
             token = greedy(decoder.read(token_ids))
             read_s = time.perf_counter()
             for _ in range(self._steps):

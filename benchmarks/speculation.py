@@ -34,6 +34,7 @@ from benchmarks.predictions import read_items, read_predictions
 from benchmarks.report import command_line, write_result
 from tinygiant.runtime import Bundle, TinyGiantError
 from tinygiant.runtime.bundle import default_bundle_path
+from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import UsageError
@@ -121,7 +122,8 @@ def read_scripts(meta: Path, answers: Path, count: int, tokenizer: Tokenizer) ->
 def measure(
     graph: Any,
     embeddings: TokenEmbeddings,
-    config: Any,
+    config: DecoderConfig,
+    kv_type: KvType,
     scripts: Sequence[Script],
     n_prompt: int,
 ) -> list[dict[str, float]]:
@@ -139,7 +141,8 @@ def measure(
         for drafted in (number % 2 == 0, number % 2 == 1):  # each kind goes first half of the time
             drafter = speculation.start([script.instruction_ids], ()) if drafted else None
             scripted = Scripted(graph, n_prompt, script.answer_ids)
-            decoder = Decoder(scripted, embeddings, config, n_prompt + n_tokens, drafter)
+            capacity = n_prompt + n_tokens
+            decoder = Decoder(scripted, embeddings, config, capacity, drafter, kv_type=kv_type)
             logits = decoder.prefill(prompt.astype(np.float32))
             start_s = time.perf_counter()
             tokens = list(decoder.generate(logits, max_new_tokens=n_tokens, stop_ids=()))
@@ -190,8 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pool = GraphPool(bundle, SessionSettings(threads=options.threads))
         with pool.use("decoder_model") as graph:
             embeddings = TokenEmbeddings.open(bundle)
-            config = bundle.config.decoder
-            rows = measure(graph, embeddings, config, scripts, options.prompt_tokens)
+            config, kv_type = bundle.config.decoder, bundle.manifest.kv_cache
+            rows = measure(graph, embeddings, config, kv_type, scripts, options.prompt_tokens)
         parts = {"first 5 answers": rows[:5], "later answers": rows[5:]}
         data = {
             "model": bundle.config.name,
