@@ -3,7 +3,8 @@
     python -m benchmarks.latency [--bundle DIR] [--seconds 2 5 10 30] [--rounds 5] [--save NAME]
 
 Every figure is the median of several questions in one process, after one that is not counted. The
-clips are seeded noise: what a stage costs does not depend on what is heard. Gaps are the times
+clips are seeded noise: what a stage costs does not depend on what is heard. Nothing is drafted, for
+what drafts are worth depends on the text (``benchmarks.speculation``). Gaps are the times
 between one piece of text and the next, as a reader sees them. The model is loaded once; how long
 that took, and the peak of the process's memory, stand beside the table, and so does a cold start:
 from the start of ``tg-run`` in a process of its own to its first token (the files are in the
@@ -127,7 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     try:
         start = time.perf_counter()
-        model = load(options.bundle, threads=options.threads, memory=options.memory)
+        # Without drafts: noise, and random weights above all, repeat themselves as no answer does.
+        model = load(
+            options.bundle, threads=options.threads, memory=options.memory, speculate=False
+        )
         load_s = time.perf_counter() - start
         rows = measure(model, options.seconds, options.rounds, options.new_tokens)
         options_cold = ["--threads", str(options.threads), "--memory", options.memory]

@@ -432,6 +432,8 @@ class OptimumDecoder(_Transformers):
         self._model = ORTModelForCausalLM.from_pretrained(
             settings.model, provider="CPUExecutionProvider", session_options=options
         )
+        # optimum-onnx 0.1 takes hidden size by heads for it, which Qwen3's is not.
+        self._model.embed_size_per_head = settings.qwen3.head_dim
         self.vocab_size = settings.qwen3.vocab_size
 
 
