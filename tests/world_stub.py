@@ -11,7 +11,7 @@ class ToneBanks:
     """Has the methods of ``tinygiant.models.world.engines.Banks``; every note is one sine."""
 
     def __init__(self) -> None:
-        quiet = np.random.default_rng(0).integers(-2000, 2000, (4, 10 * RATE_HZ), np.int16)
+        quiet = np.random.default_rng(0).integers(-2000, 2000, (4, 2, 10 * RATE_HZ), np.int16)
         self.beds = {split: quiet for split in ("train", "validation", "test", "shifted")}
 
     def word_duration_s(self, voice: str, setting: int, word: str) -> float:

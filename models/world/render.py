@@ -45,8 +45,10 @@ def render(scene: Scene, banks: Banks) -> Audio:
         heard = convolve(sound, near_room if event.near else far_room)
         _add(mix, heard, event.start_s, event.level_db)
     if scene.background:
-        recording = banks.beds[scene.split][BACKGROUNDS.index(scene.background.kind)]
-        first = int(scene.background.offset * (recording.size - n))
+        recordings = banks.beds[scene.split][BACKGROUNDS.index(scene.background.kind)]
+        which, offset = divmod(scene.background.offset * len(recordings), 1.0)
+        recording = recordings[int(which)]
+        first = int(offset * (recording.size - n))
         layer = recording[first : first + n].astype(np.float32) * np.float32(1 / 32768)
         mix += layer * np.float32(10 * _FULL_LEVEL * 10 ** (scene.background.level_db / 20))
     hiss = rng.standard_normal(n, np.float32)

@@ -137,7 +137,7 @@ class Speech:
 
 @dataclass(frozen=True)
 class Background:
-    """A bed under the whole clip: ``offset`` (0..1) is the place in the bank's recording."""
+    """A bed under the whole clip: ``offset`` (0..1) is the place in the bank's recordings."""
 
     kind: str
     level_db: float
