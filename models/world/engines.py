@@ -57,8 +57,8 @@ _VELOCITIES = (75, 112)
 _NOTE_S = 1.15
 _NOTE_SLOT_S = 1.8
 _BED_S = 30
-# A single hum has a single pitch, and who heard only that takes another hum for wind. The splits that
-# are asked about have one that training has not.
+# A single hum has a single pitch, and who heard only that takes another hum for wind. The splits
+# that are asked about have one that training has not.
 _RECORDINGS: dict[Split, int] = {"train": 16, "validation": 1, "test": 1, "shifted": 1}
 _VERSION = "banks-2"
 
