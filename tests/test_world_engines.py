@@ -49,13 +49,17 @@ def test_every_voice_is_its_own_and_has_the_pitch_of_its_gender(tmp_path) -> Non
     seen = Counter()
     for voices in VOICES.values():
         for voice in voices:
-            samples = speak(voice, 0, "yellow", tmp_path).astype(np.float32) / 32768
+            # The highest of its settings: a creaky end of a low word has no pitch to be found.
+            words = [
+                speak(voice, len(voice.settings) - 1, w, tmp_path) for w in ("yellow", "seven")
+            ]
+            samples = np.concatenate(words).astype(np.float32) / 32768
             seen[samples.tobytes()] += 1
             pitch, _, _ = librosa.pyin(
                 samples, fmin=60, fmax=400, sr=48_000, frame_length=4096, hop_length=1024
             )
             median = float(np.nanmedian(pitch))
-            assert (median > 130) == (voice.gender == "woman"), (voice.name, median)
+            assert (median > 145) == (voice.gender == "woman"), (voice.name, median)
     assert max(seen.values()) == 1
 
 
