@@ -46,10 +46,13 @@ from tinygiant.runtime.errors import UsageError
 
 __all__ = [
     "CONTENDERS",
+    "SETTLE_S",
     "Contender",
     "busy_jiffies",
+    "busy_warning",
     "main",
     "median_ratio",
+    "others_s",
     "pick_python",
     "process_jiffies",
     "rotated",
@@ -64,7 +67,7 @@ _TASKS = ("encoder", "decoder", "question")
 _QUESTION = "What is heard in this recording?"
 _PROMPT_TOKENS, _STEPS = 400, 64
 _QUESTION_STEPS = 128
-_SETTLE_S = 0.3  # threads that spin for a moment after their work come to rest
+SETTLE_S = 0.3  # threads that spin for a moment after their work come to rest
 _BUSY_CORES = 0.2
 
 Round = dict[str, Any]
@@ -229,6 +232,26 @@ def process_jiffies(stat: str) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+def others_s(pid: int) -> float:
+    """Seconds that processors have computed for other processes; 0 where nothing tells."""
+    try:
+        of_all = Path("/proc/stat").read_text(encoding="ascii")
+        own = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux, or it has ended, which a worker's next read tells
+        return 0.0
+    return (busy_jiffies(of_all) - process_jiffies(own)) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_warning(others_cores: float) -> list[str]:
+    """A line for the table if other programs used that many cores, none if they hardly did."""
+    if others_cores <= _BUSY_CORES:
+        return []
+    return [
+        f"NOT A COMPARISON: other programs used up to {others_cores:.1f} cores in a round; run it "
+        "again on a quiet machine"
+    ]
+
+
 # Processes.
 
 
@@ -261,7 +284,7 @@ class _Process:
 
     def ask(self, request: Round) -> Round:
         assert self._popen.stdin is not None
-        before, start_s = self._others_jiffies(), time.perf_counter()
+        before_s, start_s = others_s(self._popen.pid), time.perf_counter()
         try:
             self._popen.stdin.write(json.dumps(request) + "\n")
             self._popen.stdin.flush()
@@ -269,18 +292,9 @@ class _Process:
             raise _WorkerError(self._reason()) from error
         answer = self._read()
         seconds = time.perf_counter() - start_s
-        used_s = (self._others_jiffies() - before) / os.sysconf("SC_CLK_TCK")
+        used_s = others_s(self._popen.pid) - before_s
         self.others_cores.append(max(used_s, 0.0) / seconds)
         return answer
-
-    def _others_jiffies(self) -> int:
-        """What processors have computed that was not for this worker."""
-        try:
-            of_all = Path("/proc/stat").read_text(encoding="ascii")
-            own = Path(f"/proc/{self._popen.pid}/stat").read_text(errors="replace")
-        except OSError:  # not Linux, or it has ended, which the next read tells
-            return 0
-        return busy_jiffies(of_all) - process_jiffies(own)
 
     def _read(self) -> Round:
         assert self._popen.stdout is not None
@@ -386,7 +400,7 @@ class _Peers:
                 for contender, process, request in rotated(running, number):
                     if contender.name in self.skipped:
                         continue
-                    time.sleep(_SETTLE_S)
+                    time.sleep(SETTLE_S)
                     with self._told(contender):
                         results[contender.name].append(process.ask(request | {"seed": number + 1}))
             for contender, process, _ in running:
@@ -617,11 +631,7 @@ def _tables(data: Round) -> str:
         f"{size}ours {data['model']} {data['recipe']}; {data['threads']} threads, medians of "
         f"{data['rounds']} rounds; * is the baseline",
     ]
-    if data["others_cores"] > _BUSY_CORES:
-        lines.append(
-            f"NOT A COMPARISON: other programs used up to {data['others_cores']:.1f} cores in a "
-            "round; run it again on a quiet machine"
-        )
+    lines += busy_warning(data["others_cores"])
     memory = "peak RSS | on disk |"
     if data["encoder"]:
         head = f"| encoder | frames | one window | x baseline's time | x ours | {memory}"

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 
 from benchmarks.answering import RuntimeAnswerer
 from benchmarks.mmar import MAX_NEW_TOKENS, answer_items
-from benchmarks.peers import busy_jiffies, median_ratio, process_jiffies, rotated
+from benchmarks.peers import SETTLE_S, busy_warning, median_ratio, others_s, rotated
 from benchmarks.predictions import RunLog, meta_file, read_items
 from benchmarks.report import command_line, write_result
 from benchmarks.scoring import Item, compare, tally
@@ -120,8 +120,6 @@ _TOKENS = {"prefill": 400, "decode": 64}  # those that a round reads, and then w
 _NOT_PACKED = "htsat_encoder"  # by the runtime's pool of graphs
 _FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "asimddp", "i8mm")
 _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-_SETTLE_S = 0.3  # threads that spin for a moment after their work come to rest
-_BUSY_CORES = 0.2
 
 
 class DecoderTrial:
@@ -277,12 +275,12 @@ def measure(
     others_cores = 0.0
     for number in range(rounds + 1):
         _say(f"{name_of_graph}: round {number} of {rounds}")
-        start_s, before_s = time.perf_counter(), _others_s()
+        start_s, before_s = time.perf_counter(), others_s(os.getpid())
         for name in rotated([*variants], number):
-            time.sleep(_SETTLE_S)
+            time.sleep(SETTLE_S)
             done = trial.round(graphs[name], variants[name].kv_cache, number)
             seconds[name] += [done] if number > 0 else []
-        used = (_others_s() - before_s) / (time.perf_counter() - start_s)
+        used = (others_s(os.getpid()) - before_s) / (time.perf_counter() - start_s)
         others_cores = max(others_cores, used)
     for graph in graphs.values():
         graph.close()
@@ -306,16 +304,6 @@ def summarize(rounds: Mapping[str, Sequence[Mapping[str, float]]], today: str) -
             if stage in _TOKENS:
                 rows[name][f"{stage}_tokens_per_s"] = _TOKENS[stage] / rows[name][f"{stage}_s"]
     return rows
-
-
-def _others_s() -> float:
-    """Seconds that processors have computed for other programs; 0 where nothing tells."""
-    try:
-        of_all = Path("/proc/stat").read_text(encoding="ascii")
-        own = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        return 0.0
-    return (busy_jiffies(of_all) - process_jiffies(own)) / os.sysconf("SC_CLK_TCK")
 
 
 def recipe_of(task: str, name: str) -> Recipe:
@@ -446,11 +434,7 @@ def _tables(data: Row) -> str:
         f"{' '.join(data['features']) or 'an unknown processor'}; medians of {data['rounds']} "
         "rounds; * is today's",
     ]
-    if data["others_cores"] > _BUSY_CORES:
-        lines.append(
-            f"NOT A COMPARISON: other programs used up to {data['others_cores']:.1f} cores in a "
-            "round; run it again on a quiet machine"
-        )
+    lines += busy_warning(data["others_cores"])
     prompt = f"prefill of {_TOKENS['prefill']}, tokens/s | x today's | decode, tokens/s"
     stages, last = (prompt, " tokens as fp32's |") if data["task"] == "decoder" else ("window", "")
     head = f"| graph | variant | MB | {stages} | x today's | error | cosine |{last}"

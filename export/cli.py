@@ -44,7 +44,7 @@ examples:
     --clap larger_clap_general --qwen3 Qwen3-0.6B --projector projector.safetensors -o bundles/full
 
 recipes: fp32 (exact), int8 (8-bit weights), int4 (4-bit decoder with keys
-  and values in 8 bits, 8-bit encoders)
+  and values in 8 bits, 8-bit encoders), int4-b32 (in smaller blocks: closer and slower)
 
 exit codes:
   0 written · 1 unforeseen failure · 2 wrong options, or the folder exists · 6 checkpoint does not
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         default="int8",
         metavar="NAME",
-        help="fp32, int8 or int4 (%(default)s)",
+        help="fp32, int8, int4 or int4-b32 (%(default)s)",
     )
     add("--force", action="store_true", help="replace an existing bundle")
     add("--threads", type=int, metavar="N", help="threads of the check; default: physical cores")

@@ -16,10 +16,11 @@ from onnx import helper, numpy_helper
 from benchmarks import recipes
 from benchmarks.report import read_results, write_result
 from benchmarks.scoring import wilson_interval
+from tests.model_stub import use_traced_graphs
 from tinygiant.export import exporter
 from tinygiant.export.source import CheckpointSource
 from tinygiant.models import TinyGiantALM, save
-from tinygiant.quantize import RECIPES, load_graph, quantize_graph
+from tinygiant.quantize import RECIPES, quantize_graph
 from tinygiant.runtime import sessions
 from tinygiant.runtime.errors import CheckpointError, StorageError, UsageError
 from tinygiant.runtime.sessions import SessionSettings
@@ -40,16 +41,7 @@ def checkpoint(
 @pytest.fixture
 def traced(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoders and projector are traced once for all tests: the tiny bundle holds their graphs."""
-    graphs = {
-        "export_temporal_encoder": "whisper_encoder",
-        "export_event_encoder": "htsat_encoder",
-        "export_projector": "projector",
-    }
-    for function, name in graphs.items():
-        path = tiny_bundle / "onnx" / f"{name}.onnx"
-        for module in (exporter, recipes):
-            replacement = lambda *_, path=path: load_graph(path)  # noqa: E731
-            monkeypatch.setattr(module, function, replacement, raising=False)
+    use_traced_graphs(monkeypatch, tiny_bundle, [exporter, recipes])
 
 
 @pytest.fixture
@@ -74,7 +66,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
     """Runs the command on the tiny checkpoint; gives what it printed, and its last line."""
-    monkeypatch.setattr(recipes, "_SETTLE_S", 0)
+    monkeypatch.setattr(recipes, "SETTLE_S", 0)
     monkeypatch.setattr(recipes, "_TOKENS", {"prefill": 40, "decode": 8})
 
     def measure(task: str, *options: str) -> tuple[str, dict[str, Any]]:

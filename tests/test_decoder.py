@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
+from tests.model_stub import small_qwen3
 from tinygiant.export.decoder import build_decoder
 from tinygiant.runtime import decoder as engine
 from tinygiant.runtime.config import DecoderConfig
@@ -40,24 +41,7 @@ IDS = st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=20)
 def reference() -> Qwen3ForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=CONFIG.vocab_size,
-                hidden_size=CONFIG.hidden_size,
-                num_hidden_layers=CONFIG.n_layers,
-                num_attention_heads=CONFIG.n_heads,
-                num_key_value_heads=CONFIG.n_kv_heads,
-                head_dim=CONFIG.head_dim,
-                intermediate_size=CONFIG.ffn_size,
-                rms_norm_eps=CONFIG.rms_norm_eps,
-                rope_theta=CONFIG.rope_theta,
-                max_position_embeddings=CONFIG.max_positions,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            )
-        ).eval()
+        model = small_qwen3(CONFIG)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -9,8 +9,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3ForCausalLM
 
+from tests.model_stub import small_qwen3
 from tinygiant.export.decoder import build_decoder
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
@@ -38,21 +39,7 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def reference(request: pytest.FixtureRequest) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=CONFIG.hidden_size,
-            num_hidden_layers=CONFIG.n_layers,
-            num_attention_heads=CONFIG.n_heads,
-            num_key_value_heads=CONFIG.n_kv_heads,
-            head_dim=CONFIG.head_dim,
-            intermediate_size=CONFIG.ffn_size,
-            rms_norm_eps=CONFIG.rms_norm_eps,
-            rope_theta=CONFIG.rope_theta,
-            max_position_embeddings=CONFIG.max_positions,
-            tie_word_embeddings=request.param,
-        )
-    ).eval()
+    model = small_qwen3(CONFIG, tied=request.param)
     with torch.no_grad():  # large weights, or every RMS scale at 1 would hide a swapped norm
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache
 
+from tests.model_stub import small_qwen3
 from tinygiant.export.decoder import _layer_shapes, build_decoder
 from tinygiant.quantize import KvPeaks, Scheme, kv_peaks, quantize_graph
 from tinygiant.quantize.kv_cache import HEADROOM, LONGEST_STEP, kv_scales
@@ -235,21 +236,7 @@ def test_steps_are_read_in_int8_and_prompts_in_float32(
 
 def test_a_prompt_is_stored_as_pytorch_computes_it(pair: Pair) -> None:
     """Exactly so in the first layer, and all of it: a prompt attends to itself in float32."""
-    reference = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=CONFIG.hidden_size,
-            num_hidden_layers=CONFIG.n_layers,
-            num_attention_heads=CONFIG.n_heads,
-            num_key_value_heads=CONFIG.n_kv_heads,
-            head_dim=CONFIG.head_dim,
-            intermediate_size=CONFIG.ffn_size,
-            rms_norm_eps=CONFIG.rms_norm_eps,
-            rope_theta=CONFIG.rope_theta,
-            max_position_embeddings=CONFIG.max_positions,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    reference = small_qwen3(CONFIG)
     state = {name: torch.from_numpy(tensor) for name, tensor in pair.tensors.items()}
     reference.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
     prompt, cache = text(10, 90), DynamicCache()

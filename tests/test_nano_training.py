@@ -60,6 +60,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def without_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenes are rendered from tones."""
+    banks = ToneBanks()
+    monkeypatch.setattr(dataset, "load_banks", lambda *_: banks)
+
+
 def _train(run: Path, *arguments: str | Path) -> int:
     paths = ("--data", run / "world", "--cache", run / "banks")
     return main(["nano", *map(str, paths), *map(str, arguments), "--threads", "1"])
@@ -119,11 +126,9 @@ def test_the_drill_asks_new_questions_and_rarely_easy_ones(run: Path) -> None:
 
 
 def test_an_ablation_takes_over_encoders_and_decoder(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, without_engines: None
 ) -> None:
     """Without a step of training, what is taken over is unchanged and the rest is new."""
-    banks = ToneBanks()
-    monkeypatch.setattr(dataset, "load_banks", lambda *_: banks)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(steps=0))
     taken = ("--encoders", run, "--decoder", run / "checkpoint", "--seed", "1")
@@ -137,11 +142,9 @@ def test_an_ablation_takes_over_encoders_and_decoder(
 
 
 def test_training_on_starts_from_every_part_and_the_tokenizer(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, without_engines: None
 ) -> None:
     """Without a step of training, ``--start`` gives its checkpoint back."""
-    banks = ToneBanks()
-    monkeypatch.setattr(dataset, "load_banks", lambda *_: banks)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(re.sub(r"steps = \d+", "steps = 0", RECIPE.format(steps=0)))
     start = run / "checkpoint"

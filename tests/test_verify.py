@@ -25,6 +25,7 @@ from transformers import (
     WhisperModel,
 )
 
+from tests.model_stub import use_traced_graphs
 from tinygiant.export import exporter
 from tinygiant.export.bundle import staged_folder
 from tinygiant.export.cli import main
@@ -54,14 +55,7 @@ def checkpoint(
 @pytest.fixture
 def traced(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoders and projector are traced once for all tests: the tiny bundle holds their graphs."""
-    graphs = {
-        "export_temporal_encoder": "whisper_encoder",
-        "export_event_encoder": "htsat_encoder",
-        "export_projector": "projector",
-    }
-    for function, name in graphs.items():
-        path = tiny_bundle / "onnx" / f"{name}.onnx"
-        monkeypatch.setattr(exporter, function, lambda *_, path=path: load_graph(path))
+    use_traced_graphs(monkeypatch, tiny_bundle, [exporter])
 
 
 def run(*arguments: str | Path) -> int:

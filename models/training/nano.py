@@ -94,7 +94,7 @@ def train_nano(run: NanoRun) -> Path:
         )
     train_set, validation_set = (WorldDataset(run.data / s) for s in ("train", "validation"))
     config = run.config
-    tokenizer_path = run.shared / "tokenizer.json"
+    tokenizer_path = run.shared / TOKENIZER_FILE
     if not tokenizer_path.is_file():
         run.shared.mkdir(parents=True, exist_ok=True)
         if run.start is not None:

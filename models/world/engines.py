@@ -168,7 +168,7 @@ def _beds(split: int, n_recordings: int, babble: Audio) -> NDArray[np.int16]:
         [
             [
                 _to_int16(bed(kind, _BED_S * RATE_HZ, np.random.default_rng(seed), babble))
-                for seed in ([split, k], *([split, k, r] for r in range(1, n_recordings)))
+                for seed in ([split, k, recording] for recording in range(n_recordings))
             ]
             for k, kind in enumerate(BACKGROUNDS)
         ]
