@@ -58,8 +58,6 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/.installed
-	@mkdir -p .namespace/tinygiant
-	@for p in runtime models quantize export; do ln -sfn "../../$$p" ".namespace/tinygiant/$$p"; done
 	$(VENV)/bin/mypy
 
 imports: $(VENV)/.installed
@@ -76,7 +74,7 @@ constraints: $(VENV)/.installed ## pin constraints.txt to the versions in .venv
 	@touch $(VENV)/.installed
 
 clean: ## remove build outputs and caches
-	rm -rf build dist *.egg-info .namespace
+	rm -rf build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find runtime models quantize export tests benchmarks -name __pycache__ -prune -exec rm -r {} +
 

@@ -96,7 +96,7 @@ def cold_start_s(bundle: str | None, seconds: float, options: Sequence[str]) -> 
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "noise.wav"
         soundfile.write(clip, _noise(seconds, 0), _RATE_HZ)
-        command = [sys.executable, "-m", "tinygiant.runtime.cli", "--jsonl", "-q", *options]
+        command = [sys.executable, "-m", "tinygiant.runtime.cli.main", "--jsonl", "-q", *options]
         command += [] if bundle is None else ["--bundle", bundle]
         start_s = time.perf_counter()
         with subprocess.Popen(

@@ -31,8 +31,8 @@ from tinygiant.runtime import TinyGiantError
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
 from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.events import PromptRead
+from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
 from tinygiant.runtime.pipeline import TinyGiant
-from tinygiant.runtime.sessions import Graph, GraphPool, SessionSettings
 
 __all__ = ["Stage", "main", "measure", "read_smaps"]
 

@@ -60,13 +60,13 @@ from tinygiant.quantize import RECIPES, KvPeaks, Limits, Recipe, Scheme, quantiz
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.bundle import required_graphs
 from tinygiant.runtime.chunks import split_chunks
+from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import KvType
 from tinygiant.runtime.decoder import Decoder, greedy
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import StorageError, TinyGiantError, UsageError
-from tinygiant.runtime.machine import Machine
-from tinygiant.runtime.options import OneLineParser
-from tinygiant.runtime.sessions import Graph, SessionSettings
+from tinygiant.runtime.ort.machine import Machine
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.speculation import lead
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer

@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinygiant.export.decoder import build_decoder
-    from tinygiant.export.exporter import Export, export_bundle
-    from tinygiant.export.source import CheckpointSource, PartsSource, RandomSource
-    from tinygiant.export.verify import Verification, verify_bundle
+    from .decoder import build_decoder
+    from .exporter import Export, export_bundle
+    from .source import CheckpointSource, PartsSource, RandomSource
+    from .verify import Verification, verify_bundle
 
 __all__ = [
     "CheckpointSource",

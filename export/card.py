@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tinygiant.export.verify import EMBEDDINGS, Verification
 from tinygiant.quantize.report import GraphReport
 from tinygiant.runtime.bundle import Manifest
+
+from .verify import EMBEDDINGS, Verification
 
 __all__ = ["graph_table", "model_card"]
 

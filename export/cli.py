@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import (
     MissingDependencyError,
@@ -22,11 +23,10 @@ from tinygiant.runtime.errors import (
     TinyGiantError,
     UsageError,
 )
-from tinygiant.runtime.options import OneLineParser
 from tinygiant.runtime.text import one_line
 
 if TYPE_CHECKING:
-    from tinygiant.export.source import ModelSource
+    from .source import ModelSource
 
 __all__ = ["main"]
 
@@ -82,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     try:
         # Imported here, so that --help is instant and a missing extra is one line.
-        from tinygiant.export.card import graph_table
-        from tinygiant.export.exporter import export_bundle
         from tinygiant.quantize.recipes import recipe
+
+        from .card import graph_table
+        from .exporter import export_bundle
     except ImportError as error:
         raise MissingDependencyError(
             f"{error.name or error} is not installed; run: pip install 'tinygiant[export]'"
@@ -115,8 +116,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _source(options: argparse.Namespace) -> ModelSource:
-    from tinygiant.export.source import CheckpointSource, PartsSource, RandomSource
     from tinygiant.models.parts import Parts
+
+    from .source import CheckpointSource, PartsSource, RandomSource
 
     parts = {name: getattr(options, name) for name in ("whisper", "htsat", "clap", "qwen3")}
     ways = (

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from tinygiant.export.tracing import trace
 from tinygiant.models.tinygiant import encode_event, encode_temporal
 from tinygiant.runtime.config import ClapFeatures, ModelConfig
+
+from .tracing import trace
 
 __all__ = ["export_anchor_encoder", "export_event_encoder", "export_temporal_encoder"]
 

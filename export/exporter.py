@@ -25,19 +25,6 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from tinygiant.export.bundle import staged_folder
-from tinygiant.export.card import graph_table, model_card
-from tinygiant.export.decoder import build_decoder
-from tinygiant.export.encoders import (
-    export_anchor_encoder,
-    export_event_encoder,
-    export_temporal_encoder,
-)
-from tinygiant.export.projector import export_projector
-from tinygiant.export.reference import Reference
-from tinygiant.export.source import ModelSource
-from tinygiant.export.tracing import OPSET
-from tinygiant.export.verify import Verification, verify_bundle
 from tinygiant.models.projector import Projector
 from tinygiant.quantize.embeddings import quantize_rows
 from tinygiant.quantize.graph import save_graph, weights_path
@@ -56,6 +43,20 @@ from tinygiant.runtime.bundle import (
 from tinygiant.runtime.errors import CheckpointError
 from tinygiant.runtime.operators import graph_contents
 from tinygiant.runtime.tokenizer import Tokenizer
+
+from .bundle import staged_folder
+from .card import graph_table, model_card
+from .decoder import build_decoder
+from .encoders import (
+    export_anchor_encoder,
+    export_event_encoder,
+    export_temporal_encoder,
+)
+from .projector import export_projector
+from .reference import Reference
+from .source import ModelSource
+from .tracing import OPSET
+from .verify import Verification, verify_bundle
 
 __all__ = ["Export", "export_bundle"]
 

@@ -12,9 +12,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from tinygiant.export.tracing import trace
 from tinygiant.models.projector import Projector
 from tinygiant.runtime.config import ModelConfig
+
+from .tracing import trace
 
 __all__ = ["export_projector"]
 

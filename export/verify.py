@@ -17,19 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.export.reference import NEW_TOKENS, Case, Dialogue, Reference
 from tinygiant.quantize.recipes import Recipe
 from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import TinyGiantError, VerificationError
+from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
 from tinygiant.runtime.pipeline import load
 from tinygiant.runtime.prompt import build_prompt
-from tinygiant.runtime.sessions import Graph, GraphPool, SessionSettings
 from tinygiant.runtime.streams import encode_chunks, project
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer
+
+from .reference import NEW_TOKENS, Case, Dialogue, Reference
 
 __all__ = [
     "EMBEDDINGS",

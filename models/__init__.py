@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinygiant.models.checkpoint import load, load_component, load_config, save
-    from tinygiant.models.config import PRESETS, TinyGiantConfig, preset
-    from tinygiant.models.generate import encode_audio, greedy, input_embeddings
-    from tinygiant.models.parts import Parts, assemble, load_part, parts_config
-    from tinygiant.models.projector import Projector, ProjectorOutput
-    from tinygiant.models.tinygiant import COMPONENTS, TinyGiantALM, build, build_component
+    from .checkpoint import load, load_component, load_config, save
+    from .config import PRESETS, TinyGiantConfig, preset
+    from .generate import encode_audio, greedy, input_embeddings
+    from .parts import Parts, assemble, load_part, parts_config
+    from .projector import Projector, ProjectorOutput
+    from .tinygiant import COMPONENTS, TinyGiantALM, build, build_component
 
 __all__ = [
     "COMPONENTS",

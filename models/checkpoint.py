@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_utils import no_init_weights
 
-from tinygiant.models.config import TinyGiantConfig
-from tinygiant.models.tensors import PrefixedTensors, load_into, open_tensors
-from tinygiant.models.tinygiant import COMPONENTS, TinyGiantALM
 from tinygiant.runtime.errors import CheckpointError, StorageError
+
+from .config import TinyGiantConfig
+from .tensors import PrefixedTensors, load_into, open_tensors
+from .tinygiant import COMPONENTS, TinyGiantALM
 
 __all__ = [
     "CONFIG_FILE",

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.runtime.audio import Audio
 from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
+
+from .tinygiant import TinyGiantALM
 
 __all__ = ["encode_audio", "greedy", "input_embeddings"]
 

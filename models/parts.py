@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
 from transformers.modeling_utils import no_init_weights
 
-from tinygiant.models.config import TinyGiantConfig, preset, upstream_fields
-from tinygiant.models.tensors import PrefixedTensors, load_into, open_tensors, read_json
-from tinygiant.models.tinygiant import COMPONENTS, TinyGiantALM, build_component
 from tinygiant.runtime.config import AudioContext, ClapFeatures, ProjectorConfig, config_from_dict
 from tinygiant.runtime.errors import BundleError, CheckpointError
+
+from .config import TinyGiantConfig, preset, upstream_fields
+from .tensors import PrefixedTensors, load_into, open_tensors, read_json
+from .tinygiant import COMPONENTS, TinyGiantALM, build_component
 
 __all__ = ["PROJECTOR_CONFIG_KEY", "Parts", "assemble", "load_part", "parts_config"]
 

@@ -20,9 +20,10 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from tinygiant.models.config import TinyGiantConfig
-from tinygiant.models.projector import Projector
 from tinygiant.runtime.chunks import Chunk, event_rows, join_streams, mean_anchor
+
+from .config import TinyGiantConfig
+from .projector import Projector
 
 __all__ = ["COMPONENTS", "TinyGiantALM", "build", "build_component"]
 

@@ -6,13 +6,14 @@ PyTorch.
 
 from __future__ import annotations
 
-import tinygiant.runtime.sessions  # noqa: F401 - turns telemetry off before onnxruntime is imported
-from tinygiant.quantize.embeddings import quantize_rows
-from tinygiant.quantize.graph import load_graph, save_graph, weights_path
-from tinygiant.quantize.kv_cache import KvPeaks, kv_peaks
-from tinygiant.quantize.quantizer import quantize_graph
-from tinygiant.quantize.recipes import RECIPES, Limits, Recipe, Scheme, recipe
-from tinygiant.quantize.report import GraphReport, graph_size_bytes
+import tinygiant.runtime.ort.sessions  # noqa: F401 - turns telemetry off before onnxruntime is imported
+
+from .embeddings import quantize_rows
+from .graph import load_graph, save_graph, weights_path
+from .kv_cache import KvPeaks, kv_peaks
+from .quantizer import quantize_graph
+from .recipes import RECIPES, Limits, Recipe, Scheme, recipe
+from .report import GraphReport, graph_size_bytes
 
 __all__ = [
     "RECIPES",

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from tinygiant.quantize.graph import add_initializer, constant_input
-from tinygiant.quantize.recipes import Scheme
+from .graph import add_initializer, constant_input
+from .recipes import Scheme
 
 __all__ = ["quantize_columns", "quantize_matmul"]
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from tinygiant.quantize.graph import add_initializer
+from .graph import add_initializer
 
 __all__ = ["HEADROOM", "LONGEST_STEP", "KvPeaks", "kv_peaks", "kv_scales", "quantize_kv_cache"]
 

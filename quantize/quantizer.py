@@ -11,11 +11,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from tinygiant.quantize import dynamic, weight_only
-from tinygiant.quantize.graph import load_graph, save_graph
-from tinygiant.quantize.kv_cache import KvPeaks, quantize_kv_cache
-from tinygiant.quantize.recipes import Scheme
-from tinygiant.quantize.report import GraphReport, graph_size_bytes, weighted_nodes
+from . import dynamic, weight_only
+from .graph import load_graph, save_graph
+from .kv_cache import KvPeaks, quantize_kv_cache
+from .recipes import Scheme
+from .report import GraphReport, graph_size_bytes, weighted_nodes
 
 __all__ = ["quantize_graph"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from tinygiant.quantize.graph import weights_path
+from .graph import weights_path
 
 __all__ = ["GraphReport", "graph_size_bytes", "weighted_nodes"]
 

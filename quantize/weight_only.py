@@ -17,8 +17,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 
-from tinygiant.quantize.graph import add_initializer, constant_input
-from tinygiant.quantize.recipes import Scheme
+from .graph import add_initializer, constant_input
+from .recipes import Scheme
 
 __all__ = ["HEAD_NODE", "dequantize_blocks", "quantize_blocks", "quantize_matmul"]
 

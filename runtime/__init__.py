@@ -14,9 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinygiant.runtime.audio import Audio, read_audio, read_pcm
-    from tinygiant.runtime.bundle import Bundle
-    from tinygiant.runtime.errors import (
+    from .audio import Audio, read_audio, read_pcm
+    from .bundle import Bundle
+    from .errors import (
         AudioError,
         AudioTooLongError,
         BundleError,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         TinyGiantError,
         UsageError,
     )
-    from tinygiant.runtime.events import (
+    from .events import (
         Answer,
         AudioAccount,
         AudioRead,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         Timings,
         TokenCounts,
     )
-    from tinygiant.runtime.pipeline import TinyGiant, load
+    from .pipeline import TinyGiant, load
 
 __all__ = [
     "Answer",

@@ -25,7 +25,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from tinygiant.runtime.errors import AudioError, AudioTooLongError, UsageError
+from .errors import AudioError, AudioTooLongError, UsageError
 
 __all__ = ["MAX_AUDIO_S", "Audio", "AudioSource", "read_audio", "read_pcm", "resample"]
 

@@ -52,16 +52,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tinygiant.runtime.config import KvType, ModelConfig, config_from_dict, config_to_dict
-from tinygiant.runtime.errors import BundleError
-from tinygiant.runtime.operators import (
+from .config import KvType, ModelConfig, config_from_dict, config_to_dict
+from .errors import BundleError
+from .operators import (
     CONTROL_FLOW,
     MAX_GRAPH_BYTES,
     OPERATOR,
     GraphContents,
     graph_contents,
 )
-from tinygiant.runtime.text import one_line, printable
+from .text import one_line, printable
 
 __all__ = [
     "BUNDLE_VARIABLE",

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.decoder import Decoder, greedy
-from tinygiant.runtime.errors import BundleError, QuestionError
-from tinygiant.runtime.prompt import check_choices
-from tinygiant.runtime.tokenizer import Tokenizer
+from .decoder import Decoder, greedy
+from .errors import BundleError, QuestionError
+from .prompt import check_choices
+from .tokenizer import Tokenizer
 
 __all__ = ["RESPONSE_CLOSE", "RESPONSE_OPEN", "ChoiceTrie", "probabilities"]
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.audio import Audio, resample
-from tinygiant.runtime.config import ClapFeatures, ModelConfig
-from tinygiant.runtime.errors import UsageError
-from tinygiant.runtime.features import clap_log_mel, whisper_log_mel
+from .audio import Audio, resample
+from .config import ClapFeatures, ModelConfig
+from .errors import UsageError
+from .features import clap_log_mel, whisper_log_mel
 
 __all__ = [
     "Chunk",

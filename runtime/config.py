@@ -17,7 +17,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from tinygiant.runtime.errors import BundleError
+from .errors import BundleError
 
 __all__ = [
     "AudioContext",

@@ -25,10 +25,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.config import DecoderConfig, KvType
-from tinygiant.runtime.errors import BundleError, UsageError
-from tinygiant.runtime.kv_cache import KvCache
-from tinygiant.runtime.speculation import Drafter, lead
+from .config import DecoderConfig, KvType
+from .errors import BundleError, UsageError
+from .kv_cache import KvCache
+from .speculation import Drafter, lead
 
 __all__ = ["PREFILL_TOKENS", "Decoder", "greedy"]
 

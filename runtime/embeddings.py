@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.bundle import Bundle
-from tinygiant.runtime.errors import BundleError
-from tinygiant.runtime.text import one_line, printable
+from .bundle import Bundle
+from .errors import BundleError
+from .text import one_line, printable
 
 __all__ = ["TokenEmbeddings"]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.answer import TextPiece
+from .answer import TextPiece
 
 __all__ = [
     "SCHEMA",

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.config import ClapFeatures, WhisperFeatures
-from tinygiant.runtime.errors import AudioError, UsageError
+from .config import ClapFeatures, WhisperFeatures
+from .errors import AudioError, UsageError
 
 __all__ = ["clap_log_mel", "mel_filter_bank", "whisper_log_mel"]
 

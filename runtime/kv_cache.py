@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.config import DecoderConfig, KvType
-from tinygiant.runtime.errors import UsageError
+from .config import DecoderConfig, KvType
+from .errors import UsageError
 
 __all__ = ["KvCache", "KvSnapshot"]
 

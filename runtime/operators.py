@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tinygiant.runtime.errors import BundleError
-from tinygiant.runtime.text import printable
+from .errors import BundleError
+from .text import printable
 
 __all__ = ["CONTROL_FLOW", "MAX_GRAPH_BYTES", "OPERATOR", "GraphContents", "graph_contents"]
 

@@ -22,15 +22,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.answer import AnswerParser, ParsedAnswer, TextPiece
-from tinygiant.runtime.audio import MAX_AUDIO_S, Audio, AudioSource, read_audio
-from tinygiant.runtime.bundle import Bundle, default_bundle_path
-from tinygiant.runtime.choices import ChoiceTrie, probabilities
-from tinygiant.runtime.chunks import split_chunks
-from tinygiant.runtime.decoder import Decoder
-from tinygiant.runtime.embeddings import TokenEmbeddings
-from tinygiant.runtime.errors import BundleError, UsageError
-from tinygiant.runtime.events import (
+from .answer import AnswerParser, ParsedAnswer, TextPiece
+from .audio import MAX_AUDIO_S, Audio, AudioSource, read_audio
+from .bundle import Bundle, default_bundle_path
+from .choices import ChoiceTrie, probabilities
+from .chunks import split_chunks
+from .decoder import Decoder
+from .embeddings import TokenEmbeddings
+from .errors import BundleError, UsageError
+from .events import (
     Answer,
     AudioAccount,
     AudioRead,
@@ -42,13 +42,13 @@ from tinygiant.runtime.events import (
     Timings,
     TokenCounts,
 )
-from tinygiant.runtime.kv_cache import KvSnapshot
-from tinygiant.runtime.memory import require_memory
-from tinygiant.runtime.prompt import IM_END, THINK_END, Prompt, build_prompt
-from tinygiant.runtime.sessions import GraphPool, SessionSettings
-from tinygiant.runtime.speculation import Drafter, Speculation
-from tinygiant.runtime.stages import Clock, Returning
-from tinygiant.runtime.streams import (
+from .kv_cache import KvSnapshot
+from .ort.memory import require_memory
+from .ort.sessions import GraphPool, SessionSettings
+from .prompt import IM_END, THINK_END, Prompt, build_prompt
+from .speculation import Drafter, Speculation
+from .stages import Clock, Returning
+from .streams import (
     Projection,
     StreamCache,
     StreamOutputs,
@@ -56,7 +56,7 @@ from tinygiant.runtime.streams import (
     encode_chunks,
     project,
 )
-from tinygiant.runtime.tokenizer import StreamingDetokenizer, Tokenizer
+from .tokenizer import StreamingDetokenizer, Tokenizer
 
 __all__ = ["MAX_NEW_TOKENS", "Memory", "TinyGiant", "load"]
 

@@ -18,9 +18,9 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinygiant.runtime.config import PromptConfig
-from tinygiant.runtime.errors import QuestionError
-from tinygiant.runtime.tokenizer import Tokenizer
+from .config import PromptConfig
+from .errors import QuestionError
+from .tokenizer import Tokenizer
 
 __all__ = [
     "IM_END",

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.audio import Audio
-from tinygiant.runtime.chunks import Chunk, event_rows, join_streams, mean_anchor
-from tinygiant.runtime.config import ModelConfig
-from tinygiant.runtime.sessions import GraphPool
+from .audio import Audio
+from .chunks import Chunk, event_rows, join_streams, mean_anchor
+from .config import ModelConfig
+from .ort.sessions import GraphPool
 
 __all__ = ["Projection", "StreamCache", "StreamOutputs", "audio_key", "encode_chunks", "project"]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import tokenizers
 
-from tinygiant.runtime.errors import BundleError
-from tinygiant.runtime.text import one_line, printable
+from .errors import BundleError
+from .text import one_line, printable
 
 __all__ = ["StreamingDetokenizer", "Tokenizer"]
 

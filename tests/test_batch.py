@@ -19,13 +19,15 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from tinygiant.runtime import Answer, TinyGiant, batch, cli, pipeline
+from tinygiant.runtime import Answer, TinyGiant, pipeline
+from tinygiant.runtime.cli import batch
+from tinygiant.runtime.cli import main as cli
 from tinygiant.runtime.errors import UsageError
-from tinygiant.runtime.sessions import Graph
+from tinygiant.runtime.ort.sessions import Graph
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 Run = Callable[..., tuple[int, str, str]]
-SCHEMA = Path(batch.__file__).parent / "schema" / "answer.schema.json"
+SCHEMA = Path(batch.__file__).parents[1] / "schema" / "answer.schema.json"
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +264,7 @@ def test_kill_loses_at_most_the_item_in_work(
 ) -> None:
     items = [{"audio": str(clips / "a.wav"), "question": f"What {n}?"} for n in range(40)]
     source, out = write(tmp_path / "q.jsonl", *items), tmp_path / "out.jsonl"
-    module = [sys.executable, "-m", "tinygiant.runtime.cli"]
+    module = [sys.executable, "-m", "tinygiant.runtime.cli.main"]
     model = ["--bundle", str(tiny_bundle), "--threads", "1", "--max-new-tokens", "20"]
     command = [*module, "--batch", str(source), "-o", str(out), *model]
     n_before = 0

@@ -21,9 +21,9 @@ from tinygiant.export import exporter
 from tinygiant.export.source import CheckpointSource
 from tinygiant.models import TinyGiantALM, save
 from tinygiant.quantize import RECIPES, quantize_graph
-from tinygiant.runtime import sessions
 from tinygiant.runtime.errors import CheckpointError, StorageError, UsageError
-from tinygiant.runtime.sessions import SessionSettings
+from tinygiant.runtime.ort import sessions
+from tinygiant.runtime.ort.sessions import SessionSettings
 
 Run = Callable[..., tuple[str, dict[str, Any]]]
 SETTINGS = SessionSettings(threads=1, spin=False)

@@ -17,12 +17,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from tinygiant.runtime import bundle as b
-from tinygiant.runtime import load, sessions
+from tinygiant.runtime import load
 from tinygiant.runtime.config import EventStream, ModelConfig, ProjectorConfig
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
-from tinygiant.runtime.memory import estimated_bytes
-from tinygiant.runtime.sessions import (
+from tinygiant.runtime.ort import sessions
+from tinygiant.runtime.ort.memory import estimated_bytes
+from tinygiant.runtime.ort.sessions import (
     Graph,
     GraphPool,
     SessionSettings,
@@ -449,9 +450,10 @@ def test_a_containers_quota(cpu_max: str, cores: int | None) -> None:
 
 def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
-    source = Path(b.__file__).with_name("sessions.py").read_text()
+    runtime = Path(b.__file__).parent
+    source = (runtime / "ort" / "sessions.py").read_text()
     assert source.index("ORT_DISABLE_TELEMETRY") < source.index("import onnxruntime\n")
-    others = [p for p in Path(b.__file__).parent.glob("*.py") if p.name != "sessions.py"]
+    others = [p for p in runtime.rglob("*.py") if p.name != "sessions.py"]
     imports = re.compile(r"^\s*(import|from) onnxruntime", re.MULTILINE)
     assert not [p.name for p in others if imports.search(p.read_text())]
 

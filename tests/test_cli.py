@@ -19,10 +19,10 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from tinygiant.runtime import cli
+from tinygiant.runtime.cli import main as cli
+from tinygiant.runtime.cli.options import make_parser, parse
+from tinygiant.runtime.cli.terminal import TextWriter
 from tinygiant.runtime.errors import TinyGiantError
-from tinygiant.runtime.options import make_parser, parse
-from tinygiant.runtime.terminal import TextWriter
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 Run = Callable[..., tuple[int, str, str]]
@@ -52,7 +52,7 @@ def run(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 def process(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """Start tg-run as a process of its own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    command = [sys.executable, "-m", "tinygiant.runtime.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "tinygiant.runtime.cli.main", *map(str, arguments)]
     return subprocess.Popen(command, **(pipes | options))
 
 
@@ -364,7 +364,7 @@ def test_an_interrupt_ends_with_130(tiny_bundle: Path, clip: Path, moment: str) 
 
 def test_an_interrupt_does_not_wait_for_native_code() -> None:
     program = (
-        "import hashlib, sys\nfrom tinygiant.runtime import cli\n"
+        "import hashlib, sys\nfrom tinygiant.runtime.cli import main as cli\n"
         "def run(options):\n"
         "    print('started', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"  # minutes, without the interpreter
@@ -421,7 +421,7 @@ def test_defaults_are_the_librarys() -> None:
 
 def test_help_is_instant() -> None:
     program = (
-        "import sys\nfrom tinygiant.runtime import cli\n"
+        "import sys\nfrom tinygiant.runtime.cli import main as cli\n"
         "try:\n    cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "print(sorted({'numpy', 'onnxruntime', 'soundfile'} & set(sys.modules)), file=sys.stderr)"
     )

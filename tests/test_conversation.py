@@ -21,9 +21,10 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from tinygiant.runtime import TinyGiant, cli, pipeline
-from tinygiant.runtime.conversation import history_path
-from tinygiant.runtime.sessions import Graph
+from tinygiant.runtime import TinyGiant, pipeline
+from tinygiant.runtime.cli import main as cli
+from tinygiant.runtime.cli.conversation import history_path
+from tinygiant.runtime.ort.sessions import Graph
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 Talk = Callable[..., tuple[int, list[str], str]]
@@ -156,7 +157,7 @@ class Terminal:
     def __init__(self, *arguments: object, state: Path) -> None:
         ours, theirs = pty.openpty()
         environment = os.environ | {"XDG_STATE_HOME": str(state), "TERM": "dumb"}
-        command = [sys.executable, "-m", "tinygiant.runtime.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "tinygiant.runtime.cli.main", *map(str, arguments)]
         self.child = subprocess.Popen(
             command,
             stdin=theirs,

@@ -19,7 +19,7 @@ from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.decoder import Decoder, greedy
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import BundleError, UsageError
-from tinygiant.runtime.sessions import Graph, SessionSettings
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 
 CONFIG = DecoderConfig(
     vocab_size=97,

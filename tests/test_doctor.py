@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tinygiant.runtime import cli, doctor
 from tinygiant.runtime.bundle import Bundle
-from tinygiant.runtime.doctor import Finding, examine, main
-from tinygiant.runtime.machine import Machine
-from tinygiant.runtime.memory import estimated_bytes
+from tinygiant.runtime.cli import doctor
+from tinygiant.runtime.cli import main as cli
+from tinygiant.runtime.cli.doctor import Finding, examine, main
+from tinygiant.runtime.ort.machine import Machine
+from tinygiant.runtime.ort.memory import estimated_bytes
 
 PI4 = "fp asimd evtstrm crc32 cpuid"
 PI5 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm asimddp"
@@ -370,7 +371,7 @@ def test_a_broken_numpy_does_not_stop_the_doctor(tmp_path: Path) -> None:
         "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
     )
     run = subprocess.run(
-        [sys.executable, "-m", "tinygiant.runtime.doctor", "--no-bundle", "--json"],
+        [sys.executable, "-m", "tinygiant.runtime.cli.doctor", "--no-bundle", "--json"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},

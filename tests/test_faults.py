@@ -28,11 +28,12 @@ import soundfile
 from numpy.typing import NDArray
 
 from tinygiant.export.bundle import staged_folder
-from tinygiant.runtime import cli, load
+from tinygiant.runtime import load
 from tinygiant.runtime.bundle import MANIFEST_NAME, Bundle
+from tinygiant.runtime.cli import main as cli
 from tinygiant.runtime.errors import BundleError, StorageError, TinyGiantError, UsageError
-from tinygiant.runtime.machine import Machine
-from tinygiant.runtime.memory import require_memory
+from tinygiant.runtime.ort.machine import Machine
+from tinygiant.runtime.ort.memory import require_memory
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 
@@ -60,7 +61,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory, tone: Tone) -> Path:
 
 
 def tg_run(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "tinygiant.runtime.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "tinygiant.runtime.cli.main", *map(str, arguments)]
 
 
 def state(*folders: Path) -> dict[Path, tuple[int, int]]:
@@ -126,7 +127,7 @@ def test_out_of_memory_ends_in_a_line(tiny_bundle: Path, clip: Path, limit_mib: 
 
 WATCHED = """
 import os, signal, sys, time
-from tinygiant.runtime.watching import watched
+from tinygiant.runtime.cli.watching import watched
 def command():
     print(os.getpid(), flush=True)
     how = sys.argv[1]
@@ -655,7 +656,7 @@ def test_a_clock_that_jumps_under_a_server(
 
 def test_durations_are_of_the_monotonic_clock() -> None:
     """The wall clock is asked in one place of the runtime: when a reply was made."""
-    runtime = Path(cli.__file__).parent
+    runtime = Path(cli.__file__).parents[1]
     askers = {
         path.relative_to(runtime).as_posix()
         for path in runtime.rglob("*.py")

@@ -24,8 +24,8 @@ from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.config import ModelConfig, PromptConfig, config_from_dict, config_to_dict
 from tinygiant.runtime.errors import AudioError, BundleError, CheckpointError, QuestionError
+from tinygiant.runtime.ort.sessions import Graph
 from tinygiant.runtime.prompt import MAX_QUESTION_CHARS, build_prompt
-from tinygiant.runtime.sessions import Graph
 from tinygiant.runtime.tokenizer import Tokenizer
 
 EXTREMES_16 = (0, 1, 2, 0x7FFF, 0xFFFF)

@@ -20,12 +20,12 @@ from tests.model_stub import small_qwen3
 from tinygiant.export.decoder import _layer_shapes, build_decoder
 from tinygiant.quantize import KvPeaks, Scheme, kv_peaks, quantize_graph
 from tinygiant.quantize.kv_cache import HEADROOM, LONGEST_STEP, kv_scales
-from tinygiant.runtime import sessions
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.operators import graph_contents
-from tinygiant.runtime.sessions import Graph, SessionSettings
+from tinygiant.runtime.ort import sessions
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS
 
 Array = NDArray[np.float32]

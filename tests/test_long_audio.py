@@ -18,9 +18,9 @@ from tinygiant.runtime import (
     PromptRead,
     TinyGiant,
     UsageError,
-    cli,
 )
-from tinygiant.runtime.sessions import Graph
+from tinygiant.runtime.cli import main as cli
+from tinygiant.runtime.ort.sessions import Graph
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 RATE_HZ = 8_000

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tinygiant.runtime import TinyGiant, cli, microphone, pipeline
+from tinygiant.runtime import TinyGiant, pipeline
+from tinygiant.runtime.cli import main as cli
+from tinygiant.runtime.cli import microphone
+from tinygiant.runtime.cli.microphone import BLOCK_S, SoundDetector, devices, level_db, record
+from tinygiant.runtime.cli.terminal import Progress
 from tinygiant.runtime.errors import AudioError, MissingDependencyError, UsageError
-from tinygiant.runtime.microphone import BLOCK_S, SoundDetector, devices, level_db, record
-from tinygiant.runtime.terminal import Progress
 
 Plug = Callable[..., "Device"]
 QUIET = Progress(silent=True)
@@ -186,7 +188,7 @@ def test_without_sounddevice_or_portaudio(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_the_command_without_portaudio_or_device() -> None:
-    command = [sys.executable, "-m", "tinygiant.runtime.cli", "--mic", "What?"]
+    command = [sys.executable, "-m", "tinygiant.runtime.cli.main", "--mic", "What?"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if done.returncode == 0:
         pytest.skip("this machine has a microphone")

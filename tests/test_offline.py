@@ -80,7 +80,7 @@ sys.addaudithook(watch)
 import importlib
 importlib.import_module(sys.argv[1])
 """
-    modules = ("runtime.sessions", "runtime.pipeline", "quantize.dynamic", "export.exporter")
+    modules = ("runtime.ort.sessions", "runtime.pipeline", "quantize.dynamic", "export.exporter")
     for module in (f"tinygiant.{name}" for name in modules):
         result = offline.run(sys.executable, "-c", code, module)
         assert result.stdout.splitlines() == ["telemetry disabled: 1"], result.stderr

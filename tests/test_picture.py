@@ -13,9 +13,10 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from tinygiant.runtime import Finished, PromptRead, TinyGiant, cli, pipeline, read_audio
+from tinygiant.runtime import Finished, PromptRead, TinyGiant, pipeline, read_audio
 from tinygiant.runtime.chunks import split_chunks
-from tinygiant.runtime.picture import draw, save
+from tinygiant.runtime.cli import main as cli
+from tinygiant.runtime.cli.picture import draw, save
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 Drawn = tuple[Any, Any, PromptRead, Any]

@@ -16,11 +16,12 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from tinygiant.runtime import TinyGiant, load, sessions
+from tinygiant.runtime import TinyGiant, load
 from tinygiant.runtime.bundle import GRAPH_NAMES
-from tinygiant.runtime.cli import main
+from tinygiant.runtime.cli.main import main
 from tinygiant.runtime.errors import TinyGiantError, UsageError
-from tinygiant.runtime.providers import PROVIDERS, assign, available_names, require_available
+from tinygiant.runtime.ort import sessions
+from tinygiant.runtime.ort.providers import PROVIDERS, assign, available_names, require_available
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 

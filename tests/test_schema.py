@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tinygiant.runtime import TinyGiant
+from tinygiant.runtime.cli.records import error_record, event_record, json_line
 from tinygiant.runtime.errors import AudioError
 from tinygiant.runtime.events import SCHEMA
-from tinygiant.runtime.records import error_record, event_record, json_line
 
 Tone = Callable[[float, int], NDArray[np.float32]]
 CHOICES = ["a dog", "a siren"]

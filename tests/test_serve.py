@@ -588,7 +588,8 @@ def test_a_missing_extra_is_named() -> None:
 
 def test_the_bare_runtime_does_not_import_the_server() -> None:
     code = (
-        "import sys, tinygiant.runtime.cli, tinygiant.runtime.pipeline, tinygiant.runtime.serve.cli"
+        "import sys, tinygiant.runtime.cli.main, tinygiant.runtime.pipeline"
+        "\nimport tinygiant.runtime.serve.cli"
         "\nprint([m for m in ('starlette', 'uvicorn', 'prometheus_client') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygiant.runtime import load, sessions
-from tinygiant.runtime.sessions import unchanged_mappings
+from tinygiant.runtime import load
+from tinygiant.runtime.ort import sessions
+from tinygiant.runtime.ort.sessions import unchanged_mappings
 
 SMAPS = """\
 7f0000000000-7f0000004000 rw-p 00000000 fe:00 12                         /b/onnx/g.onnx.data

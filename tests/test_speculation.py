@@ -19,7 +19,7 @@ from tinygiant.runtime import TinyGiant, load
 from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
-from tinygiant.runtime.sessions import Graph, SessionSettings
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, Drafter, NgramIndex, Speculation, lead
 
 CONFIG = DecoderConfig(

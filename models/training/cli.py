@@ -18,9 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
-from tinygiant.runtime.options import OneLineParser
 
 if TYPE_CHECKING:
     import torch
@@ -126,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _nano(options: argparse.Namespace) -> None:
-    from tinygiant.models.training.nano import NanoRun, train_nano
-    from tinygiant.models.training.picture import draw_losses
+    from .nano import NanoRun, train_nano
+    from .picture import draw_losses
 
     if options.start and (options.no_intent_query or options.no_semantic_gate or options.decoder):
         raise UsageError(
@@ -171,7 +171,7 @@ def _encoder(options: argparse.Namespace) -> None:
     parent = os.environ.get(PARENT_VARIABLE, "")
     if parent.isdecimal():
         _end_with(int(parent))
-    from tinygiant.models.training.nano import ENCODERS, NanoRun, pretrain
+    from .nano import ENCODERS, NanoRun, pretrain
 
     if options.component not in ENCODERS:
         raise UsageError(f"component {options.component!r} is unknown: use one of {ENCODERS}")
@@ -189,9 +189,9 @@ def _encoder(options: argparse.Namespace) -> None:
 
 
 def _cota(options: argparse.Namespace) -> None:
-    from tinygiant.models.parts import Parts
-    from tinygiant.models.training.cota import CotaRun, train_cota
-    from tinygiant.models.training.picture import draw_losses
+    from ..parts import Parts
+    from .cota import CotaRun, train_cota
+    from .picture import draw_losses
 
     if options.checkpoint is not None and options.audio_context is not None:
         raise UsageError("a checkpoint says itself what its --audio-context is; leave it out")

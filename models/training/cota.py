@@ -20,17 +20,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tinygiant.models.checkpoint import TOKENIZER_FILE, load, load_config, save
-from tinygiant.models.parts import Parts, assemble
-from tinygiant.models.tinygiant import TinyGiantALM
-from tinygiant.models.training.loop import LoopConfig
-from tinygiant.models.training.reasoning import ReasoningTask, Sample, train_reasoning
-from tinygiant.models.training.world_set import END_OF_TURN
 from tinygiant.runtime.audio import Audio, read_audio
 from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.errors import CheckpointError, TinyGiantError, UsageError
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
+
+from ..checkpoint import TOKENIZER_FILE, load, load_config, save
+from ..parts import Parts, assemble
+from ..tinygiant import TinyGiantALM
+from .loop import LoopConfig
+from .reasoning import ReasoningTask, Sample, train_reasoning
+from .world_set import END_OF_TURN
 
 __all__ = ["CotaRun", "CotaSet", "train_cota"]
 

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from tinygiant.models.config import TinyGiantConfig
-from tinygiant.models.tinygiant import encode_event, encode_temporal
-from tinygiant.models.training.batching import LengthBatches
-from tinygiant.models.training.loop import LoopConfig, ParameterGroup, autocast, train
-from tinygiant.models.world.dataset import WorldDataset
-from tinygiant.models.world.labels import ROWS_PER_S
-from tinygiant.models.world.scene import Scene
-from tinygiant.models.world.vocabulary import WORDS
+from ..config import TinyGiantConfig
+from ..tinygiant import encode_event, encode_temporal
+from ..world.dataset import WorldDataset
+from ..world.labels import ROWS_PER_S
+from ..world.scene import Scene
+from ..world.vocabulary import WORDS
+from .batching import LengthBatches
+from .loop import LoopConfig, ParameterGroup, autocast, train
 
 __all__ = ["EncoderTask", "pretrain_encoder"]
 

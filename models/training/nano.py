@@ -19,24 +19,25 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tinygiant.models.checkpoint import TOKENIZER_FILE, load, load_component, load_config, save
-from tinygiant.models.config import TinyGiantConfig, preset
-from tinygiant.models.tensors import load_into, open_tensors
-from tinygiant.models.tinygiant import build, build_component
-from tinygiant.models.training.encoders import EncoderTask, pretrain_encoder
-from tinygiant.models.training.loop import LoopConfig
-from tinygiant.models.training.reasoning import ReasoningTask, train_reasoning
-from tinygiant.models.training.streams import cache_streams
-from tinygiant.models.training.tokenizer import train_tokenizer
-from tinygiant.models.training.world_set import (
+from tinygiant.runtime.errors import TinyGiantError
+from tinygiant.runtime.tokenizer import Tokenizer
+
+from ..checkpoint import TOKENIZER_FILE, load, load_component, load_config, save
+from ..config import TinyGiantConfig, preset
+from ..tensors import load_into, open_tensors
+from ..tinygiant import build, build_component
+from ..world.dataset import WorldDataset
+from ..world.dataset import build as build_world
+from .encoders import EncoderTask, pretrain_encoder
+from .loop import LoopConfig
+from .reasoning import ReasoningTask, train_reasoning
+from .streams import cache_streams
+from .tokenizer import train_tokenizer
+from .world_set import (
     WorldDrillSet,
     WorldReasoningSet,
     training_texts,
 )
-from tinygiant.models.world.dataset import WorldDataset
-from tinygiant.models.world.dataset import build as build_world
-from tinygiant.runtime.errors import TinyGiantError
-from tinygiant.runtime.tokenizer import Tokenizer
 
 __all__ = ["ENCODERS", "NanoRun", "pretrain", "train_nano"]
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinygiant.models.tinygiant import TinyGiantALM
-from tinygiant.models.training.batching import LengthBatches
-from tinygiant.models.training.loop import LoopConfig, ParameterGroup, autocast, train
+from ..tinygiant import TinyGiantALM
+from .batching import LengthBatches
+from .loop import LoopConfig, ParameterGroup, autocast, train
 
 __all__ = ["ReasoningSet", "ReasoningTask", "Sample", "collate", "response_loss", "train_reasoning"]
 

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tinygiant.models.tinygiant import TinyGiantALM
-from tinygiant.models.world.dataset import WorldDataset
 from tinygiant.runtime.chunks import Chunk
 from tinygiant.runtime.config import ModelConfig
+
+from ..tinygiant import TinyGiantALM
+from ..world.dataset import WorldDataset
 
 __all__ = ["CachedStreams", "cache_streams"]
 

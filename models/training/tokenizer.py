@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from tinygiant.models.config import NANO_SPECIAL_TOKENS
+from ..config import NANO_SPECIAL_TOKENS
 
 __all__ = ["train_tokenizer"]
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from tinygiant.models.training.reasoning import Sample
-from tinygiant.models.training.streams import CachedStreams
-from tinygiant.models.world.dataset import WorldDataset
-from tinygiant.models.world.questions import QUESTION_TYPES, ask
-from tinygiant.models.world.thought import format_response
 from tinygiant.runtime.config import PromptConfig
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
+
+from ..world.dataset import WorldDataset
+from ..world.questions import QUESTION_TYPES, ask
+from ..world.thought import format_response
+from .reasoning import Sample
+from .streams import CachedStreams
 
 __all__ = ["END_OF_TURN", "WorldDrillSet", "WorldReasoningSet", "training_texts"]
 

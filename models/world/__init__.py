@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-from tinygiant.models.world.dataset import WorldDataset, build
-from tinygiant.models.world.labels import CLIP_TAGS, FRAME_TAGS, clip_labels, frame_labels
-from tinygiant.models.world.thought import describe, format_response, parse_caption
+from .dataset import WorldDataset, build
+from .labels import CLIP_TAGS, FRAME_TAGS, clip_labels, frame_labels
+from .thought import describe, format_response, parse_caption
 
 __all__ = [
     "CLIP_TAGS",

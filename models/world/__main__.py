@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinygiant.models.world.dataset import build
-from tinygiant.models.world.vocabulary import SPLITS
 from tinygiant.runtime.errors import TinyGiantError
+
+from .dataset import build
+from .vocabulary import SPLITS
 
 __all__ = ["main"]
 

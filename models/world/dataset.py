@@ -32,16 +32,17 @@ import soundfile as sf
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tinygiant.models.world.dsp import RATE_HZ, Audio
-from tinygiant.models.world.engines import Banks, load_banks
-from tinygiant.models.world.labels import CLIP_TAGS, FRAME_TAGS, clip_labels, frame_labels, n_rows
-from tinygiant.models.world.questions import question_records
-from tinygiant.models.world.render import render
-from tinygiant.models.world.scene import Scene, sample_scene, scene_from_dict, scene_to_dict
-from tinygiant.models.world.vocabulary import Split
 from tinygiant.runtime.audio import resample
 from tinygiant.runtime.errors import StorageError
 from tinygiant.runtime.features import clap_log_mel, whisper_log_mel
+
+from .dsp import RATE_HZ, Audio
+from .engines import Banks, load_banks
+from .labels import CLIP_TAGS, FRAME_TAGS, clip_labels, frame_labels, n_rows
+from .questions import question_records
+from .render import render
+from .scene import Scene, sample_scene, scene_from_dict, scene_to_dict
+from .vocabulary import Split
 
 __all__ = ["SHARD_CLIPS", "WorldDataset", "build", "clip_features"]
 

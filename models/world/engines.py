@@ -21,9 +21,12 @@ import numpy as np
 import soundfile as sf
 from numpy.typing import NDArray
 
-from tinygiant.models.world.dsp import RATE_HZ, Audio, loudness
-from tinygiant.models.world.sounds import bed
-from tinygiant.models.world.vocabulary import (
+from tinygiant.runtime.audio import resample
+from tinygiant.runtime.errors import MissingEngineError
+
+from .dsp import RATE_HZ, Audio, loudness
+from .sounds import bed
+from .vocabulary import (
     BACKGROUNDS,
     INSTRUMENT_PROGRAMS,
     INSTRUMENTS,
@@ -31,9 +34,7 @@ from tinygiant.models.world.vocabulary import (
     WORDS,
     Split,
 )
-from tinygiant.models.world.voices import VOICES, Voice
-from tinygiant.runtime.audio import resample
-from tinygiant.runtime.errors import MissingEngineError
+from .voices import VOICES, Voice
 
 __all__ = [
     "NOTE_RANGE",

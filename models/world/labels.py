@@ -12,8 +12,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.models.world.scene import Scene
-from tinygiant.models.world.vocabulary import BACKGROUNDS, INSTRUMENTS, SOUND_CLASSES, WORDS
+from .scene import Scene
+from .vocabulary import BACKGROUNDS, INSTRUMENTS, SOUND_CLASSES, WORDS
 
 __all__ = ["CLIP_TAGS", "FRAME_TAGS", "ROWS_PER_S", "clip_labels", "frame_labels", "n_rows"]
 

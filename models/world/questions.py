@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from tinygiant.models.world.scene import Item, Scene, timeline
-from tinygiant.models.world.thought import describe
-from tinygiant.models.world.vocabulary import (
+from .scene import Item, Scene, timeline
+from .thought import describe
+from .vocabulary import (
     BACKGROUNDS,
     INSTRUMENTS,
     LEXICON,

@@ -7,12 +7,13 @@ import io
 import numpy as np
 import soundfile as sf
 
-from tinygiant.models.world.dsp import RATE_HZ, Audio, convolve, loudness, muffle, room_response
-from tinygiant.models.world.engines import Banks
-from tinygiant.models.world.scene import Music, Scene, Speech
-from tinygiant.models.world.sounds import synthesise
-from tinygiant.models.world.vocabulary import BACKGROUNDS
 from tinygiant.runtime.audio import resample
+
+from .dsp import RATE_HZ, Audio, convolve, loudness, muffle, room_response
+from .engines import Banks
+from .scene import Music, Scene, Speech
+from .sounds import synthesise
+from .vocabulary import BACKGROUNDS
 
 __all__ = ["render"]
 

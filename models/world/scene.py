@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinygiant.models.world.sounds import SOUND_PARAMETERS
-from tinygiant.models.world.vocabulary import (
+from .sounds import SOUND_PARAMETERS
+from .vocabulary import (
     BACKGROUNDS,
     INSTRUMENT_PROGRAMS,
     INSTRUMENTS,
@@ -28,7 +28,7 @@ from tinygiant.models.world.vocabulary import (
     Modality,
     Split,
 )
-from tinygiant.models.world.voices import VOICE_BY_NAME, VOICES, Gender
+from .voices import VOICE_BY_NAME, VOICES, Gender
 
 __all__ = [
     "MAX_DURATION_S",

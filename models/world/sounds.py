@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.models.world.dsp import RATE_HZ, Audio, band, noise, swept
+from .dsp import RATE_HZ, Audio, band, noise, swept
 
 __all__ = ["SOUND_PARAMETERS", "bed", "synthesise"]
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tinygiant.models.world.scene import Scene, timeline
+from .scene import Scene, timeline
 
 __all__ = ["describe", "describe_parts", "format_response", "parse_caption"]
 

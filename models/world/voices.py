@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinygiant.models.world.vocabulary import Split
+from .vocabulary import Split
 
 __all__ = ["VOICES", "VOICE_BY_NAME", "Gender", "Voice"]
 

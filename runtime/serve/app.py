@@ -37,16 +37,16 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinygiant.runtime.audio import MAX_AUDIO_S
-from tinygiant.runtime.config import ModelConfig
-from tinygiant.runtime.errors import AudioError
-from tinygiant.runtime.events import Event, Finished
-from tinygiant.runtime.pipeline import MAX_NEW_TOKENS
-from tinygiant.runtime.serve.chat import ALIAS, ChatRequest, parse_chat
-from tinygiant.runtime.serve.engine import Engine, Job
-from tinygiant.runtime.serve.errors import ApiError, api_error
-from tinygiant.runtime.serve.metrics import CONTENT_TYPE, Metrics
-from tinygiant.runtime.serve.replies import ReplyWriter, to_json
+from ..audio import MAX_AUDIO_S
+from ..config import ModelConfig
+from ..errors import AudioError
+from ..events import Event, Finished
+from ..pipeline import MAX_NEW_TOKENS
+from .chat import ALIAS, ChatRequest, parse_chat
+from .engine import Engine, Job
+from .errors import ApiError, api_error
+from .metrics import CONTENT_TYPE, Metrics
+from .replies import ReplyWriter, to_json
 
 __all__ = ["LOOPBACK_NAMES", "Limits", "Model", "Service", "create_app"]
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from tinygiant.runtime.serve.errors import ApiError
+from .errors import ApiError
 
 __all__ = ["AUDIO_FORMATS", "ChatRequest", "parse_chat"]
 

@@ -15,10 +15,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
-from tinygiant.runtime.options import OneLineParser
-from tinygiant.runtime.text import one_line
-from tinygiant.runtime.watching import watched
+from ..cli.options import OneLineParser
+from ..cli.watching import watched
+from ..errors import MissingDependencyError, TinyGiantError, UsageError
+from ..text import one_line
 
 __all__ = ["main"]
 
@@ -84,9 +84,9 @@ def _run(options: argparse.Namespace) -> int:
             )
 
     # Imported here: these need the extra, and --help does not.
-    from tinygiant.runtime.pipeline import load
-    from tinygiant.runtime.serve.app import Limits
-    from tinygiant.runtime.serve.server import serve
+    from ..pipeline import load
+    from .app import Limits
+    from .server import serve
 
     limits = Limits(
         max_body_bytes=round(options.max_body_mb * 2**20),

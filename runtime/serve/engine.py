@@ -18,8 +18,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 
-from tinygiant.runtime.events import Event
-from tinygiant.runtime.serve.errors import ApiError, api_error
+from ..events import Event
+from .errors import ApiError, api_error
 
 __all__ = ["Engine", "Job", "Place"]
 

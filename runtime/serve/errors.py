@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinygiant.runtime.errors import (
+from ..errors import (
     AudioError,
     AudioTooLongError,
     QuestionError,
     TinyGiantError,
     UsageError,
 )
-from tinygiant.runtime.text import one_line, printable
+from ..text import one_line, printable
 
 __all__ = ["ApiError", "api_error"]
 

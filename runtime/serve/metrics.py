@@ -11,8 +11,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from tinygiant.runtime.events import Answer
-from tinygiant.runtime.serve.engine import Engine
+from ..events import Answer
+from .engine import Engine
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tinygiant.runtime.answer import Section
-from tinygiant.runtime.config import ModelConfig
-from tinygiant.runtime.events import (
+from ..answer import Section
+from ..config import ModelConfig
+from ..events import (
     Answer,
     AudioRead,
     Event,

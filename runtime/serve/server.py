@@ -17,9 +17,9 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from tinygiant.runtime.serve.app import LOOPBACK_NAMES, Limits, Model, Service, create_app
-from tinygiant.runtime.serve.cli import is_loopback
-from tinygiant.runtime.serve.engine import Engine
+from .app import LOOPBACK_NAMES, Limits, Model, Service, create_app
+from .cli import is_loopback
+from .engine import Engine
 
 __all__ = ["Server", "make_server", "serve"]
 
@@ -67,7 +67,7 @@ def make_server(
         if wyoming is None:
             yield
             return
-        from tinygiant.runtime.serve.wyoming import serving
+        from .wyoming import serving
 
         async with serving(service, wyoming):
             yield

@@ -25,9 +25,9 @@ from wyoming.handle import Handled, NotHandled
 from wyoming.info import Attribution, Describe, HandleModel, HandleProgram, Info
 from wyoming.server import AsyncEventHandler
 
-from tinygiant.runtime.events import Finished
-from tinygiant.runtime.serve.app import Service
-from tinygiant.runtime.serve.errors import ApiError
+from ..events import Finished
+from .app import Service
+from .errors import ApiError
 
 __all__ = ["serving"]
 

@@ -99,7 +99,7 @@ def compare(found: Path, reference: Path, recipe: Recipe) -> dict[str, object]:
 def _doctor(python: list[str], board: Board) -> None:
     """The doctor must see the board for what it is."""
     run = subprocess.run(
-        [*python, "-m", "tinygiant.runtime.doctor", "--json", "--no-speed", "--no-bundle"],
+        [*python, "-m", "tinygiant.runtime.cli.doctor", "--json", "--no-speed", "--no-bundle"],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

@@ -263,7 +263,7 @@ def graph_seeds() -> list[bytes]:
 def check_graph(data: bytes) -> None:
     from tinygiant.runtime.errors import BundleError
     from tinygiant.runtime.operators import graph_contents
-    from tinygiant.runtime.sessions import Graph, SessionSettings
+    from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 
     refused(BundleError, lambda: graph_contents(data))
     written("weights.bin", bytes(8))

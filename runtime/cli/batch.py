@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from tinygiant.runtime.errors import (
+from ..errors import (
     AudioError,
     BundleError,
     IncompleteBatchError,
@@ -27,15 +27,15 @@ from tinygiant.runtime.errors import (
     StorageError,
     UsageError,
 )
-from tinygiant.runtime.events import SCHEMA
-from tinygiant.runtime.prompt import check_choices, check_question
-from tinygiant.runtime.records import error_record, json_line
-from tinygiant.runtime.terminal import Progress, debugging
-from tinygiant.runtime.text import one_line, printable
+from ..events import SCHEMA
+from ..prompt import check_choices, check_question
+from ..text import one_line, printable
+from .records import error_record, json_line
+from .terminal import Progress, debugging
 
 if TYPE_CHECKING:
-    from tinygiant.runtime.events import Answer
-    from tinygiant.runtime.pipeline import TinyGiant
+    from ..events import Answer
+    from ..pipeline import TinyGiant
 
 __all__ = ["SUFFIXES", "Item", "Output", "read_items", "run"]
 

@@ -14,15 +14,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tinygiant.runtime.errors import UsageError
-from tinygiant.runtime.interrupt import INTERRUPTED, exit_on_interrupt
-from tinygiant.runtime.options import parse
-from tinygiant.runtime.terminal import Progress, Style, complain, debugging, show
-from tinygiant.runtime.watching import watched
+from ..errors import UsageError
+from .interrupt import INTERRUPTED, exit_on_interrupt
+from .options import parse
+from .terminal import Progress, Style, complain, debugging, show
+from .watching import watched
 
 if TYPE_CHECKING:
-    from tinygiant.runtime.audio import Audio
-    from tinygiant.runtime.pipeline import TinyGiant
+    from ..audio import Audio
+    from ..pipeline import TinyGiant
 
 __all__ = ["main"]
 
@@ -54,7 +54,7 @@ def _main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(words: list[str]) -> int:
     try:
         if words[:1] == ["doctor"]:
-            from tinygiant.runtime import doctor
+            from . import doctor
 
             return doctor.main(words[1:])
         return _run(parse(words))
@@ -69,12 +69,12 @@ def _guarded(words: list[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     progress = Progress(silent=options.quiet)
     if options.completion:
-        from tinygiant.runtime.completion import script
+        from .completion import script
 
         print(script(options.completion), end="")
         return 0
     if options.list_devices:
-        from tinygiant.runtime.microphone import devices
+        from .microphone import devices
 
         print("\n".join(devices()))
         return 0
@@ -87,14 +87,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def _ask(options: argparse.Namespace, progress: Progress) -> int:
     # Imported here, so that --help is instant and an interrupt while loading is handled.
-    from tinygiant.runtime.prompt import check_choices, check_question
+    from ..prompt import check_choices, check_question
 
     # What is wrong with the input is said before a large model is loaded.
     check_question(options.question)
     if options.choices is not None:
         check_choices(options.choices)
     if options.picture is not None:
-        from tinygiant.runtime import picture
+        from . import picture
 
         picture.check(options.picture)
     audio = _read(options, progress)
@@ -115,8 +115,8 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
 
 
 def _converse(options: argparse.Namespace, progress: Progress) -> int:
-    from tinygiant.runtime.conversation import Conversation, question_lines
-    from tinygiant.runtime.prompt import check_choices
+    from ..prompt import check_choices
+    from .conversation import Conversation, question_lines
 
     if options.choices is not None:
         check_choices(options.choices)
@@ -136,7 +136,7 @@ def _converse(options: argparse.Namespace, progress: Progress) -> int:
 
 
 def _batch(options: argparse.Namespace, progress: Progress) -> int:
-    from tinygiant.runtime.batch import Output, read_items, run
+    from .batch import Output, read_items, run
 
     items = read_items(options.batch, options.each, options.choices)
     with Output.open(options.output, items) as output:
@@ -162,7 +162,7 @@ def _style(options: argparse.Namespace) -> Style:
 
 
 def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
-    from tinygiant.runtime.pipeline import load
+    from ..pipeline import load
 
     model = load(
         options.bundle,
@@ -178,10 +178,10 @@ def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
 
 
 def _read(options: argparse.Namespace, progress: Progress) -> Audio:
-    from tinygiant.runtime.audio import read_audio, read_pcm
+    from ..audio import read_audio, read_pcm
 
     if options.mic is not None:
-        from tinygiant.runtime.microphone import record
+        from .microphone import record
 
         return record(options.mic or None, progress, max_audio_s=options.max_audio)
     if options.clip != "-":

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Literal
 
-from tinygiant.runtime.answer import Section
-from tinygiant.runtime.errors import StorageError, TinyGiantError
-from tinygiant.runtime.text import one_line, printable
+from ..answer import Section
+from ..errors import StorageError, TinyGiantError
+from ..text import one_line, printable
 
 if TYPE_CHECKING:
-    from tinygiant.runtime.events import Answer, Event, PromptRead, TextPiece
+    from ..events import Answer, Event, PromptRead, TextPiece
 
 __all__ = ["DEBUG_VARIABLE", "Progress", "Style", "TextWriter", "complain", "debugging", "show"]
 
@@ -42,8 +42,8 @@ def show(
         StorageError: standard output cannot be written.
         TinyGiantError: whatever ``events`` raises.
     """
-    from tinygiant.runtime.events import Finished, PromptRead
-    from tinygiant.runtime.records import event_record, json_line
+    from ..events import Finished, PromptRead
+    from .records import event_record, json_line
 
     writer = TextWriter(sys.stdout, show=style == "text")
     encoding = getattr(sys.stdout, "encoding", None)
@@ -82,7 +82,7 @@ class TextWriter:
 
     def take(self, event: Event) -> None:
         """Write what there is to see of an event."""
-        from tinygiant.runtime.events import Finished, TextPiece
+        from ..events import Finished, TextPiece
 
         if self._show and isinstance(event, TextPiece) and not event.markup:
             self._piece(event)
@@ -146,7 +146,7 @@ class Progress:
 
     def show(self, event: Event) -> None:
         """Say what was received, and how it was listened to."""
-        from tinygiant.runtime import events
+        from .. import events
 
         if isinstance(event, events.AudioRead):
             audio = event.audio

@@ -19,13 +19,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygiant.runtime.errors import StorageError, UsageError
-from tinygiant.runtime.interrupt import raise_on_interrupt
-from tinygiant.runtime.terminal import Progress, Style, complain, debugging, show
+from ..errors import StorageError, UsageError
+from .interrupt import raise_on_interrupt
+from .terminal import Progress, Style, complain, debugging, show
 
 if TYPE_CHECKING:
-    from tinygiant.runtime.audio import Audio
-    from tinygiant.runtime.pipeline import TinyGiant
+    from ..audio import Audio
+    from ..pipeline import TinyGiant
 
 __all__ = ["Conversation", "history_path", "question_lines"]
 
@@ -129,7 +129,7 @@ class Conversation:
         show(events, self.style, self._progress, self.choices)
 
     def _load(self, path: str) -> None:
-        from tinygiant.runtime.audio import read_audio
+        from ..audio import read_audio
 
         if not path:
             raise UsageError("name the clip: :load PATH")
@@ -137,12 +137,12 @@ class Conversation:
         self._progress.line(f"{self.audio.source}: {self.audio.used_s:.2f} s of audio")
 
     def _listen(self, device: str) -> None:
-        from tinygiant.runtime.microphone import record
+        from .microphone import record
 
         self.audio = record(device or None, self._progress, max_audio_s=self._max_audio_s)
 
     def _choose(self, text: str) -> None:
-        from tinygiant.runtime.prompt import check_choices
+        from ..prompt import check_choices
 
         choices = [choice.strip() for choice in text.split("|")] if text else None
         if choices is not None:

@@ -3,7 +3,7 @@
 The contract: :func:`assign` reads what the user asked for, one name for everything or one for each
 part, and :func:`require_available` refuses what the installed onnxruntime lacks, saying what is
 there and which wheel brings the rest. Nothing is chosen silently: what is not named runs on the
-CPU. This module imports the standard library alone; :mod:`tinygiant.runtime.sessions` asks
+CPU. This module imports the standard library alone; :mod:`tinygiant.runtime.ort.sessions` asks
 onnxruntime.
 """
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tinygiant.runtime.errors import UsageError
-from tinygiant.runtime.text import printable
+from ..errors import UsageError
+from ..text import printable
 
 __all__ = ["CPU", "PROVIDERS", "Provider", "assign", "available_names", "require_available"]
 

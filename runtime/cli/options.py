@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tinygiant.runtime.errors import UsageError
+from ..errors import UsageError
 
 __all__ = ["SHELLS", "OneLineParser", "make_parser", "parse"]
 

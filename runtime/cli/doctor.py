@@ -25,18 +25,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tinygiant.runtime.bundle import (
+from ..bundle import (
     LFS_SIGNATURE,
     MANIFEST_NAME,
     Bundle,
     default_bundle_path,
 )
-from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
-from tinygiant.runtime.machine import Machine
-from tinygiant.runtime.memory import estimated_bytes
-from tinygiant.runtime.options import OneLineParser
-from tinygiant.runtime.providers import PROVIDERS, available_names
-from tinygiant.runtime.text import one_line, printable
+from ..errors import BundleError, TinyGiantError, UsageError
+from ..ort.machine import Machine
+from ..ort.memory import estimated_bytes
+from ..ort.providers import PROVIDERS, available_names
+from ..text import one_line, printable
+from .options import OneLineParser
 
 __all__ = ["KNOWN_BAD", "Finding", "KnownBad", "Level", "examine", "main"]
 
@@ -326,7 +326,7 @@ def _imports(machine: Machine) -> Iterator[Finding]:
         code = f"import {package}"
         if package == "onnxruntime":
             code = (
-                "from tinygiant.runtime.sessions import physical_cores; import onnxruntime;"
+                "from tinygiant.runtime.ort.sessions import physical_cores; import onnxruntime;"
                 "print(physical_cores(), *onnxruntime.get_available_providers())"
             )
         output, fault, advice = _probe(code, IMPORT_LIMIT_S)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.audio import MAX_AUDIO_S, Audio, resample
-from tinygiant.runtime.errors import AudioError, MissingDependencyError, UsageError
-from tinygiant.runtime.terminal import Progress
-from tinygiant.runtime.text import one_line, printable
+from ..audio import MAX_AUDIO_S, Audio, resample
+from ..errors import AudioError, MissingDependencyError, UsageError
+from ..text import one_line, printable
+from .terminal import Progress
 
 __all__ = ["SoundDetector", "devices", "level_db", "record"]
 

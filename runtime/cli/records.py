@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.errors import TinyGiantError
-from tinygiant.runtime.events import (
+from ..errors import TinyGiantError
+from ..events import (
     SCHEMA,
     AudioRead,
     Event,
@@ -21,7 +21,7 @@ from tinygiant.runtime.events import (
     PromptRead,
     StreamsReady,
 )
-from tinygiant.runtime.text import one_line
+from ..text import one_line
 
 __all__ = ["error_record", "event_record", "json_line"]
 

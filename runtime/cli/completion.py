@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from tinygiant.runtime.options import make_parser
+from .options import make_parser
 
 __all__ = ["script"]
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.runtime.chunks import Chunk, split_chunks
-from tinygiant.runtime.errors import MissingDependencyError, StorageError
-from tinygiant.runtime.text import printable
+from ..chunks import Chunk, split_chunks
+from ..errors import MissingDependencyError, StorageError
+from ..text import printable
 
 if TYPE_CHECKING:
-    from tinygiant.runtime.audio import Audio
-    from tinygiant.runtime.config import ModelConfig
-    from tinygiant.runtime.events import Answer, PromptRead
+    from ..audio import Audio
+    from ..config import ModelConfig
+    from ..events import Answer, PromptRead
 
 __all__ = ["check", "draw", "save"]
 

@@ -9,9 +9,9 @@ takes, it may work slowly or end; ``tg-run doctor`` tells.
 
 from __future__ import annotations
 
-from tinygiant.runtime.bundle import Bundle
-from tinygiant.runtime.errors import TinyGiantError
-from tinygiant.runtime.machine import Machine
+from ..bundle import Bundle
+from ..errors import TinyGiantError
+from .machine import Machine
 
 __all__ = ["estimated_bytes", "least_bytes", "require_memory"]
 

@@ -25,11 +25,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tinygiant.runtime.bundle import Bundle
-from tinygiant.runtime.config import KvType
-from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
-from tinygiant.runtime.providers import CPU, PROVIDERS, Provider, assign, require_available
-from tinygiant.runtime.text import one_line, printable
+from ..bundle import Bundle
+from ..config import KvType
+from ..errors import BundleError, TinyGiantError, UsageError
+from ..text import one_line, printable
+from .providers import CPU, PROVIDERS, Provider, assign, require_available
 
 # Read by onnxruntime while it is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -268,7 +268,7 @@ class GraphPool:
             bundle: the opened bundle.
             settings: how to run its graphs.
             keep: whether a graph stays in memory once it is loaded.
-            provider: what runs them, as :func:`tinygiant.runtime.providers.assign` reads it.
+            provider: what runs them, as :func:`tinygiant.runtime.ort.providers.assign` reads it.
 
         Raises:
             BundleError: this onnxruntime is older than the bundle asks for.

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from tinygiant.runtime.errors import TinyGiantError
+from ..errors import TinyGiantError
 
 __all__ = ["watched"]
 
@@ -34,7 +34,7 @@ def watched(program: str, command: Callable[[], int]) -> int:
     """
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         return command()
-    from tinygiant.runtime.machine import Machine
+    from ..ort.machine import Machine
 
     left = Machine().address_space_bytes()
     if left is None:  # not Linux

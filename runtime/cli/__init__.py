@@ -1,0 +1,1 @@
+"""The command line: ``tg-run``, and what it shares with the other commands."""

@@ -1,0 +1,1 @@
+"""Everything that touches onnxruntime: sessions, execution providers, memory, the machine."""

@@ -1,0 +1,1 @@
+"""TinyGiantALM on the edge: :mod:`tinygiant.runtime` answers, :mod:`tinygiant.export` makes bundles."""
