@@ -91,7 +91,7 @@ def cache_streams(
 
 def _chunk(dataset: WorldDataset, index: int, config: ModelConfig) -> Chunk:
     """A clip's stored features as the encoders see them."""
-    whisper, clap = dataset.features(index)
+    whisper, windows = dataset.features(index)
     n_tokens = len(dataset.frame_labels(index))
     duration_s = n_tokens * config.token_s
     n_frames = config.temporal_frames(duration_s)
@@ -102,5 +102,5 @@ def _chunk(dataset: WorldDataset, index: int, config: ModelConfig) -> Chunk:
         duration_s=duration_s,
         n_tokens=config.audio_tokens(duration_s),
         temporal_features=temporal,
-        event_features=(clap.astype(np.float32),),
+        event_features=tuple(window.astype(np.float32) for window in windows),
     )
