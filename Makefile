@@ -104,5 +104,5 @@ $(VENV)/.installed: $(VENV)/.python constraints.txt setup.cfg pyproject.toml
 	@echo "Installing everything into $(VENV) (once, some minutes) ..." >&2
 	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps \
 	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
-	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,mic,serve,train,wyoming]'
+	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,listen,mic,serve,train,wyoming]'
 	@touch $@
