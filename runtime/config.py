@@ -320,9 +320,7 @@ def config_from_dict(kind: type[_Config], data: Any, *, where: str = "config") -
         raise BundleError(
             f"{where}: unknown fields {unknown or 'none'}, missing fields {missing or 'none'}"
         )
-    values = {
-        name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()
-    }
+    values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()}
     return kind(**values)
 
 
