@@ -10,6 +10,7 @@ Shapes: ``B`` batch, ``F`` temporal feature frames, ``N`` audio tokens, ``D`` de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
-from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperEncoderLayer
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tinygiant.runtime.chunks import Chunk, event_rows, join_streams, mean_anchor
 
@@ -118,8 +119,8 @@ def encode_temporal(
     return pooled
 
 
-def _whisper_layer(layer: WhisperEncoderLayer, hidden: Tensor) -> Tensor:
-    """One pre-norm block, ``(B, T, D)`` -> the same; its own ``forward`` differs by version."""
+def _whisper_layer(layer: Any, hidden: Tensor) -> Tensor:
+    """A ``WhisperEncoderLayer``, ``(B, T, D)`` -> the same; its ``forward`` differs by version."""
 
     def dropped(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p, training=layer.training)
