@@ -203,7 +203,14 @@ _OWN = tuple(
 # by the transformers classes that take them.
 _OwnFields = cast(
     "type[Any]",
-    dataclasses.make_dataclass("_OwnFields", [(f.name, f.type) for f in _OWN], frozen=True),
+    dataclasses.make_dataclass(
+        "_OwnFields",
+        [
+            (f.name, f.type, field(default=f.default, default_factory=f.default_factory))
+            for f in _OWN
+        ],
+        frozen=True,
+    ),
 )
 _OwnFields.__module__ = __name__
 
