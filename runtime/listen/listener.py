@@ -27,6 +27,7 @@ class Listener:
 
     Attributes:
         tried: set once the source has been opened, or could not be.
+        was_heard: it has been opened at least once.
         problem: what kept it from being opened; None while it is heard.
         ended: nothing will come any more.
         gate: may be exchanged at any time; the sound that is on is then cut.
@@ -46,6 +47,7 @@ class Listener:
         self.name = name
         self.source = source
         self.tried = threading.Event()
+        self.was_heard = False
         self.problem: TinyGiantError | None = None
         self.ended = False
         self.lost_s = 0.0
@@ -93,7 +95,7 @@ class Listener:
             known = isinstance(error, TinyGiantError)
             line = one_line(error) if known else f"unforeseen {type(error).__name__}: {error}"
             self.problem = error if isinstance(error, TinyGiantError) else TinyGiantError(line)
-            if self.tried.is_set():  # else whoever started it says so
+            if self.was_heard:  # else whoever started it says so
                 self._tell("source_failed", self.name, line)
         finally:
             self.ended = True
@@ -113,6 +115,7 @@ class Listener:
                         self._tell("source_back", self.name, f"is back after {away_s:.0f} s")
                         lost_at = None
                     self.problem = None
+                    self.was_heard = True
                     self.tried.set()
                     if block is not None:
                         retry_s = _FIRST_RETRY_S
@@ -128,7 +131,7 @@ class Listener:
                 self.problem = error
                 if lost_at is None:
                     lost_at = time.monotonic()
-                    if self.tried.is_set():
+                    if self.was_heard:  # else whoever started it says so
                         line = f"{one_line(error)}; tried again until it is back"
                         self._tell("source_lost", self.name, line)
                 self.tried.set()

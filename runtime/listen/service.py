@@ -160,11 +160,11 @@ class Service:
     def _end(self) -> int:
         """Stop everything in order; returns the exit code."""
         self._notifier.stopping()
+        if self._signals or any(outlet.is_broken for outlet in self._outlets.values()):
+            self._queue.close()  # else the sources have ended, and what waits is answered
         for listener in self._listeners.values():
             listener.stop(2.0)
         self._tell_losses()
-        if self._signals or any(outlet.is_broken for outlet in self._outlets.values()):
-            self._queue.close()  # else the sources have ended, and what waits is answered
         self._no_more.set()
         finished = self._wait_for_worker()
         self._queue.close()
@@ -196,13 +196,13 @@ class Service:
 
     def _require_a_source(self) -> None:
         """Raise the first source's problem if not one of them could be opened."""
-        problems = [listener.problem for listener in self._listeners.values()]
-        if problems[0] is not None and all(problem is not None for problem in problems):
+        found = list(self._listeners.values())
+        if found[0].problem is not None and not any(one.was_heard for one in found):
             for listener in self._listeners.values():
                 listener.stop(2.0)
             for name in list(self._outlets):
                 self._close_outlet(name)
-            raise problems[0]
+            raise found[0].problem
 
     def _read_settings_again(self) -> None:
         self._notifier.reloading()
@@ -271,7 +271,7 @@ class Service:
     def _tell_problems(self, opened: Iterable[Listener]) -> None:
         """Say of sources that were just started which could not be opened."""
         for listener in opened:
-            if listener.problem is not None:
+            if listener.problem is not None and not listener.was_heard:
                 self._tell("source_lost", listener.name, one_line(listener.problem))
 
     def _open_outlets(self, settings: Settings) -> None:
