@@ -25,6 +25,7 @@ from tinygiant.models.checkpoint import TOKENIZER_FILE, WEIGHTS_FILE, load
 from tinygiant.models.generate import encode_audio
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.choices import ChoiceTrie
+from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -72,7 +73,13 @@ class TorchReference:
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> list[Reply]:
-        """Answer a batch."""
+        """Answer a batch of questions with choices.
+
+        Raises:
+            UsageError: a question is open.
+        """
+        if any(question.open for question in questions):
+            raise UsageError("questions without choices are answered by bundles: leave out --torch")
         tries = [ChoiceTrie.of_choices(q.choices, self._tokenizer) for q in questions]
         thoughts, caches = self._think([self._embeds(q) for q in questions])
         replies = []

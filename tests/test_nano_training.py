@@ -22,6 +22,7 @@ RECIPE = """
 train_clips = 8
 validation_clips = 4
 seed = 0
+kind = "core"
 
 [encoders.whisper]
 batch_size = 4
@@ -149,8 +150,8 @@ def test_forms_are_asked_as_the_runtime_asks_them(run: Path) -> None:
     for draw in range(3):
         for index in range(len(forms)):
             sample = forms.sample(index, np.random.default_rng((draw, index)))
-            prompt = tokenizer.decode(sample.suffix_ids, skip_special_tokens=False)
-            response = tokenizer.decode(sample.response_ids, skip_special_tokens=False)
+            prompt = tokenizer.decode(sample.suffix_ids)
+            response = tokenizer.decode(sample.response_ids)
             with_choices = "\nChoices:\n" in prompt
             thinks = response.startswith("<think>")
             seen[with_choices, thinks] += 1

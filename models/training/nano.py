@@ -98,7 +98,7 @@ def train_nano(run: NanoRun) -> Path:
             run.cache,
             workers=2,
             seed=world["seed"],
-            kind="mixed",
+            kind=world.get("kind", "mixed"),
         )
     train_set, validation_set = (WorldDataset(run.data / s) for s in ("train", "validation"))
     config = run.config

@@ -180,6 +180,7 @@ DRILL_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 0.5) | {
     "relation": 4.0,
     "nearer": 4.0,
     "more often": 1.0,
+    **dict.fromkeys(("presence", "anybody", "any music"), 0.1),
 }
 
 FORMS_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 1.0) | {

@@ -535,11 +535,7 @@ def _presence(scene: Scene, rng: _Rng) -> Draft | None:
     return _yes_no({"thing": thing}, yes, name)
 
 
-# Four of seven modalities have speech: with one question in four left out where the answer is yes,
-# both answers are equally frequent. (Music is: scenes with it allow more other questions.)
 def _anybody(scene: Scene, rng: _Rng) -> Draft | None:
-    if scene.speech and rng.random() < 0.25:
-        return None
     return _yes_no({}, scene.speech is not None, "speech")
 
 
