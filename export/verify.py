@@ -23,7 +23,8 @@ from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import TinyGiantError, VerificationError
-from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.pipeline import load
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.streams import encode_chunks, project

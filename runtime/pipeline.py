@@ -44,7 +44,8 @@ from .events import (
 )
 from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
-from .ort.sessions import GraphPool, SessionSettings
+from .ort.pool import GraphPool
+from .ort.sessions import SessionSettings
 from .prompt import IM_END, THINK_END, Prompt, build_prompt
 from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .audio import Audio
 from .chunks import Chunk, event_rows, join_streams, mean_anchor
 from .config import ModelConfig
-from .ort.sessions import GraphPool
+from .ort.pool import GraphPool
 
 __all__ = ["Projection", "StreamCache", "StreamOutputs", "audio_key", "encode_chunks", "project"]
 

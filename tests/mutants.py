@@ -138,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if n_killed == len(chosen) else 1
 
 
-MUTANTS: tuple[Mutant, ...] = (
-)
+MUTANTS: tuple[Mutant, ...] = ()
 
 
 if __name__ == "__main__":

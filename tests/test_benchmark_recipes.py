@@ -22,7 +22,7 @@ from tinygiant.export.source import CheckpointSource
 from tinygiant.models import TinyGiantALM, save
 from tinygiant.quantize import RECIPES, quantize_graph
 from tinygiant.runtime.errors import CheckpointError, StorageError, UsageError
-from tinygiant.runtime.ort import sessions
+from tinygiant.runtime.ort import pool
 from tinygiant.runtime.ort.sessions import SessionSettings
 
 Run = Callable[..., tuple[str, dict[str, Any]]]
@@ -133,7 +133,7 @@ def test_a_bundle_s_recipe_has_the_variant_where_it_belongs() -> None:
 
 def test_graphs_are_loaded_as_the_runtime_loads_them() -> None:
     timed = {graph for of_task in recipes._GRAPHS.values() for graph in of_task}
-    assert timed & sessions._NOT_PACKED == {recipes._NOT_PACKED}
+    assert timed & pool._NOT_PACKED == {recipes._NOT_PACKED}
 
 
 # Figures.

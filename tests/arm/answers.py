@@ -19,7 +19,8 @@ from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
-from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import SessionSettings
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.streams import encode_chunks, project
 from tinygiant.runtime.tokenizer import Tokenizer
