@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
 from transformers.modeling_utils import no_init_weights
 
-from tinygiant.runtime.config import AudioContext, ClapFeatures, ProjectorConfig, config_from_dict
+from tinygiant.runtime.config import AudioContext, config_from_dict
 from tinygiant.runtime.errors import BundleError, CheckpointError
 
-from .config import TinyGiantConfig, preset, upstream_fields
+from .config import EBranchformerConfig, TinyGiantConfig, preset, upstream_fields
+from .features import ClapFeatures
 from .tensors import PrefixedTensors, load_into, open_tensors, read_json
 from .tinygiant import COMPONENTS, TinyGiantALM, build_component
 
@@ -267,12 +268,12 @@ def _config_fields(folder: Path, *model_types: str) -> dict[str, Any]:
     return fields
 
 
-def _projector_config(path: Path) -> ProjectorConfig:
+def _projector_config(path: Path) -> EBranchformerConfig:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         return config_from_dict(
-            ProjectorConfig, json.loads(metadata[PROJECTOR_CONFIG_KEY]), where=str(path)
+            EBranchformerConfig, json.loads(metadata[PROJECTOR_CONFIG_KEY]), where=str(path)
         )
     except KeyError as error:
         raise CheckpointError(
