@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
+from transformers import ClapAudioConfig, PretrainedConfig, Qwen3Config, WhisperConfig
 
 from tinygiant.runtime.config import (
     AnswerForm,
@@ -245,6 +245,12 @@ class TinyGiantConfig:
                 n_layers=qwen3.num_hidden_layers,
                 n_kv_heads=qwen3.num_key_value_heads,
                 head_dim=qwen3.head_dim,
+<<<<<<< HEAD
+=======
+                ffn_size=qwen3.intermediate_size,
+                rms_norm_eps=qwen3.rms_norm_eps,
+                rope_theta=rope_theta(qwen3),
+>>>>>>> main
                 max_positions=qwen3.max_position_embeddings,
                 stop_token_ids=self.eos_token_ids,
             ),
@@ -342,7 +348,16 @@ def upstream_fields(config: WhisperConfig | ClapAudioConfig | Qwen3Config) -> di
         ClapAudioConfig: _CLAP_FIELDS,
         Qwen3Config: _QWEN3_FIELDS,
     }[type(config)]
-    return {name: getattr(config, name) for name in names}
+    return {
+        name: rope_theta(config) if name == "rope_theta" else getattr(config, name)
+        for name in names
+    }
+
+
+def rope_theta(config: PretrainedConfig) -> float:
+    """Base of the rotary embedding; transformers 5 keeps it among ``rope_parameters``."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters["rope_theta"] if parameters else getattr(config, "rope_theta"))  # noqa: B009
 
 
 def _full() -> TinyGiantConfig:

@@ -31,6 +31,8 @@ __all__ = [
     "EncoderOutput",
     "KvType",
     "LogMel",
+    "MelNorm",
+    "MelScale",
     "ModelConfig",
     "ProjectorConfig",
     "ProjectorInput",
@@ -44,6 +46,8 @@ __all__ = [
 
 AudioContext = Literal["full", "clip"]
 KvType = Literal["fp32", "int8"]
+MelNorm = Literal["slaney", "none"]
+MelScale = Literal["slaney", "htk"]
 Role = Literal["encoder", "projector", "decoder"]
 
 
@@ -80,8 +84,8 @@ class LogMel:
     n_mels: int = 128
     f_min_hz: float = 0.0
     f_max_hz: float = 8_000.0
-    mel_scale: Literal["slaney", "htk"] = "slaney"
-    mel_norm: Literal["slaney", "none"] = "slaney"
+    mel_scale: MelScale = "slaney"
+    mel_norm: MelNorm = "slaney"
     log: Literal["whisper", "db"] = "whisper"
     dynamic_range: float | None = 8.0
     last_frame: bool = False
@@ -437,9 +441,7 @@ def config_from_dict(kind: type[_Config], data: Any, *, where: str = "config") -
         raise BundleError(
             f"{where}: unknown fields {unknown or 'none'}, missing fields {missing or 'none'}"
         )
-    values = {
-        name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()
-    }
+    values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()}
     return kind(**values)
 
 

@@ -10,15 +10,16 @@ come in at the features' own rate, mono; resampling, windows and chunks are deci
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import LogMel
+from .config import LogMel, MelNorm, MelScale
 from .errors import AudioError, UsageError
 
-__all__ = ["log_mel", "mel_filter_bank"]
+__all__ = ["log_mel", "mel_filter_bank", "periodic_hann"]
 
 _POWER_FLOOR = 1e-10
 # Frames transformed at a time: the spectra of one block stay in the processor's cache.
@@ -35,25 +36,25 @@ def mel_filter_bank(
     f_min_hz: float,
     f_max_hz: float,
     sampling_rate_hz: int,
-    mel_scale: str = "slaney",
-    mel_norm: str = "slaney",
+    scale: MelScale = "slaney",
+    norm: MelNorm = "slaney",
 ) -> NDArray[np.float64]:
-    """Triangular filters, evenly spaced on a mel scale.
+    """Triangular filters on a mel scale, each with area 1 (slaney norm) or height 1.
 
-    Same as ``transformers.audio_utils.mel_filter_bank`` with the ``mel_scale`` and ``norm`` of that
-    name. The array is cached and read-only.
+    Same as ``transformers.audio_utils.mel_filter_bank`` with ``mel_scale=scale`` and
+    ``norm="slaney"`` or None. The array is cached and read-only.
 
     Returns:
         ``(n_fft // 2 + 1, n_mels)`` weights from power spectrum bins to mel bands.
     """
-    hz_to_mel, mel_to_hz = _SCALES[mel_scale]
-    edges_hz = mel_to_hz(np.linspace(hz_to_mel(f_min_hz), hz_to_mel(f_max_hz), n_mels + 2))
+    to_mel, to_hz = _SCALES[scale]
+    edges_hz = to_hz(np.linspace(to_mel(f_min_hz), to_mel(f_max_hz), n_mels + 2))
     bins_hz = np.linspace(0.0, sampling_rate_hz // 2, n_fft // 2 + 1)[:, None]
     lower, centre, upper = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
     rising = (bins_hz - lower) / (centre - lower)
     falling = (upper - bins_hz) / (upper - centre)
     filters: NDArray[np.float64] = np.maximum(0.0, np.minimum(rising, falling))
-    if mel_norm == "slaney":
+    if norm == "slaney":
         filters *= 2.0 / (upper - lower)
     filters.flags.writeable = False
     return filters
@@ -132,7 +133,7 @@ def _mel_power(
     filters = _filters32(features)
     padded = np.pad(samples, n_fft // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop][:n_frames]
-    taper = _periodic_hann(n_fft)
+    taper = periodic_hann(n_fft)
     n_blocks = -(-n_frames // _FRAMES_PER_BLOCK)
     mel = np.empty((n_blocks * _FRAMES_PER_BLOCK, n_mels), dtype=np.float32)
     power = np.zeros((_FRAMES_PER_BLOCK, n_fft // 2 + 1), dtype=np.float32)
@@ -161,7 +162,8 @@ def _filters32(features: LogMel) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=8)
-def _periodic_hann(n_fft: int) -> NDArray[np.float64]:
+def periodic_hann(n_fft: int) -> NDArray[np.float64]:
+    """The window of ``n_fft`` samples that repeats without a doubled zero."""
     return np.hanning(n_fft + 1)[:-1]
 
 
@@ -180,13 +182,13 @@ def _slaney_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(mel < _KNEE_MEL, 200.0 * mel / 3.0, above_knee)
 
 
+# The HTK scale: 2595 mels a decade above 700 Hz.
 def _htk_mel(hz: float) -> float:
-    return float(2_595.0 * np.log10(1.0 + hz / 700.0))
+    return 2_595.0 * math.log10(1.0 + hz / 700.0)
 
 
 def _htk_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
-    hz: NDArray[np.float64] = 700.0 * (10.0 ** (mel / 2_595.0) - 1.0)
-    return hz
+    return np.asarray(700.0 * (10.0 ** (mel / 2_595.0) - 1.0))
 
 
 _SCALES = {"slaney": (_slaney_mel, _slaney_hz), "htk": (_htk_mel, _htk_hz)}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .audio import Audio, resample
 from .config import LogMel, ModelConfig
 from .features import log_mel
-from .resampling import resample_sinc
+from .resampling import sinc_resample
 
 __all__ = ["Chunk", "n_chunks", "preprocess"]
 
@@ -101,7 +101,7 @@ def _whole(audio: Audio, resampler: str, rate_hz: int) -> Array:
 
 
 def _resampled(samples: Array, resampler: str, from_hz: int, to_hz: int) -> Array:
-    return (resample_sinc if resampler == "sinc" else resample)(samples, from_hz, to_hz)
+    return (sinc_resample if resampler == "sinc" else resample)(samples, from_hz, to_hz)
 
 
 def _piece(samples: Array, index: int, length_s: float, rate_hz: int) -> Array:
