@@ -23,6 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from transformers import PretrainedConfig
 
+from tinygiant.models.config import rope_theta
 from tinygiant.quantize.graph import save_graph
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
@@ -62,7 +63,8 @@ class DecoderSpec(DecoderConfig):
                 rotary positions, a family that is neither Qwen3 nor Llama.
         """
         kind = upstream.model_type
-        scaling = getattr(upstream, "rope_scaling", None) or {}
+        # transformers 5 calls it rope_parameters.
+        rotary = getattr(upstream, "rope_parameters", None) or upstream.rope_scaling or {}
         problems = [
             what
             for what, wrong in (
@@ -72,7 +74,7 @@ class DecoderSpec(DecoderConfig):
                 (f"its activation is {upstream.hidden_act}", upstream.hidden_act != "silu"),
                 (
                     "rotary positions are scaled",
-                    scaling.get("rope_type", scaling.get("type", "default")) != "default",
+                    rotary.get("rope_type", rotary.get("type", "default")) != "default",
                 ),
             )
             if wrong
@@ -87,7 +89,7 @@ class DecoderSpec(DecoderConfig):
             n_heads=upstream.num_attention_heads,
             ffn_size=upstream.intermediate_size,
             rms_norm_eps=upstream.rms_norm_eps,
-            rope_theta=float(scaling.get("rope_theta") or upstream.rope_theta),
+            rope_theta=rope_theta(upstream),
             qk_norm=_QK_NORM[kind],
         )
 

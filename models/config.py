@@ -245,12 +245,6 @@ class TinyGiantConfig:
                 n_layers=qwen3.num_hidden_layers,
                 n_kv_heads=qwen3.num_key_value_heads,
                 head_dim=qwen3.head_dim,
-<<<<<<< HEAD
-=======
-                ffn_size=qwen3.intermediate_size,
-                rms_norm_eps=qwen3.rms_norm_eps,
-                rope_theta=rope_theta(qwen3),
->>>>>>> main
                 max_positions=qwen3.max_position_embeddings,
                 stop_token_ids=self.eos_token_ids,
             ),

@@ -22,9 +22,7 @@ from .tinygiant import encode_event, encode_temporal
 __all__ = ["graph_part", "projector_part", "temporal_part", "tower_part"]
 
 
-def graph_part(
-    config: TinyGiantConfig, graph: str, component: Callable[[str], nn.Module]
-) -> Part:
+def graph_part(config: TinyGiantConfig, graph: str, component: Callable[[str], nn.Module]) -> Part:
     """The part behind ``graph``; ``component`` loads a module by its name in the reference."""
     if graph == TEMPORAL:
         return temporal_part(cast(WhisperEncoder, component("whisper")), config)

@@ -29,14 +29,9 @@ from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
 from tinygiant.runtime.config import AudioContext, config_from_dict
 from tinygiant.runtime.errors import BundleError, CheckpointError
 
-<<<<<<< HEAD
 from .config import EBranchformerConfig, TinyGiantConfig, preset, upstream_fields
 from .features import ClapFeatures
-from .tensors import PrefixedTensors, load_into, open_tensors, read_json
-=======
-from .config import TinyGiantConfig, preset, upstream_fields
 from .tensors import PrefixedTensors, load_into, open_tensors, read_json, undrawn_weights
->>>>>>> main
 from .tinygiant import COMPONENTS, TinyGiantALM, build_component
 
 __all__ = ["PROJECTOR_CONFIG_KEY", "Parts", "assemble", "load_part", "parts_config"]

@@ -18,6 +18,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import Qwen3ForCausalLM
 
+from tinygiant.runtime.bundle import SourceEntry
+from tinygiant.runtime.config import AudioContext, ModelConfig, config_to_dict
+from tinygiant.runtime.errors import CheckpointError
+
 from .checkpoint import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
@@ -29,9 +33,6 @@ from .family import Part
 from .graphs import graph_part
 from .parts import Parts, load_part, parts_config
 from .tinygiant import build_component
-from tinygiant.runtime.bundle import SourceEntry
-from tinygiant.runtime.config import AudioContext, ModelConfig, config_to_dict
-from tinygiant.runtime.errors import CheckpointError
 
 __all__ = [
     "CheckpointSource",
@@ -155,6 +156,7 @@ class PartsSource(TinyGiantSource):
             return SourceEntry(self.details.name, digest, "seeded-random", self._seed)
         return SourceEntry(self.details.name, digest, "trained", None)
 
+
 @dataclass(frozen=True)
 class RandomSource(TinyGiantSource):
     """A preset with seeded random weights: for measuring, not for answers.
@@ -194,6 +196,7 @@ class RandomSource(TinyGiantSource):
         made_from = json.dumps([config_to_dict(self.details), self.seed], sort_keys=True)
         digest = hashlib.sha256(made_from.encode("utf-8")).hexdigest()
         return SourceEntry(self.details.name, digest, "seeded-random", self.seed)
+
 
 @torch.no_grad()
 def _settle(decoder: Qwen3ForCausalLM) -> None:

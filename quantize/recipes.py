@@ -78,10 +78,10 @@ class Recipe:
 
     ``token_agreement`` is the share of decoding steps at which the bundle, given the tokens that
     PyTorch chose so far, chooses PyTorch's next token too. ``graphs`` has a scheme for every role,
-    whatever a model's graphs are called; ``limits`` has one more for ``embed_tokens``. Steps at which PyTorch's two best logits
-    lie within ``tie_margin`` standard deviations of the logits do not count: there, rounding
-    decides. ``kv_cache`` is how keys and values are kept: in ``int8``, a quarter of the memory and
-    faster to read a token; prompts attend in float32.
+    whatever a model's graphs are called; ``limits`` has one more for ``embed_tokens``. Steps at
+    which PyTorch's two best logits lie within ``tie_margin`` standard deviations of the logits do
+    not count: there, rounding decides. ``kv_cache`` is how keys and values are kept: in ``int8``, a
+    quarter of the memory and faster to read a token; prompts attend in float32.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a question is asked with: :class:`AskOptions` from the caller, :class:`Asked` once checked."""
+"""A question on its way to the decoder: the caller's options, and what it becomes once checked."""
 
 from __future__ import annotations
 

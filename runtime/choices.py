@@ -7,8 +7,9 @@ surroundings are those the model was trained on. At each fork the most likely
 tokens cannot be told apart, or do not decode to the choice again, are refused before anything runs.
 
 Without a thought, choices can be scored instead: the probability of each is that of writing it as a
-whole, its end included: the closing tag, or the stop token of a model that has none. Lengths are not normalised away: the texts exclude one another, so
-their probabilities, divided by their sum, are the model's own given that it writes one of them.
+whole, its end included: the closing tag, or the stop token of a model that has none. Lengths are
+not normalised away: the texts exclude one another, so their probabilities, divided by their sum,
+are the model's own given that it writes one of them.
 """
 
 from __future__ import annotations

@@ -328,6 +328,12 @@ class ModelConfig:
         }
 
     @property
+    def distinct_encoders(self) -> tuple[EncoderConfig, ...]:
+        """The first encoder of each kind of features and window: what there is to see or time."""
+        found = {(e.features, e.window_s): e for e in reversed(self.encoders)}
+        return tuple(reversed(found.values()))
+
+    @property
     def row_s(self) -> float:
         """Seconds of sound that one audio row stands for."""
         return self.chunk_s / self.rows_per_chunk
@@ -393,10 +399,8 @@ def _composition_problems(config: ModelConfig) -> Iterator[str]:
         yield "the decoder has no stop token"
 
 
-_MAY_BE_ZERO = frozenset(
-    ("f_min_hz", "clip_margin_s", "stop_token_ids", "token_ids", "close_id", "padding_id")
-    + ("hidden_token_ids",)
-)
+_TOKENS = ("stop_token_ids", "token_ids", "close_id", "padding_id", "hidden_token_ids")
+_MAY_BE_ZERO = frozenset(("f_min_hz", "clip_margin_s", *_TOKENS))
 _SMALLEST, _LARGEST = 1e-12, 2**31 - 1
 
 
@@ -408,9 +412,10 @@ def _number_problems(config: Any, where: str) -> Iterator[str]:
         for value in found if isinstance(found, tuple) else (found,):
             if dataclasses.is_dataclass(value):
                 yield from _number_problems(value, f"{name}.")
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                if not least <= value <= _LARGEST:
-                    yield f"{name} is {value!r:.40}, expected a positive number"
+            elif isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            elif not least <= value <= _LARGEST:
+                yield f"{name} is {value!r:.40}, expected a positive number"
 
 
 _Config = TypeVar("_Config")

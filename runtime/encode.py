@@ -118,8 +118,7 @@ def encode(chunks: Sequence[Chunk], pool: GraphPool, config: ModelConfig) -> tup
                     name = f"{encoder.graph}.{output.name}"
                     outputs[name] = [run[output.name][0] for run in runs]
     return tuple(
-        combine(outputs, chunk.n_rows, config)
-        for outputs, chunk in zip(found, chunks, strict=True)
+        combine(outputs, chunk.n_rows, config) for outputs, chunk in zip(found, chunks, strict=True)
     )
 
 

@@ -60,9 +60,7 @@ def mel_filter_bank(
     return filters
 
 
-def log_mel(
-    samples: NDArray[np.float32], features: LogMel, n_frames: int
-) -> NDArray[np.float32]:
+def log_mel(samples: NDArray[np.float32], features: LogMel, n_frames: int) -> NDArray[np.float32]:
     """Log-mel spectrogram of a window of ``n_frames`` frames.
 
     What ``samples`` have beyond the window is cut; what they lack is filled by the features'

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .asking import Asked
+from .choices import probabilities
 from .config import ModelConfig
 from .decoder import Decoder
-from .choices import probabilities
 from .events import FinishReason
 from .stages import Returning
 

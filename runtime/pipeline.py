@@ -1,7 +1,7 @@
 """The whole path, from sound and a question to an answer: one verb a stage.
 
-``read -> preprocess -> encode -> project -> compose -> generate -> parse``: :meth:`TinyGiant.stream`
-tells of each as it is done, :meth:`TinyGiant.ask` is built on it, and :meth:`TinyGiant.prepare` is
+``read -> preprocess -> encode -> project -> compose -> generate -> parse``. The whole of it is
+:meth:`TinyGiant.stream`; :meth:`TinyGiant.ask` is built on that, and :meth:`TinyGiant.prepare` is
 the part before the decoder, for verification and measurements.
 
     >>> from tinygiant.runtime import load
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Unpack
 
@@ -194,6 +195,22 @@ class TinyGiant:
         projections = self._project(encoded, asked.prompt)
         return Prepared(self._compose(asked.prompt, projections), asked, projections, cached)
 
+    @contextmanager
+    def decoder(self, capacity: int, drafter: Drafter | None = None) -> Iterator[Decoder]:
+        """An empty sequence of at most ``capacity`` tokens, while its graph is in memory.
+
+        What is bound to a graph keeps it there: delete the decoder before the block ends.
+        """
+        with self._pool.use(self.config.decoder.graph) as graph:
+            yield Decoder(
+                graph,
+                self._embeddings,
+                self.config.decoder,
+                capacity,
+                drafter,
+                kv_type=self.bundle.manifest.kv_cache,
+            )
+
     def _stream(self, source: AudioSource | Audio, asked: Asked) -> Iterator[Event]:
         clock = Clock()
         with clock.stage("audio"):
@@ -211,17 +228,9 @@ class TinyGiant:
 
         transcript = Transcript(self._tokenizer, self.config.answer, asked)
         first_token_s = 0.0
-        with self._pool.use(self.config.decoder.graph) as graph:
+        drafter = self._drafter(asked)
+        with self.decoder(embeds.shape[1] + asked.max_written, drafter) as decoder:
             with clock.stage("prefill"):
-                drafter = self._drafter(asked)
-                decoder = Decoder(
-                    graph,
-                    self._embeddings,
-                    self.config.decoder,
-                    embeds.shape[1] + asked.max_written,
-                    drafter,
-                    kv_type=self.bundle.manifest.kv_cache,
-                )
                 logits = self._prefill(decoder, embeds, asked.prompt.prefix_ids)
             yield prompt_read(embeds.shape[1], projections)
 
@@ -230,7 +239,6 @@ class TinyGiant:
                 first_token_s = first_token_s or clock.total()
                 yield from transcript.push(token)
             ending = tokens.value
-            # What is bound to a graph keeps it in memory even after the pool has closed it.
             del decoder, logits, tokens
         self._remember(transcript, asked, clock.seconds("decode"), drafted=drafter is not None)
         self._pool.release()
@@ -303,9 +311,7 @@ class TinyGiant:
             return None
         if not self._speculation.is_worth_it():
             return None
-        return self._speculation.start(
-            [asked.prompt.instruction_ids], end_ids(asked, self.config)
-        )
+        return self._speculation.start([asked.prompt.instruction_ids], end_ids(asked, self.config))
 
     def _remember(
         self, transcript: Transcript, asked: Asked, decode_s: float, *, drafted: bool

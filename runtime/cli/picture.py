@@ -58,11 +58,7 @@ def draw(audio: Audio, config: ModelConfig, seen: PromptRead, answer: Answer, qu
     (a histogram; both only where the model has them), ``answer``.
     """
     chunks = preprocess(audio, config)
-    mels: dict[str, EncoderConfig] = {}
-    for encoder in config.encoders:
-        if not any((e.features, e.window_s) == (encoder.features, encoder.window_s)
-                   for e in mels.values()):
-            mels[encoder.graph] = encoder
+    mels = {encoder.graph: encoder for encoder in config.distinct_encoders}
     names = ["waveform", *mels]
     names += ["attention"] * (seen.intent_attention is not None)
     names += ["gate"] * (seen.gate is not None)
