@@ -37,10 +37,11 @@ from .ort.memory import require_memory
 from .ort.sessions import GraphPool, SessionSettings
 from .preprocess import preprocess
 from .prompt import Prompt, compose
+from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation
 from .stages import Clock, Returning
 from .tokenizer import Tokenizer
-from .transcript import Transcript, account, assemble, prompt_read
+from .transcript import Transcript, account, assemble, nothing_heard, prompt_read
 
 __all__ = ["MAX_NEW_TOKENS", "Memory", "Prepared", "TinyGiant", "load"]
 
@@ -160,6 +161,10 @@ class TinyGiant:
     ) -> Iterator[Event]:
         """Ask a question about a clip and get the answer as it is made.
 
+        Of a clip that is silent, or too short to hear anything, the model is not asked: the answer
+        says so. With choices it is the one that says that nothing is heard (in English); without
+        such a choice the model is asked all the same, and a note says that it guesses.
+
         Args:
             audio: a path, encoded bytes, a binary stream, ``(samples, sampling_rate_hz)``, or what
                 :func:`~tinygiant.runtime.audio.read_audio` returned.
@@ -215,7 +220,17 @@ class TinyGiant:
         clock = Clock()
         with clock.stage("audio"):
             audio = _read(source, asked.options)
+            unheard = why_unheard(audio.samples, audio.sampling_rate_hz)
         heard = account(audio, self.config)
+        if unheard is not None:
+            silent = silent_choice(asked.choices or ())
+            if asked.choices is None or silent is not None:
+                yield from nothing_heard(
+                    heard, asked, unheard, silent, self.config.name, self.providers, clock
+                )
+                return
+            guess = "one of the choices must be given: the model guesses"
+            heard = dataclasses.replace(heard, notes=(*heard.notes, guess))
         yield AudioRead(heard)
 
         with clock.stage("encode"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,13 +11,23 @@ from .asking import Asked
 from .audio import Audio
 from .config import AnswerForm, ModelConfig
 from .encode import Projection
-from .events import Answer, AudioAccount, PromptRead, Timings, TokenCounts
+from .events import (
+    Answer,
+    AudioAccount,
+    AudioRead,
+    Event,
+    Finished,
+    PromptRead,
+    StreamsReady,
+    Timings,
+    TokenCounts,
+)
 from .generate import Ending
 from .preprocess import n_chunks
 from .stages import Clock
 from .tokenizer import StreamingDetokenizer, Tokenizer
 
-__all__ = ["Transcript", "account", "assemble", "prompt_read"]
+__all__ = ["Transcript", "account", "assemble", "nothing_heard", "prompt_read"]
 
 
 class Transcript:
@@ -109,27 +119,68 @@ def assemble(
     parts = transcript.parse()
     if ending.choice_index is not None and asked.choices is not None:
         parts["text"] = asked.choices[ending.choice_index]
-    decode_s = clock.seconds("decode")
     return Answer(
         **parts,
         raw_text=transcript.text,
         choice_index=ending.choice_index,
         finish_reason=ending.finish_reason,
         model=model,
-        timings=Timings(
-            audio_s=clock.seconds("audio"),
-            encode_s=clock.seconds("encode"),
-            project_s=clock.seconds("project"),
-            prefill_s=clock.seconds("prefill"),
-            decode_s=decode_s,
-            first_token_s=first_token_s,
-            total_s=clock.total(),
-            encode_cached=encode_cached,
-            tokens_per_s=tokens.generated / decode_s if decode_s else 0.0,
-        ),
+        timings=_timings(clock, first_token_s, tokens.generated, cached=encode_cached),
         audio=audio,
         tokens=tokens,
         choice_probabilities=ending.probabilities,
         choice_scoring=None if ending.probabilities is None else "sum_of_log_probabilities",
         providers=providers,
+    )
+
+
+def nothing_heard(
+    audio: AudioAccount,
+    asked: Asked,
+    why: str,
+    choice_index: int | None,
+    model: str,
+    providers: dict[str, tuple[str, ...]],
+    clock: Clock,
+) -> Iterator[Event]:
+    """The events of a clip in which there is nothing to hear: the model is not asked."""
+    text = f"Nothing is heard: the clip is {why}."
+    if choice_index is not None and asked.choices is not None:
+        text = asked.choices[choice_index]
+    yield AudioRead(audio)
+    yield StreamsReady(cached=False, encode_s=0.0)
+    yield PromptRead(n_tokens=0, intent_attention=None, gate=None)
+    yield TextPiece(text, "answer")
+    yield Finished(
+        Answer(
+            text=text,
+            plan="",
+            audio_analysis="",
+            logic="",
+            summary="",
+            unparsed="",
+            raw_text=text,
+            choice_index=choice_index,
+            finish_reason="stop",
+            model=model,
+            timings=_timings(clock, clock.total(), 0, cached=False),
+            audio=audio,
+            tokens=TokenCounts(prompt=0, audio=0, generated=0),
+            providers=providers,
+        )
+    )
+
+
+def _timings(clock: Clock, first_token_s: float, n_tokens: int, *, cached: bool) -> Timings:
+    decode_s = clock.seconds("decode")
+    return Timings(
+        audio_s=clock.seconds("audio"),
+        encode_s=clock.seconds("encode"),
+        project_s=clock.seconds("project"),
+        prefill_s=clock.seconds("prefill"),
+        decode_s=decode_s,
+        first_token_s=first_token_s,
+        total_s=clock.total(),
+        encode_cached=cached,
+        tokens_per_s=n_tokens / decode_s if decode_s else 0.0,
     )
