@@ -13,7 +13,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from .audio import Audio
 from .config import ModelConfig
 from .errors import UsageError
-from .ort.sessions import GraphPool
 from .preprocess import Chunk
+
+if TYPE_CHECKING:
+    from .ort.sessions import GraphPool
 
 __all__ = [
     "Encoded",
