@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from ..bundle import Bundle
-from ..config import KvType
+from ..config import KvType, ModelConfig
 from ..errors import BundleError
 from ..text import printable
 from .providers import assign, require_available
@@ -23,12 +23,9 @@ from .sessions import (
     require_onnxruntime,
 )
 
-__all__ = ["GraphPool"]
+__all__ = ["GraphPool", "not_packed"]
 
 _KV_TYPES: Mapping[KvType, str] = {"fp32": "tensor(float)", "int8": "tensor(int8)"}
-# Encoders of the windows of 10 s: products of their unpacked weights take 5 % longer, which is
-# 0.3 % of a question, and 105 MB of copies are not made.
-_NOT_PACKED = frozenset({"htsat_encoder", "clap_encoder"})
 # Freed memory of a small bundle is not worth the walk over the heap.
 _LARGE_BUNDLE_BYTES = 64 * 2**20
 
@@ -57,7 +54,7 @@ class GraphPool:
             UsageError: an unknown provider, or one that this onnxruntime does not have.
         """
         require_onnxruntime(bundle.manifest.min_onnxruntime)
-        self._assigned = assign(provider, bundle.manifest.graphs)
+        self._assigned = assign(provider, bundle.config.graphs)
         require_available(self._assigned.values(), available_providers())
         self.providers: dict[str, tuple[str, ...]] = {
             name: (assigned.name,) for name, assigned in self._assigned.items()
@@ -65,6 +62,7 @@ class GraphPool:
         self._bundle = bundle
         self._settings = settings
         self._keep = keep
+        self._not_packed = not_packed(bundle.config)
         self._graphs: dict[str, Graph] = {}
 
     def load_all(self) -> None:
@@ -93,7 +91,7 @@ class GraphPool:
             if name not in self._graphs:
                 self._graphs[name] = self._load(name)
             yield self._graphs[name]
-            if name in _NOT_PACKED:
+            if name in self._not_packed:
                 self.release()
             return
         graph = self._load(name)
@@ -113,12 +111,21 @@ class GraphPool:
             self._settings,
             content=self._bundle.read_graph(name),
             provider=self._assigned[name],
-            pack=name not in _NOT_PACKED,
+            pack=name not in self._not_packed,
         )
         self.providers[name] = graph.providers
         _require_kv_type(graph, self._bundle.manifest.kv_cache)
         self._bundle.require_unchanged()  # after loading, so that there is no moment in between
         return graph
+
+
+def not_packed(model: ModelConfig) -> frozenset[str]:
+    """Graphs whose weights stay in their mapped files: encoders of a part of a chunk.
+
+    Products of their unpacked weights take 5 % longer, which is 0.3 % of a question at full size,
+    and 105 MB of copies are not made.
+    """
+    return frozenset(e.graph for e in model.encoders if e.window_s < model.chunk_s)
 
 
 def _require_kv_type(graph: Graph, kv_type: KvType) -> None:
