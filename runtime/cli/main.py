@@ -21,6 +21,7 @@ from .terminal import Progress, Style, complain, debugging, show
 from .watching import watched
 
 if TYPE_CHECKING:
+    from ..asking import AskOptions
     from ..audio import Audio
     from ..pipeline import TinyGiant
 
@@ -99,14 +100,7 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
         picture.check(options.picture)
     audio = _read(options, progress)
     model = _load(options, progress)
-    events = model.stream(
-        audio,
-        options.question,
-        options.choices,
-        think=not options.no_think,
-        max_new_tokens=options.max_new_tokens,
-        max_audio_s=options.max_audio,
-    )
+    events = model.stream(audio, options.question, options.choices, _ask_options(options))
     answer, seen = show(events, _style(options), progress, options.choices)
     if options.picture is not None:
         figure = picture.draw(audio, model.config, seen, answer, options.question)
@@ -127,9 +121,7 @@ def _converse(options: argparse.Namespace, progress: Progress) -> int:
         progress,
         choices=options.choices,
         style=_style(options),
-        think=not options.no_think,
-        max_new_tokens=options.max_new_tokens,
-        max_audio_s=options.max_audio,
+        options=_ask_options(options),
     )
     with question_lines(silent=options.quiet) as lines:
         return conversation.run(lines)
@@ -141,16 +133,19 @@ def _batch(options: argparse.Namespace, progress: Progress) -> int:
     items = read_items(options.batch, options.each, options.choices)
     with Output.open(options.output, items) as output:
         if output.left:
-            run(
-                output,
-                _load(options, progress),
-                progress,
-                think=not options.no_think,
-                max_new_tokens=options.max_new_tokens,
-                max_audio_s=options.max_audio,
-            )
+            run(output, _load(options, progress), progress, _ask_options(options))
         output.require_complete()
     return 0
+
+
+def _ask_options(options: argparse.Namespace) -> AskOptions:
+    from ..asking import AskOptions
+
+    return AskOptions(
+        think=not options.no_think,
+        max_new_tokens=options.max_new_tokens,
+        max_audio_s=options.max_audio,
+    )
 
 
 def _style(options: argparse.Namespace) -> Style:
