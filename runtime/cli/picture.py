@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..chunks import Chunk, split_chunks
 from ..errors import MissingDependencyError, StorageError
 from ..text import printable
+from .interrupt import cleaned_up
 
 if TYPE_CHECKING:
     from ..audio import Audio
@@ -99,7 +100,7 @@ def save(figure: Any, path: str) -> None:
     """
     draft = Path(f"{path}.{os.getpid()}.part")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), cleaned_up(lambda: draft.unlink(missing_ok=True)):
             warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
             figure.savefig(draft, format="png", dpi=_DPI)
         draft.replace(path)
