@@ -27,10 +27,10 @@ DEMO_CHOICES ?= monkey tiger spider rabbit
 
 SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
 
-.PHONY: help demo test bench bench-peers test-arm fuzz check lint types imports wheel constraints clean distclean
+.PHONY: help demo test test-transformers5 bench bench-peers test-arm fuzz check lint types imports wheel constraints clean distclean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-12s", $$1, $$2; \
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-22s", $$1, $$2; \
 	  $$1 = $$2 = ""; print}'
 
 demo: $(DEMO_VENV)/.installed ## answer a question about a clip, with the runtime alone
@@ -38,6 +38,12 @@ demo: $(DEMO_VENV)/.installed ## answer a question about a clip, with the runtim
 
 test: $(VENV)/.installed ## run the tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-transformers5: $(VENV)-transformers5/.installed ## run the tests of models and export with transformers 5
+	@OMP_NUM_THREADS=1 $(VENV)-transformers5/bin/python -m pytest -n $(JOBS) --dist loadfile \
+	  tests/test_models.py tests/test_parts.py tests/test_export.py tests/test_decoder_graph.py \
+	  tests/test_verify.py tests/test_pipeline.py tests/test_training.py tests/test_nano_training.py \
+	  tests/test_committed_checkpoint.py $(PYTEST_ARGS)
 
 test-arm: $(VENV)/.installed ## compare Arm (emulated Raspberry Pi 4 and 5) with this machine
 	@$(VENV)/bin/python tests/arm/compare.py $(ARM_ARGS)
@@ -105,4 +111,13 @@ $(VENV)/.installed: $(VENV)/.python constraints.txt setup.cfg pyproject.toml
 	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps \
 	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
 	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,mic,serve,train,wyoming]'
+	@touch $@
+
+# Without optimum, which holds transformers below 4.58, and without the pins of constraints.txt.
+$(VENV)-transformers5/.installed: $(VENV)-transformers5/.python setup.cfg pyproject.toml
+	@echo "Installing into $(@D) (once, some minutes) ..." >&2
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps \
+	  --constraint constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --editable '.[dev,serve,train]' \
+	  'onnx>=1.19' 'onnx-ir>=0.1' 'onnxscript>=0.5' 'transformers>=5'
 	@touch $@

@@ -72,6 +72,8 @@ def trace(
     common_passes.IdentityEliminationPass()(model)
     _optimize(model)
     _drop_idle_reshapes(model.graph)
+    _cancel_transposes(model.graph)
+    _drop_idle_reshapes(model.graph)  # those around the transposes that have gone
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
     common_passes.ClearMetadataAndDocStringPass()(model)
@@ -226,6 +228,19 @@ def _transposed(tensor: ir.TensorProtocol, perm: Sequence[int]) -> ir.LazyTensor
 def _permuted(tensor: ir.TensorProtocol, perm: Sequence[int]) -> ir.Shape:
     sizes = tensor.shape.numpy()
     return ir.Shape([sizes[axis] for axis in perm])
+
+
+def _cancel_transposes(graph: ir.Graph) -> None:
+    """Drop pairs of Transposes that undo one another, as around fused attention."""
+    for node in [node for node in graph if node.op_type == "Transpose"]:
+        producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if producer is None or producer.op_type != "Transpose" or producer.inputs[0] is None:
+            continue
+        first, second = (n.attributes.get_ints("perm") for n in (producer, node))
+        if first is None or second is None or node.outputs[0].is_graph_output():
+            continue
+        if [first[axis] for axis in second] == list(range(len(first))):
+            node.outputs[0].replace_all_uses_with(producer.inputs[0])
 
 
 def _drop_idle_reshapes(graph: ir.Graph) -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
-from transformers.modeling_utils import no_init_weights
 
 from tinygiant.runtime.errors import CheckpointError, StorageError
 
 from .config import TinyGiantConfig
-from .tensors import PrefixedTensors, load_into, open_tensors
+from .tensors import PrefixedTensors, load_into, open_tensors, undrawn_weights
 from .tinygiant import COMPONENTS, TinyGiantALM
 
 __all__ = [
@@ -78,7 +77,7 @@ def load(path: str | os.PathLike[str]) -> TinyGiantALM:
         CheckpointError: the folder is not a checkpoint, or tensors do not fit; all are named.
     """
     config = load_config(path)
-    with no_init_weights():
+    with undrawn_weights():
         model = TinyGiantALM(config)
     load_into(model, open_tensors(Path(path) / WEIGHTS_FILE), where=str(path))
     return model.eval()
@@ -112,7 +111,7 @@ def load_component(path: str | os.PathLike[str], name: str) -> nn.Module | None:
         path: the checkpoint folder.
         name: a key of :data:`~tinygiant.models.tinygiant.COMPONENTS`.
     """
-    with no_init_weights():
+    with undrawn_weights():
         module = COMPONENTS[name](load_config(path))
     if module is None:
         return None

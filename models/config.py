@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
+from transformers import ClapAudioConfig, PretrainedConfig, Qwen3Config, WhisperConfig
 
 from tinygiant.runtime.config import (
     AudioContext,
@@ -159,7 +159,7 @@ class TinyGiantConfig:
                 head_dim=qwen3.head_dim,
                 ffn_size=qwen3.intermediate_size,
                 rms_norm_eps=qwen3.rms_norm_eps,
-                rope_theta=float(qwen3.rope_theta),
+                rope_theta=rope_theta(qwen3),
                 max_positions=qwen3.max_position_embeddings,
                 eos_token_ids=self.eos_token_ids,
                 think_end_token_id=self.think_end_token_id,
@@ -203,7 +203,14 @@ _OWN = tuple(
 # by the transformers classes that take them.
 _OwnFields = cast(
     "type[Any]",
-    dataclasses.make_dataclass("_OwnFields", [(f.name, f.type) for f in _OWN], frozen=True),
+    dataclasses.make_dataclass(
+        "_OwnFields",
+        [
+            (f.name, f.type, field(default=f.default, default_factory=f.default_factory))
+            for f in _OWN
+        ],
+        frozen=True,
+    ),
 )
 _OwnFields.__module__ = __name__
 
@@ -215,7 +222,16 @@ def upstream_fields(config: WhisperConfig | ClapAudioConfig | Qwen3Config) -> di
         ClapAudioConfig: _CLAP_FIELDS,
         Qwen3Config: _QWEN3_FIELDS,
     }[type(config)]
-    return {name: getattr(config, name) for name in names}
+    return {
+        name: rope_theta(config) if name == "rope_theta" else getattr(config, name)
+        for name in names
+    }
+
+
+def rope_theta(config: PretrainedConfig) -> float:
+    """Base of the rotary embedding; transformers 5 keeps it among ``rope_parameters``."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters["rope_theta"] if parameters else getattr(config, "rope_theta"))  # noqa: B009
 
 
 def _full() -> TinyGiantConfig:

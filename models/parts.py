@@ -25,13 +25,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
-from transformers.modeling_utils import no_init_weights
 
 from tinygiant.runtime.config import AudioContext, ClapFeatures, ProjectorConfig, config_from_dict
 from tinygiant.runtime.errors import BundleError, CheckpointError
 
 from .config import TinyGiantConfig, preset, upstream_fields
-from .tensors import PrefixedTensors, load_into, open_tensors, read_json
+from .tensors import PrefixedTensors, load_into, open_tensors, read_json, undrawn_weights
 from .tinygiant import COMPONENTS, TinyGiantALM, build_component
 
 __all__ = ["PROJECTOR_CONFIG_KEY", "Parts", "assemble", "load_part", "parts_config"]
@@ -128,7 +127,7 @@ def load_part(parts: Parts, config: TinyGiantConfig, name: str, *, seed: int) ->
     path = getattr(parts, "qwen3" if name == "decoder" else name)
     if name == "projector" and path is None:
         return build_component(config, name, seed)
-    with no_init_weights():
+    with undrawn_weights():
         module = COMPONENTS[name](config)
     if module is None:
         return None
@@ -148,7 +147,7 @@ def assemble(parts: Parts, *, seed: int = 0) -> TinyGiantALM:
         CheckpointError: naming every part that does not fit, and what is wrong with it.
     """
     config = parts_config(parts)
-    with no_init_weights():
+    with undrawn_weights():
         model = TinyGiantALM(config)
     problems = []
     for name in COMPONENTS:

@@ -10,6 +10,7 @@ Shapes: ``B`` batch, ``F`` temporal feature frames, ``N`` audio tokens, ``D`` de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,10 +113,22 @@ def encode_temporal(
     hidden = F.gelu(whisper.conv2(hidden)).transpose(1, 2)
     hidden = hidden + whisper.embed_positions.weight[: hidden.shape[1]]
     for layer in whisper.layers:
-        hidden = layer(hidden, attention_mask=None, layer_head_mask=None)[0]
+        hidden = _whisper_layer(layer, hidden)
     hidden = whisper.layer_norm(hidden)
     pooled: Tensor = hidden.unflatten(1, (-1, steps_per_token)).mean(2)
     return pooled
+
+
+def _whisper_layer(layer: Any, hidden: Tensor) -> Tensor:
+    """A ``WhisperEncoderLayer``, ``(B, T, D)`` -> the same; its ``forward`` differs by version."""
+
+    def dropped(x: Tensor, p: float) -> Tensor:
+        return F.dropout(x, p, training=layer.training)
+
+    attended = layer.self_attn(layer.self_attn_layer_norm(hidden))[0]
+    hidden = hidden + dropped(attended, layer.dropout)
+    inner = layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden)))
+    return hidden + dropped(layer.fc2(dropped(inner, layer.activation_dropout)), layer.dropout)
 
 
 def encode_event(tower: ClapAudioEncoder, input_features: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Audio in: one verb, :func:`read_audio`, from whatever holds sound to mono float32 samples.
 
 What comes in is accounted for (:class:`Audio`): seconds received, used and dropped, and a note for
-everything a listener should know. What cannot be used ends in an :class:`AudioError` of one line.
-Files are decoded by :mod:`encoded`, which bounds what is decoded as it goes.
+everything a listener should know, the signal's own faults included. What cannot be used ends in an
+:class:`AudioError` of one line. Files are decoded by :mod:`encoded`, which bounds what is decoded as it goes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .encoded import (
     checked_rate,
     decode,
     limit_frames,
-    mono,
     resample,
     too_long,
 )
 from .errors import AudioError, UsageError
+from .signal import Mixdown, mend
 
 __all__ = ["MAX_AUDIO_S", "Audio", "AudioSource", "read_audio", "read_pcm", "resample"]
 
@@ -68,7 +68,7 @@ class Audio:
         received_s: seconds that the source announced or delivered, whichever is longer.
         used_s: seconds in ``samples``.
         dropped_s: ``received_s - used_s``: announced, but missing or damaged.
-        channels: channels of the source, averaged to one.
+        channels: channels of the source, averaged to one (one of them where they cancel).
         notes: one line for each thing a listener should know; empty for a sound source.
     """
 
@@ -268,8 +268,10 @@ def _from_array(source: tuple[Any, ...], max_audio_s: float) -> Audio:
     if array.shape[0] > limit_frames(max_audio_s, rate_hz):
         raise too_long(name, array.shape[0] / rate_hz, max_audio_s)
     samples = _full_scale(array, name)
-    samples = mono(samples) if samples.ndim == 2 else samples.copy()
-    return _audio(Decoded(samples, rate_hz, channels, None), name)
+    mix = Mixdown()
+    mix.add(samples.reshape(len(samples), channels))
+    samples, notes = mix.finish()
+    return _audio(Decoded(samples, rate_hz, channels, None, tuple(notes)), name)
 
 
 def _full_scale(array: NDArray[Any], name: str) -> NDArray[np.float32]:
@@ -315,6 +317,8 @@ def _audio(decoded: Decoded, name: str) -> Audio:
         notes.append(
             f"truncated: its header announces {received_s:.2f} s, {used_s:.2f} s could be read"
         )
+    samples, found = mend(samples, rate_hz)
+    notes += found
     return Audio(
         samples=samples,
         sampling_rate_hz=rate_hz,

@@ -177,10 +177,11 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Any) -> Manifest:
-        """Read a parsed ``manifest.json``, strictly.
+        """Read a parsed ``manifest.json``; see :func:`config_from_dict` for its fields.
 
         Raises:
-            BundleError: another format or version; an unknown, missing or wrongly typed field.
+            BundleError: another format or version; a field that is unknown, of another type, or
+                missing without a default.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"manifest: not a {FORMAT}; export the model with tg-export")
@@ -190,54 +191,8 @@ class Manifest:
                 f"manifest: format version {str(version)[:20]} is unknown, this runtime reads "
                 f"{FORMAT_VERSION}; update tinygiant or export the bundle again"
             )
-        fields = {key: value for key, value in data.items() if not key.startswith("format")}
-        fields.setdefault("kv_cache", "fp32")
-        expected = {key: _object_of(fields, key) for key in ("graphs", "recipe", "created")}
-        verification = _object_of(fields, "verification")
-        recipe = expected["recipe"]
-        unknown = set(fields) ^ set(cls.__dataclass_fields__)
-        if unknown:
-            raise BundleError(f"manifest: unknown or missing fields {sorted(unknown)}")
-        if set(recipe) != {"name", "details"} or not isinstance(recipe["name"], str):
-            raise BundleError("manifest.recipe: expected a name and details")
-        if not all(isinstance(value, str) for value in expected["created"].values()):
-            raise BundleError("manifest.created: expected tool names and their versions")
-        simple = config_from_dict(
-            _SimpleFields,
-            {name: fields[name] for name in _SimpleFields.__dataclass_fields__},
-            where="manifest",
-        )
-        return cls(
-            model=simple.model,
-            graphs={
-                str(name): config_from_dict(GraphEntry, entry, where=f"manifest.graphs.{name}")
-                for name, entry in expected["graphs"].items()
-            },
-            embeddings=simple.embeddings,
-            tokenizer=simple.tokenizer,
-            recipe=RecipeEntry(recipe["name"], _object_of(recipe, "details")),
-            opset=simple.opset,
-            min_onnxruntime=simple.min_onnxruntime,
-            source=simple.source,
-            created=expected["created"],
-            verification=verification,
-            files=simple.files,
-            kv_cache=simple.kv_cache,
-        )
-
-
-@dataclass(frozen=True)
-class _SimpleFields:
-    """The manifest's fields that ``config_from_dict`` can read by itself."""
-
-    model: ModelConfig
-    embeddings: EmbeddingsEntry
-    tokenizer: str
-    opset: int
-    min_onnxruntime: str
-    source: SourceEntry
-    files: tuple[FileEntry, ...]
-    kv_cache: KvType
+        fields = {k: v for k, v in data.items() if k not in ("format", "format_version")}
+        return config_from_dict(cls, fields, where="manifest")
 
 
 @dataclass(frozen=True)
@@ -396,13 +351,6 @@ def _used_files(manifest: Manifest) -> set[str]:
 
 def _allowed(path: str) -> bool:
     return len(path) <= 255 and path != MANIFEST_NAME and _PATH.fullmatch(path) is not None
-
-
-def _object_of(data: dict[str, Any], key: str) -> dict[str, Any]:
-    value = data.get(key)
-    if not isinstance(value, dict):
-        raise BundleError(f"manifest.{key}: expected an object, found {type(value).__name__}")
-    return value
 
 
 def _stamp(root: Path) -> tuple[int, ...]:

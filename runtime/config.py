@@ -301,23 +301,32 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(kind: type[_Config], data: Any, *, where: str = "config") -> _Config:
-    """Rebuild a config dataclass from :func:`config_to_dict`'s output, strictly.
+    """Rebuild a config dataclass from :func:`config_to_dict`'s output.
+
+    A missing field takes its default, so a default must mean what files written before the field
+    existed mean. An unknown field is refused: it may change what the others mean.
 
     Raises:
-        BundleError: an unknown, missing or wrongly typed field, named by its path.
+        BundleError: a field that is unknown, of another type, or missing without a default; the
+            message gives its path.
     """
     if not isinstance(data, dict):
         raise BundleError(f"{where}: expected an object, found {type(data).__name__}")
     hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
-    unknown = sorted(set(data) - set(names))
-    missing = [name for name in names if name not in data]
+    fields = dataclasses.fields(typing.cast(Any, kind))
+    unknown = sorted(set(data) - {f.name for f in fields})
+    missing = [f.name for f in fields if f.name not in data and not _has_default(f)]
     if unknown or missing:
         raise BundleError(
             f"{where}: unknown fields {unknown or 'none'}, missing fields {missing or 'none'}"
         )
-    values = {name: _convert(hints[name], data[name], f"{where}.{name}") for name in names}
+    values = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in data.items()}
     return kind(**values)
+
+
+def _has_default(item: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return item.default is not missing or item.default_factory is not missing
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -333,6 +342,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(inner[0], value, where)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], item, where) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _convert(arguments[1], item, f"{where}.{k}") for k, item in value.items()}
+    if hint is Any:
+        return value
     if hint is float and type(value) in (int, float) and not abs(value) > _LARGEST:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:

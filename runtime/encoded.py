@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from . import media
 from .errors import AudioError, AudioTooLongError
 from .recordings import OPEN_ENDED_BYTES, Recording, Window, recordings
+from .signal import Mixdown
 from .text import counted, printable
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "checked_rate",
     "decode",
     "limit_frames",
-    "mono",
     "resample",
     "too_long",
 ]
@@ -61,7 +61,7 @@ class Decoded:
     Attributes:
         samples: ``(n_samples,) float32``, mono.
         rate_hz: of ``samples``.
-        channels: of the source, averaged to one.
+        channels: of the source, mixed down to one.
         announced_frames: what its headers announce; None if they do not say.
         notes: one line for each thing a listener should know.
     """
@@ -151,16 +151,6 @@ def resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[
     if from_hz == to_hz:
         return samples
     return np.asarray(soxr.resample(samples, from_hz, to_hz, quality="HQ"), dtype=np.float32)
-
-
-def mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over channels: ``(n, channels) -> (n,)``."""
-    mean = frames[:, 0].copy()
-    with np.errstate(invalid="ignore", over="ignore"):  # the caller looks for infinities
-        for channel in range(1, frames.shape[1]):
-            mean += frames[:, channel]
-        mean /= frames.shape[1]
-    return mean
 
 
 def checked_rate(rate_hz: Any, name: str) -> int:
@@ -283,7 +273,7 @@ def _by_libsndfile(
         is_guess = sound.format == "MP3" and announced is None
         is_right = not (is_guess or recording.head or recording.body != recording.start)
         if is_right:
-            samples, fault = _samples(sound, name, used_s, max_s)
+            mix, fault = _mixed(sound, name, used_s, max_s)
     if not is_right:
         body = _window(file, recording.body, recording.end, recording.head)
         piped = is_guess or not recording.head
@@ -291,7 +281,9 @@ def _by_libsndfile(
             _piped(body) if piped else nullcontext(body) as source,
             _ForwardSoundFile(source, closefd=False) as sound,
         ):
-            samples, fault = _samples(sound, name, used_s, max_s)
+            mix, fault = _mixed(sound, name, used_s, max_s)
+    samples, mix_notes = mix.finish()
+    notes += mix_notes
     if recording.announced_share < 1:
         announced = round(recording.announced_share * samples.size)
     surplus_s = 0.0 if announced is None else (samples.size - announced) / rate_hz
@@ -311,16 +303,16 @@ def _by_ffmpeg(source: EncodedFile, kind: str, name: str, used_s: float, max_s: 
         channels = checked_channels(sound.channels, name)
         if sound.lasts_s is not None and sound.lasts_s > max_s - used_s + 1:
             raise too_long(name, used_s + sound.lasts_s, max_s)
-        most_frames, pcm = limit_frames(max_s - used_s, rate_hz), bytearray()
+        most_frames, mix = limit_frames(max_s - used_s, rate_hz), Mixdown()
         for block in sound.blocks():
-            pcm += mono(block).tobytes()
-            if len(pcm) > 4 * most_frames:
+            mix.add(block)
+            if mix.n_frames > most_frames:
                 raise too_long(name, None, max_s)
-    samples = np.frombuffer(pcm, dtype=np.float32)
+    samples, notes = mix.finish()
     announced = None
     if sound.announced_s is not None and sound.announced_s - samples.size / rate_hz > 0.1:
         announced = round(sound.announced_s * rate_hz)
-    return Decoded(samples, rate_hz, channels, announced, sound.notes())
+    return Decoded(samples, rate_hz, channels, announced, (*notes, *sound.notes()))
 
 
 def _announced_frames(sound: soundfile.SoundFile, head: bytes) -> tuple[int | None, list[str]]:
@@ -341,13 +333,13 @@ def _announced_frames(sound: soundfile.SoundFile, head: bytes) -> tuple[int | No
     return frames, notes
 
 
-def _samples(
+def _mixed(
     sound: soundfile.SoundFile, name: str, used_s: float, max_audio_s: float
-) -> tuple[NDArray[np.float32], str | None]:
-    """Mono samples up to the end, the limit or a fault, and the decoder's word on the fault."""
+) -> tuple[Mixdown, str | None]:
+    """The sound up to the end, the limit or a fault, and the decoder's word on the fault."""
     most_frames = limit_frames(max_audio_s - used_s, sound.samplerate)
     block = np.empty((_BLOCK_FRAMES, sound.channels), dtype=np.float32)
-    pcm, fault = bytearray(), None
+    mix, fault = Mixdown(), None
     while fault is None:
         block.fill(np.nan)
         try:
@@ -358,10 +350,10 @@ def _samples(
             n_read = int(np.isfinite(block).all(axis=1).sum())
         if n_read == 0:
             break
-        pcm += mono(block[:n_read]).tobytes()
-        if len(pcm) > 4 * most_frames:
+        mix.add(block[:n_read])
+        if mix.n_frames > most_frames:
             raise too_long(name, None, max_audio_s)
-    return np.frombuffer(pcm, dtype=np.float32), fault
+    return mix, fault
 
 
 @contextmanager

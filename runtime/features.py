@@ -8,7 +8,9 @@ encoder's own rate, mono; resampling, windows and chunks are decided elsewhere.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,17 @@ from numpy.typing import NDArray
 from .config import ClapFeatures, WhisperFeatures
 from .errors import AudioError, UsageError
 
-__all__ = ["clap_log_mel", "mel_filter_bank", "whisper_log_mel"]
+__all__ = [
+    "MelNorm",
+    "MelScale",
+    "clap_log_mel",
+    "mel_filter_bank",
+    "periodic_hann",
+    "whisper_log_mel",
+]
+
+MelScale = Literal["slaney", "htk"]
+MelNorm = Literal["slaney", "none"]
 
 _POWER_FLOOR = 1e-10
 # Frames transformed at a time: the spectra of one block stay in the processor's cache.
@@ -28,24 +40,32 @@ _FRAMES_PER_PRODUCT = 4
 
 @lru_cache(maxsize=8)
 def mel_filter_bank(
-    n_fft: int, n_mels: int, f_min_hz: float, f_max_hz: float, sampling_rate_hz: int
+    n_fft: int,
+    n_mels: int,
+    f_min_hz: float,
+    f_max_hz: float,
+    sampling_rate_hz: int,
+    scale: MelScale = "slaney",
+    norm: MelNorm = "slaney",
 ) -> NDArray[np.float64]:
-    """Triangular filters on the slaney mel scale, each with area 1 (slaney norm).
+    """Triangular filters on a mel scale, each with area 1 (slaney norm) or height 1.
 
-    Same as ``transformers.audio_utils.mel_filter_bank(norm="slaney", mel_scale="slaney")``. The
-    array is cached and read-only.
+    Same as ``transformers.audio_utils.mel_filter_bank`` with ``mel_scale=scale`` and
+    ``norm="slaney"`` or None. The array is cached and read-only.
 
     Returns:
         ``(n_fft // 2 + 1, n_mels)`` weights from power spectrum bins to mel bands.
     """
-    mel_edges = np.linspace(_hz_to_mel(f_min_hz), _hz_to_mel(f_max_hz), n_mels + 2)
-    edges_hz = _mel_to_hz(mel_edges)
+    to_mel, to_hz = _SCALES[scale]
+    mel_edges = np.linspace(to_mel(f_min_hz), to_mel(f_max_hz), n_mels + 2)
+    edges_hz = to_hz(mel_edges)
     bins_hz = np.linspace(0.0, sampling_rate_hz // 2, n_fft // 2 + 1)[:, None]
     lower, centre, upper = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
     rising = (bins_hz - lower) / (centre - lower)
     falling = (upper - bins_hz) / (upper - centre)
     filters: NDArray[np.float64] = np.maximum(0.0, np.minimum(rising, falling))
-    filters *= 2.0 / (upper - lower)
+    if norm == "slaney":
+        filters *= 2.0 / (upper - lower)
     filters.flags.writeable = False
     return filters
 
@@ -142,7 +162,7 @@ def _mel_power(
     )
     padded = np.pad(samples, n_fft // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop][:n_frames]
-    taper = _periodic_hann(n_fft)
+    taper = periodic_hann(n_fft)
     n_blocks = -(-n_frames // _FRAMES_PER_BLOCK)
     mel = np.empty((n_blocks * _FRAMES_PER_BLOCK, config.n_mels), dtype=np.float32)
     power = np.zeros((_FRAMES_PER_BLOCK, n_fft // 2 + 1), dtype=np.float32)
@@ -167,7 +187,8 @@ def _filters32(
 
 
 @lru_cache(maxsize=8)
-def _periodic_hann(n_fft: int) -> NDArray[np.float64]:
+def periodic_hann(n_fft: int) -> NDArray[np.float64]:
+    """The window of ``n_fft`` samples that repeats without a doubled zero."""
     return np.hanning(n_fft + 1)[:-1]
 
 
@@ -184,3 +205,15 @@ def _hz_to_mel(hz: float) -> float:
 def _mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
     above_knee = _KNEE_HZ * np.exp((mel - _KNEE_MEL) / _MEL_PER_LOG)
     return np.where(mel < _KNEE_MEL, 200.0 * mel / 3.0, above_knee)
+
+
+# The HTK scale: 2595 mels a decade above 700 Hz.
+def _hz_to_htk(hz: float) -> float:
+    return 2_595.0 * math.log10(1.0 + hz / 700.0)
+
+
+def _htk_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(700.0 * (10.0 ** (mel / 2_595.0) - 1.0))
+
+
+_SCALES = {"slaney": (_hz_to_mel, _mel_to_hz), "htk": (_hz_to_htk, _htk_to_hz)}

@@ -46,6 +46,7 @@ from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
 from .ort.sessions import GraphPool, SessionSettings
 from .prompt import IM_END, THINK_END, Prompt, build_prompt
+from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation
 from .stages import Clock, Returning
 from .streams import (
@@ -175,6 +176,10 @@ class TinyGiant:
     ) -> Iterator[Event]:
         """Ask a question about a clip and get the answer as it is made.
 
+        Of a clip that is silent, or too short to hear anything, the model is not asked: the answer
+        says so. With choices it is the one that says that nothing is heard (in English); without
+        such a choice the model is asked all the same, and a note says that it guesses.
+
         Args:
             audio: a path, encoded bytes, a binary stream, ``(samples, sampling_rate_hz)``, or what
                 :func:`~tinygiant.runtime.audio.read_audio` returned.
@@ -208,7 +213,15 @@ class TinyGiant:
         clock = Clock()
         with clock.stage("audio"):
             audio = self._read(source, request.max_audio_s)
+            unheard = why_unheard(audio.samples, audio.sampling_rate_hz)
         account = _account(audio, self.config.chunk_s)
+        if unheard is not None:
+            silent = silent_choice(request.choices or ())
+            if request.choices is None or silent is not None:
+                yield from self._nothing_heard(account, request, unheard, silent, clock)
+                return
+            guess = "one of the choices must be given: the model guesses"
+            account = dataclasses.replace(account, notes=(*account.notes, guess))
         yield AudioRead(account)
 
         with clock.stage("encode"):
@@ -278,6 +291,42 @@ class TinyGiant:
                 ),
                 choice_probabilities=ending.probabilities,
                 choice_scoring=None if ending.probabilities is None else "sum_of_log_probabilities",
+                providers=self.providers,
+            )
+        )
+
+    def _nothing_heard(
+        self,
+        account: AudioAccount,
+        request: _Request,
+        why: str,
+        choice_index: int | None,
+        clock: Clock,
+    ) -> Iterator[Event]:
+        """The events of a clip in which there is nothing to hear: the model is not asked."""
+        if choice_index is None:
+            text = f"Nothing is heard: the clip is {why}."
+        else:
+            text = request.choice(choice_index)
+        yield AudioRead(account)
+        yield StreamsReady(cached=False, encode_s=0.0)
+        yield PromptRead(n_tokens=0, intent_attention=None, gate=None)
+        yield TextPiece(text, "answer")
+        yield Finished(
+            Answer(
+                text=text,
+                plan="",
+                audio_analysis="",
+                logic="",
+                summary="",
+                unparsed="",
+                raw_text=text,
+                choice_index=choice_index,
+                finish_reason="stop",
+                model=self.config.name,
+                timings=_timings(clock, clock.total(), cached=False, n_tokens=0),
+                audio=account,
+                tokens=TokenCounts(prompt=0, audio=0, generated=0),
                 providers=self.providers,
             )
         )

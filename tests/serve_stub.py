@@ -32,10 +32,11 @@ from tinygiant.runtime.events import (
     TokenCounts,
 )
 from tinygiant.runtime.prompt import check_choices, check_question
-from tinygiant.runtime.serve.app import Limits
+from tinygiant.runtime.serve.app import HttpOptions
 from tinygiant.runtime.serve.cli import listen
 from tinygiant.runtime.serve.engine import Engine
 from tinygiant.runtime.serve.server import make_server
+from tinygiant.runtime.serve.service import Limits
 
 THOUGHT = (
     "<think><PLANNING>\nListen first.\n</PLANNING>\n<CAPTION>A dog barks,\n then rain.</CAPTION>\n"
@@ -44,12 +45,18 @@ THOUGHT = (
 
 
 class FakeModel:
-    """Answers every question with the same thought; ``tick`` is called before each token."""
+    """Answers every question with the same thought; ``tick`` is called before each token.
 
-    def __init__(self, tick: Callable[[], object] = lambda: None) -> None:
+    ``started``, ``finished`` and ``closed`` hold the questions whose work began, was done to its
+    end, and is over, finished or not. The model writes ``text``, or the thought and a dog.
+    """
+
+    def __init__(self, tick: Callable[[], object] = lambda: None, text: str | None = None) -> None:
         self.config = ModelConfig(name="fake")
         self.tick = tick
+        self.text = text
         self.started: list[str] = []
+        self.finished: list[str] = []
         self.closed: list[str] = []
 
     def stream(
@@ -92,7 +99,7 @@ class FakeModel:
             attention = np.array([0.1, 0.2, 0.7], np.float32)
             yield PromptRead(20, attention, np.array([[0.25, 0.5]], np.float32))
             answer = "a dog" if choices is None else choices[-1]
-            text = f"{THOUGHT}{answer}</RESPONSE>"
+            text = self.text or f"{THOUGHT}{answer}</RESPONSE>"
             tokens = [text[i : i + 5] for i in range(0, len(text), 5)][:max_new_tokens]
             parser = AnswerParser()
             for token in tokens:
@@ -102,6 +109,7 @@ class FakeModel:
             for piece in parser.finish():
                 yield TextPiece(piece.text, piece.section, piece.markup)
             parsed = parser.result()
+            self.finished.append(question)
             yield Finished(
                 Answer(
                     text=parsed.answer if choices is None else answer,
@@ -151,7 +159,7 @@ def live(
     *,
     limits: Limits | None = None,
     n_queued: int = 8,
-    token: str | None = None,
+    options: HttpOptions | None = None,
     grace_s: float = 5.0,
     wyoming: bool = False,
 ) -> Iterator[Live]:
@@ -164,7 +172,7 @@ def live(
         limits=limits or Limits(),
         n_queued=n_queued,
         grace_s=grace_s,
-        token=token,
+        options=options,
         wyoming=wyoming_socket,
     )
     port = listener.getsockname()[1]

@@ -274,3 +274,25 @@ def test_defaults_are_those_of_the_extractors() -> None:
     assert whisper_extractor().n_samples == whisper.n_samples
     assert whisper_extractor().nb_max_frames == whisper.n_frames
     assert clap_extractor().nb_max_samples == clap.n_samples
+
+
+@pytest.mark.parametrize("norm", [None, "slaney"])
+@pytest.mark.parametrize(
+    ("n_fft", "n_mels", "low", "high", "rate"),
+    [(512, 64, 0.0, 8_000.0, 16_000), (1_024, 64, 50.0, 14_000.0, 32_000)],
+)
+def test_htk_filter_bank_equals_transformers_and_librosa(
+    n_fft: int, n_mels: int, low: float, high: float, rate: int, norm: str | None
+) -> None:
+    """The scale of torchaudio's defaults, on which Mizar's encoder was trained."""
+    found = mel_filter_bank(
+        n_fft, n_mels, low, high, rate, "htk", "none" if norm is None else "slaney"
+    )
+    by_transformers = transformers.audio_utils.mel_filter_bank(
+        n_fft // 2 + 1, n_mels, low, high, rate, norm=norm, mel_scale="htk"
+    )
+    by_librosa = librosa.filters.mel(
+        sr=rate, n_fft=n_fft, n_mels=n_mels, fmin=low, fmax=high, htk=True, norm=norm
+    ).T
+    np.testing.assert_allclose(found, by_transformers, atol=1e-12)
+    np.testing.assert_allclose(found, by_librosa, atol=1e-6 if norm is None else 1e-8)

@@ -101,6 +101,19 @@ def test_searched_scales_are_never_worse_than_onnxruntime_s(
     assert (ours[:, 0] == 0).all() and np.isfinite(scales).all()
 
 
+@pytest.mark.parametrize(("block_size", "gain"), [(32, 0.93), (128, 0.90)])
+def test_searching_scales_pays(block_size: int, gain: float) -> None:
+    """On normal weights, squared error against the scale of the largest weight of each block."""
+    weight = np.random.default_rng(9).standard_normal((1024, 64)).astype(np.float32)
+    packed, scales, _ = quantize_blocks(weight, 4, Scheme("weight_only", 4, block_size=block_size))
+    ours = np.square(dequantize_blocks(packed, scales, 4, 1024) - weight).sum()
+    blocks = weight.T.reshape(64, -1, block_size)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+    step = largest / -8
+    theirs = np.square(np.clip(np.rint(blocks / step), -8, 7) * step - blocks).sum()
+    assert ours <= gain * theirs
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_blocks_mean_what_the_kernel_computes(bits: int, symmetric: bool, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from wyoming.info import Describe, Info
 
 from tests.serve_stub import FakeModel, Live, live, wait_for
 from tinygiant.runtime.serve import cli
-from tinygiant.runtime.serve.app import Limits
+from tinygiant.runtime.serve.service import Limits
 
 RATE_HZ = 16_000
 
@@ -130,8 +130,9 @@ def test_what_is_not_wyoming_ends_its_connection_alone(server: Live, sent: bytes
 
 def test_a_client_that_leaves_stops_its_work() -> None:
     step = threading.Semaphore(0)
-    model = FakeModel(lambda: step.acquire(timeout=30))
-    with live(model, wyoming=True) as running:
+    endless = "<RESPONSE>" + "and on " * 20_000
+    model = FakeModel(lambda: step.acquire(timeout=30), text=endless)
+    with live(model, wyoming=True, limits=Limits(max_new_tokens=len(endless))) as running:
 
         async def ask_and_leave() -> None:
             assert running.wyoming_port is not None
@@ -142,9 +143,10 @@ def test_a_client_that_leaves_stops_its_work() -> None:
                     await asyncio.sleep(0.01)
 
         asyncio.run(ask_and_leave())
-        # A token at a time: the server notices before all are written.
-        wait_for(lambda: step.release() or time.sleep(0.02) or model.closed)
+        # A token at a time: the server notices before the 512 of a question here are written.
+        wait_for(lambda: step.release() or time.sleep(0.02) or model.closed, 60)
         wait_for(lambda: running.engine.n_taken == 0)
+        assert model.finished == []
         assert (
             'tinygiant_jobs_total{outcome="cancelled"} 1.0'
             in httpx.get(f"{running.url}/metrics").text

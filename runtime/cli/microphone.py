@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..audio import MAX_AUDIO_S, Audio, resample
 from ..errors import AudioError, MissingDependencyError, UsageError
+from ..signal import mend
 from ..text import counted, one_line, printable
 from .terminal import Progress
 
@@ -184,8 +185,7 @@ def _clip(
     margin = round(MARGIN_S / BLOCK_S)
     first = max(0, detector.first_active - margin)
     kept = blocks[first : detector.last_active + 1 + margin]
-    samples = np.concatenate(kept).astype(np.float32) / 32_768.0
-    notes = []
+    samples, notes = mend(np.concatenate(kept).astype(np.float32) / 32_768.0, rate_hz)
     left_out_s = (len(blocks) - len(kept)) * BLOCK_S
     if left_out_s >= BLOCK_S:
         notes.append(f"{left_out_s:.1f} s of silence around the sound were left out")

@@ -1,22 +1,40 @@
 """A chat request taken apart: the body of ``POST /v1/chat/completions`` to a :class:`ChatRequest`.
 
-Strict: what the model cannot do (a system message, several clips, sampling, tools) is refused by
-name, never left out silently. Pure functions of bytes; what they allocate is bounded by the body.
+Clients send more than this model has a use for. What can be honoured is; what cannot change a
+greedy answer, or only widens what was asked for, is left out and told (``ignored``); what would
+make the answer another one than was asked for (a tool that must be called, a schema that the answer
+does not have) is refused by name. ``strict`` refuses whatever would be left out or rearranged.
+
+System and earlier messages are put before the question::
+
+    {system}
+
+    Earlier in this conversation:
+    User: {text}
+    Assistant: {text}
+
+    {question}
+
+Pure functions of bytes; what they allocate is bounded by the body.
 """
 
 from __future__ import annotations
 
-import binascii
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import ApiError
+from .parts import decode_clip
+from .replies import ReplyForm
+from .schemas import answer_fields
 
-__all__ = ["AUDIO_FORMATS", "ChatRequest", "parse_chat"]
+__all__ = ["ALIAS", "ChatRequest", "Ignored", "check_model", "parse_chat"]
 
-AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 ALIAS = "tinygiant"  # a model name that every server answers to
+MAX_N = 128
+MAX_STOPS = 16
 
 # Labels and keys that cannot change a greedy answer.
 _WITHOUT_EFFECT = {
@@ -27,7 +45,7 @@ _WITHOUT_EFFECT = {
     "service_tier",
     "user",
 }
-# Fields of OpenAI's API that are accepted with the values that ask for nothing.
+# Fields of OpenAI's API and the values of them that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "logit_bias": ({},),
@@ -44,6 +62,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_p": (1,),
 }
+_GREEDY = "the answer is always the likeliest text"
+_WHY = {
+    "audio": "the answer is text",
+    "frequency_penalty": _GREEDY,
+    "functions": "the model calls no functions",
+    "logit_bias": _GREEDY,
+    "logprobs": "probabilities of tokens are not told",
+    "modalities": "the answer is text",
+    "presence_penalty": _GREEDY,
+    "store": "nothing is stored",
+    "temperature": _GREEDY,
+    "tools": "the model calls no tools",
+    "top_p": _GREEDY,
+}
+_HONOURED = {"n", "response_format", "stop"}
 _KNOWN = {
     "choices_text",
     "max_completion_tokens",
@@ -54,6 +87,17 @@ _KNOWN = {
     "stream_options",
     "tinygiant",
 }
+_ROLES = {
+    "assistant": "Assistant",
+    "developer": "System",
+    "function": "Tool",
+    "system": "System",
+    "tool": "Tool",
+    "user": "User",
+}
+# What messages carry beside their content when a client sends back what it was given.
+_MESSAGE_FIELDS = {"role", "content", "name"}
+_ECHOED = {"annotations", "reasoning_content", "refusal"}
 _ALONE = "the model takes one user message; put instructions and earlier turns into the question"
 
 
@@ -63,12 +107,11 @@ class ChatRequest:
 
     Attributes:
         audio: the encoded clip.
-        question: the message's text parts, joined by line breaks.
+        question: the question, with system and earlier messages before it.
         choices: answers to choose from, or None.
         max_new_tokens: how much the model may write, or None for the default.
         stream: answer in server-sent events.
-        include_usage: end the stream with token counts.
-        events: tell how the work goes on, with intent attention and gate.
+        form: how the answer is to be written.
     """
 
     audio: bytes
@@ -76,46 +119,77 @@ class ChatRequest:
     choices: tuple[str, ...] | None
     max_new_tokens: int | None
     stream: bool
-    include_usage: bool
-    events: bool
+    form: ReplyForm
 
 
-def parse_chat(body: bytes | bytearray, model: str, max_new_tokens: int) -> ChatRequest:
+class Ignored:
+    """Collects what is left out of a request; when ``strict``, that is an error instead."""
+
+    MOST = 32
+
+    def __init__(self, *, strict: bool = False) -> None:
+        """Nothing is left out yet."""
+        self.strict = strict
+        self._why: dict[str, str] = {}
+
+    def add(self, field: str, why: str) -> None:
+        """Leave ``field`` out."""
+        name = re.sub(r"[^\w.\[\]-]", "?", field[:60], flags=re.ASCII)
+        if len(self._why) < self.MOST:
+            self._why.setdefault(name, why)
+
+    def lines(self) -> tuple[str, ...]:
+        """What was left out, a line each: ``field: why``."""
+        return tuple(f"{name}: {why}" for name, why in self._why.items())
+
+
+def parse_chat(
+    body: bytes | bytearray, model: str, max_new_tokens: int, *, strict: bool = False
+) -> ChatRequest:
     """Check a request's body.
 
     Args:
         body: JSON in UTF-8.
         model: the name of the model that is loaded.
         max_new_tokens: the most a request may ask for.
+        strict: refuse what would be left out or rearranged.
 
     Raises:
         ApiError: 400 with the field's name; 404 for another model.
     """
     data = _object(_parse_json(body), "the body", None)
+    ignored = Ignored(strict=strict)
     for key in sorted(set(data) - _KNOWN - _WITHOUT_EFFECT):
-        _check_neutral(key, data[key])
-    _check_model(data.get("model"), model)
+        _check_extra(key, data[key], ignored)
+    check_model(data.get("model"), model)
     options = _object(data.get("stream_options") or {}, "stream_options", "stream_options")
     extension = _object(data.get("tinygiant") or {}, "tinygiant", "tinygiant")
-    for name, found, known in (
-        ("stream_options", options, {"include_usage", "include_obfuscation"}),
-        ("tinygiant", extension, {"choices", "events"}),
-    ):
-        if unknown := sorted(set(found) - known):
-            _refuse(f"{name} has the unknown field {unknown[0][:60]!r}; remove it", name)
     stream = _flag(data, "stream")
+    for key in sorted(set(options) - {"include_usage", "include_obfuscation"}):
+        if strict:
+            _refuse(f"stream_options has the unknown field {key[:60]!r}; remove it", key[:60])
+        ignored.add(f"stream_options.{key}", "unknown here")
+    if unknown := sorted(set(extension) - {"choices", "events"}):
+        _refuse(f"tinygiant has the unknown field {unknown[0][:60]!r}; remove it", "tinygiant")
     if options and not stream:
-        _refuse("stream_options is given without stream: true; remove it", "stream_options")
-    audio, question = _parse_messages(data.get("messages"))
-    return ChatRequest(
-        audio=audio,
-        question=question,
-        choices=_parse_choices(data.get("choices_text"), extension.get("choices")),
-        max_new_tokens=_parse_limit(data, max_new_tokens),
-        stream=stream,
+        if strict:
+            _refuse("stream_options is given without stream: true; remove it", "stream_options")
+        ignored.add("stream_options", "the answer is not streamed")
+    audio, question = _parse_messages(data.get("messages"), ignored)
+    json_fields, listed = answer_fields(data.get("response_format"))
+    choices = _parse_choices(data.get("choices_text"), extension.get("choices")) or listed
+    limit = _parse_limit(data, max_new_tokens, ignored)
+    stop = _parse_stop(data.get("stop"), ignored, chosen=choices is not None)
+    form = ReplyForm(
+        chosen=choices is not None,
         include_usage=_flag(options, "include_usage"),
         events=_flag(extension, "events"),
+        stop=stop,
+        n=_parse_n(data.get("n")),
+        json_fields=json_fields,
+        ignored=ignored.lines(),
     )
+    return ChatRequest(audio, question, choices, limit, stream, form)
 
 
 def _parse_json(body: bytes | bytearray) -> Any:
@@ -141,25 +215,43 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _check_neutral(key: str, value: Any) -> None:
-    if value is None:
-        return
-    if key not in _NEUTRAL:
-        _refuse(f"unknown field {key[:60]!r}; remove it", key[:60], "unknown_parameter")
+def _check_extra(key: str, value: Any, ignored: Ignored) -> None:
+    """Leave out a field that is not this model's, unless the client relies on it."""
     # bool is an int: 0 == False, and n: true is no number
-    if not any(
+    asks_for_nothing = value is None or any(
         value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-        for neutral in _NEUTRAL[key]
-    ):
+        for neutral in _NEUTRAL.get(key, ())
+    )
+    if asks_for_nothing:
+        return
+    if ignored.strict:
+        if key not in _NEUTRAL:
+            _refuse(f"unknown field {key[:60]!r}; remove it", key[:60], "unknown_parameter")
         expected = " or ".join(json.dumps(neutral) for neutral in _NEUTRAL[key])
         _refuse(
             f"{key} can only be {expected}: the answer is greedy text, one at a time",
             key,
             "unsupported_value",
         )
+    if key in ("tool_choice", "function_call"):
+        if value not in ("none", "auto"):
+            _refuse(
+                f"{key} demands a call, and the model calls no tools; remove it, or use auto",
+                key,
+                "unsupported_value",
+            )
+    elif key not in _HONOURED:
+        ignored.add(key, _WHY.get(key, "unknown here"))
 
 
-def _check_model(value: Any, model: str) -> None:
+def check_model(value: Any, model: str) -> None:
+    """Check that a request names the model that is loaded, or none.
+
+    Raises:
+        ApiError: 400, not a string; 404, another model.
+    """
+    if value is None:
+        return
     if not isinstance(value, str):
         _refuse(f"model must be a string; this server has {model!r}", "model")
     if value not in (model, ALIAS):
@@ -171,65 +263,111 @@ def _check_model(value: Any, model: str) -> None:
         )
 
 
-def _parse_messages(value: Any) -> tuple[bytes, str]:
-    """The clip and the question of the only message."""
+@dataclass(frozen=True)
+class _Message:
+    """One message: its texts, and the clips in it."""
+
+    role: str
+    text: str
+    clips: tuple[Any, ...]
+
+
+def _parse_messages(value: Any, ignored: Ignored) -> tuple[bytes, str]:
+    """The clip that is asked about, and the question with what was said before it."""
     if not isinstance(value, list) or not value:
-        _refuse("messages must be a list with one user message", "messages")
-    for number, item in enumerate(value, start=1):
-        role = _object(item, f"message {number}", "messages").get("role")
-        if role != "user":
-            _refuse(f"message {number} has the role {str(role)[:40]!r}; {_ALONE}", "messages")
-    if len(value) > 1:
-        _refuse(f"{len(value)} messages given; {_ALONE}", "messages")
-    (message,) = value
-    if unknown := sorted(set(message) - {"role", "content", "name"}):
-        _refuse(f"the message has the unknown field {unknown[0][:60]!r}; remove it", "messages")
-    parts = message.get("content")
-    if isinstance(parts, str):
-        parts = [{"type": "text", "text": parts}]
-    if not isinstance(parts, list):
-        _refuse("the message's content must be a list of parts: input_audio and text", "messages")
-    clips: list[Any] = []
-    texts: list[Any] = []
-    for number, item in enumerate(parts, start=1):
-        part = _object(item, f"content part {number}", "messages")
-        kind = part.get("type")
-        if kind not in ("input_audio", "text"):
-            _refuse(
-                f"content part {number} has the type {str(kind)[:40]!r}, expected input_audio or "
-                "text; remove it",
-                "messages",
-            )
-        if set(part) != {"type", kind}:
-            _refuse(f"content part {number} must have the fields type and {kind}", "messages")
-        (clips if kind == "input_audio" else texts).append(part[kind])
-    if len(clips) != 1:
+        _refuse("messages must be a list whose last message is the user's question", "messages")
+    messages = [_parse_message(number, item, ignored) for number, item in enumerate(value, 1)]
+    if ignored.strict and len(messages) > 1:
+        _refuse(f"{len(messages)} messages given; {_ALONE}", "messages")
+    if messages[-1].role != "user":
+        _refuse(
+            f"the last message has the role {messages[-1].role!r}, expected the user's question",
+            "messages",
+        )
+    clips = [clip for message in messages for clip in message.clips]
+    if not clips or (ignored.strict and len(clips) > 1):
         _refuse(
             f"{len(clips) or 'no'} input_audio parts given, expected exactly one clip; "
             "join clips to one, or send a request for each",
             "messages",
         )
-    if not texts or not all(isinstance(text, str) for text in texts):
+    if len(clips) > 1:
+        left = len(clips) - 1
+        which = "the clip before it is" if left == 1 else f"the {left} clips before it are"
+        ignored.add("messages", f"the model hears one clip, the last; {which} left out")
+    return decode_clip(clips[-1]), _question(messages)
+
+
+def _question(messages: list[_Message]) -> str:
+    """The question, after system and earlier messages; see the module."""
+    n_asked = 0  # messages of the user at the end: a clip and its question may come apart
+    while n_asked < len(messages) and messages[-1 - n_asked].role == "user":
+        n_asked += 1
+    earlier, asked = messages[:-n_asked], messages[-n_asked:]
+    system = [m.text for m in messages if _ROLES[m.role] == "System" and m.text.strip()]
+    said = [
+        f"{_ROLES[m.role]}: {m.text}"
+        for m in earlier
+        if _ROLES[m.role] != "System" and m.text.strip()
+    ]
+    if said:
+        said.insert(0, "Earlier in this conversation:")
+    question = [m.text for m in asked if m.text]
+    if not question and not system:
         _refuse("expected a text part with the question, beside input_audio", "messages")
-    return _decode_clip(clips[0]), "\n".join(texts)
+    if question and not "".join(question).strip():
+        system, said = [], []  # for the runtime to refuse
+    parts = ["\n".join(system), "\n".join(said), "\n".join(question)]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _decode_clip(value: Any) -> bytes:
-    clip = _object(value, "input_audio", "messages")
-    if set(clip) != {"data", "format"} or not isinstance(clip["data"], str):
-        _refuse("input_audio must have the fields data (base64) and format", "messages")
-    if clip["format"] not in AUDIO_FORMATS:
+def _parse_message(number: int, item: Any, ignored: Ignored) -> _Message:
+    message = _object(item, f"message {number}", "messages")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        _refuse(f"message {number} has the unknown role {str(role)[:40]!r}", "messages")
+    if ignored.strict and role != "user":
+        _refuse(f"message {number} has the role {role!r}; {_ALONE}", "messages")
+    for key in sorted(set(message) - _MESSAGE_FIELDS - _ECHOED):
+        if ignored.strict:
+            _refuse(f"the message has the unknown field {key[:60]!r}; remove it", "messages")
+        if message[key] not in (None, []):
+            ignored.add(f"messages[].{key}", _WHY.get(key, "unknown here"))
+    parts = message.get("content")
+    if parts is None and role != "user":
+        parts = []  # an assistant's message that called a tool
+    if isinstance(parts, str):
+        parts = [{"type": "text", "text": parts}]
+    if not isinstance(parts, list):
+        _refuse("a message's content must be a list of parts: input_audio and text", "messages")
+    texts: list[str] = []
+    clips: list[Any] = []
+    for place, part in enumerate(parts, start=1):
+        checked = _object(part, f"content part {place}", "messages")
+        kind, content = _parse_part(place, checked, ignored)
+        (texts if kind == "text" else clips).append(content)
+    return _Message(role, "\n".join(texts), tuple(clips))
+
+
+def _parse_part(place: int, part: dict[str, Any], ignored: Ignored) -> tuple[str, Any]:
+    kind = part.get("type")
+    if kind not in ("input_audio", "text", "audio_url", "refusal"):
         _refuse(
-            f"audio format {str(clip['format'])[:40]!r} is not supported, expected one of "
-            f"{', '.join(AUDIO_FORMATS)}; convert it",
+            f"content part {place} has the type {str(kind)[:40]!r}, expected input_audio or text; "
+            "remove it",
             "messages",
-            "unsupported_format",
         )
-    try:
-        return binascii.a2b_base64(clip["data"], strict_mode=True)
-    except ValueError as error:  # binascii.Error, or characters beyond ASCII
-        message = f"input_audio.data is not base64 ({str(error)[:80]}); send the file's bytes alone"
-        raise ApiError(400, message, code="invalid_base64", param="messages") from error
+    extra = sorted(set(part) - {"type", kind})
+    if kind not in part or (ignored.strict and extra):
+        _refuse(f"content part {place} must have the fields type and {kind}", "messages")
+    for key in extra:
+        ignored.add(f"messages[].content[].{key}", "unknown here")
+    content = part[kind]
+    if kind in ("input_audio", "audio_url"):
+        return "clip", {"type": kind, kind: content}
+    if not isinstance(content, str):
+        _refuse(f"the {kind} of content part {place} must be a string", "messages")
+    return "text", content
 
 
 def _parse_choices(*given: Any) -> tuple[str, ...] | None:
@@ -244,15 +382,43 @@ def _parse_choices(*given: Any) -> tuple[str, ...] | None:
     return tuple(choices)
 
 
-def _parse_limit(data: dict[str, Any], most: int) -> int | None:
+def _parse_limit(data: dict[str, Any], most: int, ignored: Ignored) -> int | None:
     keys = [k for k in ("max_completion_tokens", "max_tokens") if data.get(k) is not None]
-    if len(keys) > 1 and data[keys[0]] != data[keys[1]]:
-        _refuse("max_tokens and max_completion_tokens differ; send one", "max_tokens")
     for key in keys:
         value = data[key]
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             _refuse(f"{key} is {str(value)[:40]}, expected a whole number from 1 to {most}", key)
-    return data[keys[0]] if keys else None
+        if value > most:
+            if ignored.strict:
+                _refuse(f"{key} is {value}, expected a whole number from 1 to {most}", key)
+            ignored.add(key, f"this server writes at most {most} tokens")
+    if len(keys) > 1 and data[keys[0]] != data[keys[1]]:
+        if ignored.strict:
+            _refuse("max_tokens and max_completion_tokens differ; send one", "max_tokens")
+        ignored.add("max_tokens", "max_completion_tokens is given too")
+    return min(data[keys[0]], most) if keys else None
+
+
+def _parse_stop(value: Any, ignored: Ignored, *, chosen: bool) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value or []
+    if (
+        not isinstance(stops, list)
+        or len(stops) > MAX_STOPS
+        or not all(isinstance(stop, str) and stop for stop in stops)
+    ):
+        _refuse(f"stop must be a text or a list of up to {MAX_STOPS} texts", "stop")
+    if stops and chosen:
+        ignored.add("stop", "the answer is one of the choices, whole")
+        return ()
+    return tuple(stops)
+
+
+def _parse_n(value: Any) -> int:
+    if value is None:
+        return 1
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_N:
+        _refuse(f"n is {str(value)[:40]}, expected a whole number from 1 to {MAX_N}", "n")
+    return value
 
 
 def _flag(data: dict[str, Any], key: str) -> bool:

@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import ipaddress
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -85,8 +86,9 @@ def _run(options: argparse.Namespace) -> int:
 
     # Imported here: these need the extra, and --help does not.
     from ..pipeline import load
-    from .app import Limits
+    from .app import HttpOptions
     from .server import serve
+    from .service import Limits
 
     limits = Limits(
         max_body_bytes=round(options.max_body_mb * 2**20),
@@ -106,7 +108,13 @@ def _run(options: argparse.Namespace) -> int:
         limits=limits,
         n_queued=options.queue,
         grace_s=options.grace,
-        token=token,
+        options=HttpOptions(
+            token=token,
+            allowed_hosts=tuple(name.lower() for name in options.allowed_host),
+            root_path=options.root_path.rstrip("/"),
+            cors_origins=tuple(options.cors_origin),
+            strict=options.strict,
+        ),
         wyoming=wyoming,
     )
 
@@ -125,6 +133,20 @@ def _check(options: argparse.Namespace) -> str | None:
     for name, port in (("--port", options.port), ("--wyoming-port", options.wyoming_port or 0)):
         if not 0 <= port <= 65_535:
             raise UsageError(f"{name} is {port}, expected a number from 0 to 65535")
+    for name in options.allowed_host:
+        if not name.isascii() or not name or set(name) & set("/:* "):
+            raise UsageError(
+                f"--allowed-host is {name!r}, expected a host name without port, such as "
+                "sounds.example"
+            )
+    if options.root_path and not options.root_path.startswith("/"):
+        raise UsageError(f"--root-path is {options.root_path!r}, expected a path such as /sounds")
+    for origin in options.cors_origin:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UsageError(
+                f"--cors-origin is {origin!r}, expected scheme, host and port alone, such as "
+                "http://localhost:3000, or *"
+            )
     token: str | None = options.token
     source = "--token"
     if token is None:
@@ -148,7 +170,10 @@ def require(modules: dict[str, str]) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to ``host``; connections wait until it is served.
+    """A socket that listens on ``host``; connections wait until it is served.
+
+    It listens at once: two sockets may be bound to one port, and the second is refused only when
+    it listens.
 
     Raises:
         UsageError: no such address, or it is taken.
@@ -160,6 +185,7 @@ def listen(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen()
         except OSError:
             listener.close()
             raise
@@ -222,6 +248,22 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--no-memory-check", action="store_true",
         help="load the model even where there cannot be enough memory for it",
+    )  # fmt: skip
+    add(
+        "--strict", action="store_true",
+        help="refuse requests of which something would be left out, such as temperature or tools",
+    )  # fmt: skip
+    add(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN",
+        help="let pages of this origin ask, such as http://localhost:3000; * for all; repeatable",
+    )  # fmt: skip
+    add(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="a name that requests may call this server, such as that of a proxy; repeatable",
+    )  # fmt: skip
+    add(
+        "--root-path", default="", metavar="PATH",
+        help="path under which a proxy offers this server, such as /sounds",
     )  # fmt: skip
     add(
         "--wyoming-port", type=int, metavar="PORT",

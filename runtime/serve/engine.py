@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from ..events import Event
 from .errors import ApiError, api_error
 
-__all__ = ["Engine", "Job", "Place"]
+__all__ = ["Engine", "Job", "Place", "Start"]
 
 Start = Callable[[], Iterator[Event]]
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from starlette.responses import Response
 
 from ..answer import Section
 from ..config import ModelConfig
@@ -23,12 +24,14 @@ from ..events import (
     AudioRead,
     Event,
     Finished,
+    FinishReason,
     PromptRead,
     StreamsReady,
     TextPiece,
 )
+from .http import json_response
 
-__all__ = ["Delta", "ReplyWriter", "TextDeltas", "to_json"]
+__all__ = ["Delta", "ReplyForm", "ReplyWriter", "TextDeltas"]
 
 HEADINGS: dict[Section, str] = {
     "plan": "Plan",
@@ -83,18 +86,56 @@ class TextDeltas:
         return deltas
 
 
+@dataclass(frozen=True)
+class ReplyForm:
+    """How an answer is to be written.
+
+    Attributes:
+        chosen: there are choices, one of which is the answer.
+        include_usage: end a stream with token counts.
+        events: tell how the work goes on, with intent attention and gate.
+        stop: texts before whose first occurrence the answer ends.
+        n: how many times the answer is wanted.
+        json_fields: if the answer is wanted as a JSON object, its fields: name in the object ->
+            name in the answer.
+        ignored: what was left out of the request, a line each: ``field: why``.
+    """
+
+    chosen: bool = False
+    include_usage: bool = False
+    events: bool = False
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    json_fields: dict[str, str] | None = None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def is_written_at_once(self) -> bool:
+        """Whether the content is known only when the answer is complete."""
+        return self.chosen or bool(self.stop) or self.json_fields is not None
+
+    def content(self, answer: Answer) -> tuple[str, FinishReason]:
+        """The message's content, and why it ended."""
+        at = min((i for stop in self.stop if (i := answer.text.find(stop)) >= 0), default=None)
+        text = answer.text[:at]
+        if self.json_fields is not None:
+            fields = answer.to_dict() | {"answer": text}
+            chosen = {name: fields[field] for name, field in self.json_fields.items()}
+            text = json.dumps(chosen, ensure_ascii=False)
+        return text, answer.finish_reason if at is None else "stop"
+
+
 class ReplyWriter:
     """Writes the reply to one request."""
 
-    def __init__(self, config: ModelConfig, *, has_choices: bool, events: bool) -> None:
-        """With ``events``, progress and what there is to see of the listening is told too."""
+    def __init__(self, config: ModelConfig, form: ReplyForm) -> None:
+        """Write as ``form`` says."""
         self._config = config
-        self._has_choices = has_choices
-        self._events = events
+        self._form = form
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
-    async def whole(self, events: AsyncIterable[Event]) -> dict[str, Any]:
+    async def whole(self, events: AsyncIterable[Event]) -> Response:
         """The ``chat.completion`` object, once all events are there."""
         deltas = TextDeltas(answer=False)
         reasoning: list[str] = []
@@ -103,35 +144,30 @@ class ReplyWriter:
         async for event in events:
             if isinstance(event, TextPiece):
                 reasoning += [delta.text for delta in deltas.take(event)]
-            elif isinstance(event, PromptRead) and self._events:
+            elif isinstance(event, PromptRead) and self._form.events:
                 seen = self._listening(event)
             elif isinstance(event, Finished):
                 answer = event.answer
         if answer is None:
             raise RuntimeError("the model's events ended without an answer")
+        content, finish_reason = self._form.content(answer)
         message = {
             "role": "assistant",
-            "content": answer.text,
+            "content": content,
             "reasoning_content": "".join(reasoning) or None,
             "refusal": None,
         }
-        choice = {
-            "index": 0,
-            "message": message,
-            "finish_reason": answer.finish_reason,
-            "logprobs": None,
-        }
-        return self._object("chat.completion", [choice]) | {
-            "usage": _usage(answer),
-            "tinygiant": _details(answer) | seen,
-        }
+        choice = {"message": message, "finish_reason": finish_reason, "logprobs": None}
+        reply = self._object("chat.completion", choice)
+        return json_response(
+            reply | {"usage": _usage(answer), "tinygiant": self._details(answer) | seen}
+        )
 
-    async def chunks(
-        self, events: AsyncIterable[Event], *, include_usage: bool
-    ) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, events: AsyncIterable[Event]) -> AsyncIterator[dict[str, Any]]:
         """The ``chat.completion.chunk`` objects of a stream."""
-        deltas = TextDeltas(answer=not self._has_choices)
-        last: dict[str, Any] = {"usage": None} if include_usage else {}
+        form = self._form
+        deltas = TextDeltas(answer=not form.is_written_at_once)
+        last: dict[str, Any] = {"usage": None} if form.include_usage else {}
         opened = False
         async for event in events:
             extension = self._progress(event)
@@ -147,16 +183,18 @@ class ReplyWriter:
                     yield chunk | {"tinygiant": {"section": delta.section}}
             elif isinstance(event, Finished):
                 answer = event.answer
-                if self._has_choices:
+                content, finish_reason = form.content(answer)
+                if form.is_written_at_once:
                     section = {"tinygiant": {"section": "answer"}}
-                    yield self._chunk({"content": answer.text}) | last | section
-                chunk = self._chunk({}, answer.finish_reason) | last
-                yield chunk | {"tinygiant": _details(answer)}
-                if include_usage:
-                    yield self._object("chat.completion.chunk", []) | {"usage": _usage(answer)}
+                    yield self._chunk({"content": content}) | last | section
+                chunk = self._chunk({}, finish_reason) | last
+                yield chunk | {"tinygiant": self._details(answer)}
+                if form.include_usage:
+                    empty = self._object("chat.completion.chunk", None)
+                    yield empty | {"usage": _usage(answer)}
 
     def _progress(self, event: Event) -> dict[str, Any] | None:
-        if not self._events:
+        if not self._form.events:
             return None
         if isinstance(event, AudioRead):
             return {"event": "audio_read", "audio": asdict(event.audio)}
@@ -178,10 +216,19 @@ class ReplyWriter:
         }
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return self._object("chat.completion.chunk", [choice])
+        choice = {"delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return self._object("chat.completion.chunk", choice)
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _details(self, answer: Answer) -> dict[str, Any]:
+        """What became of the audio and of the request, the parts of the thought, and the times."""
+        kept = ("choice_index", "plan", "audio_analysis", "logic", "summary", "unparsed")
+        fields = answer.to_dict()
+        details = {name: fields[name] for name in (*kept, "audio", "timings")}
+        return details | {"ignored": self._form.ignored}
+
+    def _object(self, kind: str, choice: dict[str, Any] | None) -> dict[str, Any]:
+        """An object of the API; the greedy answer is the same however often it is wanted."""
+        choices = [] if choice is None else [{"index": i, **choice} for i in range(self._form.n)]
         return {
             "id": self._id,
             "object": kind,
@@ -189,11 +236,6 @@ class ReplyWriter:
             "model": self._config.name,
             "choices": choices,
         }
-
-
-def to_json(data: Any) -> bytes:
-    """JSON in ASCII: text from outside may hold halves of surrogate pairs."""
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def _usage(answer: Answer) -> dict[str, Any]:
@@ -204,13 +246,6 @@ def _usage(answer: Answer) -> dict[str, Any]:
         "total_tokens": tokens.prompt + tokens.generated,
         "prompt_tokens_details": {"audio_tokens": tokens.audio, "cached_tokens": 0},
     }
-
-
-def _details(answer: Answer) -> dict[str, Any]:
-    """What became of the audio, the parts of the thought, and the times."""
-    kept = ("choice_index", "plan", "audio_analysis", "logic", "summary", "unparsed")
-    fields = answer.to_dict()
-    return {name: fields[name] for name in (*kept, "audio", "timings")}
 
 
 def _numbers(array: np.ndarray[Any, np.dtype[np.float32]] | None) -> list[Any] | None:

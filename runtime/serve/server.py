@@ -17,9 +17,11 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from .app import LOOPBACK_NAMES, Limits, Model, Service, create_app
+from .app import HttpOptions, create_app
 from .cli import is_loopback
 from .engine import Engine
+from .guard import LOOPBACK_NAMES
+from .service import Limits, Model, Service
 
 __all__ = ["Server", "make_server", "serve"]
 
@@ -55,7 +57,7 @@ def make_server(
     limits: Limits,
     n_queued: int = 8,
     grace_s: float = 10.0,
-    token: str | None = None,
+    options: HttpOptions | None = None,
     wyoming: socket.socket | None = None,
 ) -> tuple[Server, Engine]:
     """A server for ``model`` on a bound socket, not yet running, and its engine."""
@@ -72,10 +74,14 @@ def make_server(
         async with serving(service, wyoming):
             yield
 
-    address = listener.getsockname()[0]
-    names = LOOPBACK_NAMES | {address} if is_loopback(address) else None
+    options = options or HttpOptions()
     config = uvicorn.Config(
-        create_app(service, token=token, host_names=names, lifespan=lifespan),
+        create_app(
+            service,
+            options,
+            host_names=_host_names(listener.getsockname()[0], options.allowed_hosts),
+            lifespan=lifespan,
+        ),
         http="h11",
         ws="none",
         loop="asyncio",
@@ -97,7 +103,7 @@ def serve(
     limits: Limits,
     n_queued: int,
     grace_s: float,
-    token: str | None,
+    options: HttpOptions,
     wyoming: socket.socket | None,
 ) -> int:
     """Serve until a signal; returns the exit code."""
@@ -107,10 +113,10 @@ def serve(
         limits=limits,
         n_queued=n_queued,
         grace_s=grace_s,
-        token=token,
+        options=options,
         wyoming=wyoming,
     )
-    _say(_greeting(model, listener, wyoming, has_token=token is not None))
+    _say(_greeting(model, listener, wyoming, has_token=options.token is not None))
     server.run(sockets=[listener])
     if not server.started:
         return 1
@@ -122,6 +128,13 @@ def serve(
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _host_names(address: str, allowed: tuple[str, ...]) -> frozenset[str] | None:
+    """The names that requests may use; None: any, on a network that was not restricted."""
+    if not is_loopback(address) and not allowed:
+        return None
+    return LOOPBACK_NAMES | {address, *allowed}
 
 
 def _greeting(

@@ -26,8 +26,8 @@ from wyoming.info import Attribution, Describe, HandleModel, HandleProgram, Info
 from wyoming.server import AsyncEventHandler
 
 from ..events import Finished
-from .app import Service
 from .errors import ApiError
+from .service import Service
 
 __all__ = ["serving"]
 

@@ -1,0 +1,325 @@
+"""What clients of OpenAI's API send by habit: honoured, or left out and told."""
+
+from __future__ import annotations
+
+import base64
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import httpx
+import openai
+import pytest
+
+from tests.serve_stub import FakeModel, Live, chat, clip, live
+from tinygiant.runtime.serve.app import HttpOptions
+from tinygiant.runtime.serve.chat import parse_chat
+from tinygiant.runtime.serve.errors import ApiError
+
+
+@pytest.fixture(scope="module")
+def model() -> FakeModel:
+    return FakeModel()
+
+
+@pytest.fixture(scope="module")
+def server(model: FakeModel) -> Iterator[Live]:
+    with live(model) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def parse(body: dict[str, Any], **options: Any) -> Any:
+    return parse_chat(json.dumps(body).encode(), "fake", 2_048, **options)
+
+
+def audio(data: str | None = None, **fields: Any) -> dict[str, Any]:
+    given = {"data": clip() if data is None else data, "format": "wav"} | fields
+    return {"type": "input_audio", "input_audio": given}
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def message(role: str, *content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content[0] if isinstance(content[0], str) else [*content]}
+
+
+def body(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "fake", "messages": list(messages)} | fields
+
+
+# --- left out, and told ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_clients_send_by_habit_is_left_out_and_said(server: Live, stream: bool) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    habits = {
+        "temperature": 1,
+        "top_p": 0.9,
+        "presence_penalty": 0.5,
+        "tools": [tool],
+        "tool_choice": "auto",
+        "max_tokens": 100_000,
+        "logprobs": True,
+        "top_k": 40,
+        "a\r\nfield, of: no one": 1,
+    }
+    response = server.post(chat(stream=stream, **habits))
+    assert response.status_code == 200, response.text
+    named = response.headers["x-tinygiant-ignored"].split(", ")
+    assert set(named) == {
+        *("temperature", "top_p", "presence_penalty", "tools", "max_tokens", "logprobs", "top_k"),
+        "a??field??of??no?one",
+    }
+    if stream:
+        last = json.loads(response.text.split("\n\n")[-3].removeprefix("data: "))
+    else:
+        last = response.json()
+    ignored = dict(line.split(": ", 1) for line in last["tinygiant"]["ignored"])
+    assert ignored["tools"] == "the model calls no tools"
+    assert ignored["max_tokens"] == "this server writes at most 2048 tokens"
+    assert set(ignored) == set(named)
+
+
+def test_nothing_ignored_is_no_header(server: Live) -> None:
+    response = server.post(chat(temperature=0, seed=7, user="me"))
+    assert "x-tinygiant-ignored" not in response.headers
+    assert response.json()["tinygiant"]["ignored"] == []
+
+
+def test_what_is_ignored_is_bounded() -> None:
+    asked = parse(chat(**{f"field{i}": i for i in range(5_000)}))
+    assert len(asked.form.ignored) == 32
+
+
+def test_a_missing_model_is_the_one_there_is(server: Live) -> None:
+    asked = chat()
+    del asked["model"]
+    assert server.post(asked).json()["model"] == "fake"
+
+
+# --- messages ----------------------------------------------------------------------------------
+
+
+def test_earlier_messages_are_put_before_the_question() -> None:
+    asked = parse(
+        body(
+            message("system", "Answer in one word."),
+            message("user", audio(), text("What is heard?")),
+            message("assistant", text("A dog.")),
+            {"role": "assistant", "content": None, "reasoning_content": "Plan: listen."},
+            message("user", "How many times?"),
+        )
+    )
+    assert asked.question == textwrap.dedent("""\
+        Answer in one word.
+
+        Earlier in this conversation:
+        User: What is heard?
+        Assistant: A dog.
+
+        How many times?""")
+    assert asked.audio == base64.b64decode(clip())
+    assert asked.form.ignored == ()
+
+
+def test_the_last_clip_is_heard_and_the_one_before_is_said_to_be_left_out() -> None:
+    first, second = clip(0.2), clip(0.3)
+    asked = parse(
+        body(
+            message("user", audio(first), text("And this?")),
+            message("assistant", "A dog."),
+            message("user", audio(second), text("And this?")),
+        )
+    )
+    assert asked.audio == base64.b64decode(second)
+    (line,) = asked.form.ignored
+    assert line == "messages: the model hears one clip, the last; the clip before it is left out"
+
+
+def test_a_clip_and_its_question_may_come_in_two_messages() -> None:
+    asked = parse(body(message("user", audio()), message("user", "What is heard?")))
+    assert asked.question == "What is heard?"
+
+
+def test_a_system_message_alone_can_be_the_question() -> None:
+    asked = parse(body(message("system", "Say what is heard."), message("user", audio())))
+    assert asked.question == "Say what is heard."
+
+
+def test_the_answer_of_this_server_can_be_sent_back(server: Live, model: FakeModel) -> None:
+    """As chat programs do with every turn: the whole message, whatever fields it has."""
+    first = server.post(chat("What is heard?")).json()["choices"][0]["message"]
+    turns = [*chat("What is heard?")["messages"], first, message("user", "Where?")]
+    again = server.post(body(*turns))
+    assert again.json()["tinygiant"]["ignored"] == []
+    assert model.started[-1].endswith("Assistant: a dog\n\nWhere?")
+
+
+# --- clips -------------------------------------------------------------------------------------
+
+
+def wrapped(data: str) -> str:
+    """As ``base64 clip.wav`` prints it."""
+    return "\n".join(textwrap.wrap(data, 76)) + "\n"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        audio(wrapped(clip())),
+        audio(wrapped(clip()).replace("\n", "\r\n")),
+        audio(f"data:audio/wav;base64,{clip()}"),
+        audio(f"DATA:audio/x-wav;codecs=1;base64,{wrapped(clip())}"),
+        {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{clip()}"}},
+    ],
+    ids=["lines", "dos lines", "data uri", "data uri, lines", "audio_url"],
+)
+def test_base64_as_programs_write_it(part: dict[str, Any]) -> None:
+    for strict in (False, True):
+        asked = parse(body(message("user", part, text("What?"))), strict=strict)
+        assert asked.audio == base64.b64decode(clip())
+
+
+def test_no_url_is_fetched() -> None:
+    part = {"type": "audio_url", "audio_url": {"url": "http://127.0.0.1:1/clip.wav"}}
+    with pytest.raises(ApiError, match="fetches nothing"):
+        parse(body(message("user", part, text("What?"))))
+
+
+@pytest.mark.parametrize("said", ["opus", "oga", "FLAC", "m4a", "mp3", None, 3])
+def test_the_content_decides_not_the_format(server: Live, said: Any) -> None:
+    """``opus``, ``oga`` and ``FLAC`` were refused, though the server reads them."""
+    given = audio(clip(kind="OGG"), format=said)
+    assert server.post(body(message("user", given, text("What?")))).status_code == 200
+    del given["input_audio"]["format"]
+    assert server.post(body(message("user", given, text("What?")))).status_code == 200
+
+
+# --- stop, n, JSON -----------------------------------------------------------------------------
+
+
+def contents(response: httpx.Response) -> list[str]:
+    """The content of each choice, streamed or not."""
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return [choice["message"]["content"] for choice in response.json()["choices"]]
+    found: dict[int, str] = {}
+    for block in response.text.split("\n\n")[:-2]:
+        for choice in json.loads(block.removeprefix("data: "))["choices"]:
+            index = choice["index"]
+            found[index] = found.get(index, "") + choice["delta"].get("content", "")
+    return list(found.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_ends_the_answer(server: Live, stream: bool) -> None:
+    assert contents(server.post(chat(stop=["og", "do"], stream=stream))) == ["a "]
+    assert contents(server.post(chat(stop="cat", stream=stream))) == ["a dog"]
+    chosen = server.post(chat(stop="o", choices_text=["cow", "fox"], stream=stream))
+    assert contents(chosen) == ["fox"]
+    assert chosen.headers["x-tinygiant-ignored"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_gives_the_one_greedy_answer_n_times(server: Live, stream: bool) -> None:
+    assert contents(server.post(chat(n=3, stream=stream))) == ["a dog"] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_object_has_the_answer_s_own_fields(server: Live, stream: bool) -> None:
+    (content,) = contents(server.post(chat(response_format={"type": "json_object"}, stream=stream)))
+    assert json.loads(content) == {
+        "answer": "a dog",
+        "plan": "Listen first.",
+        "audio_analysis": "A dog barks,\n then rain.",
+        "logic": "Barking is a dog's.",
+        "summary": "A dog.",
+    }
+
+
+class Heard(openai.BaseModel):
+    """What a program wants to know."""
+
+    animal: Literal["a cat", "a cow"]
+    summary: str
+
+
+def test_a_schema_s_listed_values_are_the_choices(client: openai.OpenAI) -> None:
+    messages: Any = chat("Which animal?")["messages"]
+    reply = client.chat.completions.parse(model="fake", messages=messages, response_format=Heard)
+    assert reply.choices[0].message.parsed == Heard(animal="a cow", summary="A dog.")
+
+
+@pytest.mark.parametrize(
+    ("properties", "words"),
+    [
+        ({"answer": {"type": "integer"}}, "wants 'answer' as integer"),
+        ({"animal": {"type": "string"}, "place": {"type": "string"}}, "'animal'"),
+        ({"answer": {"type": "string", "pattern": "^a"}}, "'pattern' for 'answer'"),
+        ({"plan": {"enum": ["a", "b"]}}, "lists values of 'plan'"),
+        ({"answer": {"enum": [1, 2]}}, "not strings"),
+        ({"answer": {"$ref": "#/$defs/none"}}, "does not describe"),
+        ({}, "an object with properties"),
+    ],
+)
+def test_a_schema_that_the_answer_does_not_have_is_refused(
+    server: Live, properties: dict[str, Any], words: str
+) -> None:
+    schema = {"type": "object", "properties": properties}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    response = server.post(chat(response_format=wanted))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert words in error["message"] and error["param"] == "response_format"
+
+
+# --- from elsewhere ----------------------------------------------------------------------------
+
+
+def test_pages_of_an_allowed_origin_may_ask_and_read() -> None:
+    origin = "http://localhost:3000"
+    with live(FakeModel(), options=HttpOptions(cors_origins=(origin,))) as running:
+        url = f"{running.url}/v1/chat/completions"
+        asks = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization, content-type",
+        }
+        allowed = httpx.options(url, headers={"Origin": origin} | asks)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == origin
+        assert "authorization" in allowed.headers["access-control-allow-headers"]
+        read = running.post(chat(temperature=1), headers={"Origin": origin})
+        assert read.headers["access-control-allow-origin"] == origin
+        assert "ignored" in read.headers["access-control-expose-headers"].lower()
+        wrong = running.post(chat(max_tokens=0), headers={"Origin": origin})
+        assert wrong.status_code == 400
+        assert wrong.headers["access-control-allow-origin"] == origin
+        other = {"Origin": "http://evil.example"}
+        assert httpx.options(url, headers=other | asks).status_code == 400
+        assert "access-control-allow-origin" not in running.post(chat(), headers=other).headers
+
+
+def test_a_proxy_s_name_and_path_are_let_in() -> None:
+    options = HttpOptions(allowed_hosts=("sounds.example",), root_path="/sounds")
+    with live(FakeModel(), options=options) as running:
+        for host, status in (("sounds.example", 200), ("evil.example", 421), ("localhost", 200)):
+            for path in ("/health", "/sounds/health"):
+                found = httpx.get(running.url + path, headers={"Host": host})
+                assert found.status_code == status
+        refused = httpx.get(running.url, headers={"Host": "evil.example"})
+        assert "--allowed-host" in refused.json()["error"]["message"]
+        # The page asks for v1/... beside itself, so it must be a folder's.
+        redirected = httpx.get(f"{running.url}/sounds")
+        assert (redirected.status_code, redirected.headers["location"]) == (308, "/sounds/")
+        assert httpx.get(f"{running.url}/sounds/").text == httpx.get(running.url).text
+        asked = httpx.post(f"{running.url}/sounds/v1/chat/completions", json=chat())
+        assert asked.json()["choices"][0]["message"]["content"] == "a dog"
