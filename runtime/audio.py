@@ -2,7 +2,7 @@
 
 What comes in is accounted for (:class:`Audio`): seconds received, used and dropped, and a note for
 everything a listener should know, the signal's own faults included. What cannot be used ends in an
-:class:`AudioError` of one line. Files are decoded by :mod:`encoded`, which bounds what is decoded as it goes.
+:class:`AudioError` of one line. :mod:`encoded` decodes files, and bounds what it decodes.
 """
 
 from __future__ import annotations

@@ -135,6 +135,12 @@ def test_a_failed_line_does_not_end_the_session(talk: Talk) -> None:
     assert talk("a\x07b")[0] == 5
 
 
+@pytest.mark.parametrize("word", ["exit", "quit", ":exit", ":quit", ":q", "EXIT"])
+def test_exit_is_no_question(talk: Talk, word: str) -> None:
+    code, out, _ = talk(word, "What is heard?", options=("--json",))
+    assert (code, out) == (0, [])
+
+
 def test_unforeseen_failures_do_not_end_it_either(
     talk: Talk, tiny: TinyGiant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

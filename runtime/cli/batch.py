@@ -305,10 +305,14 @@ def _status(n_done: int, n_items: int, n_failed: int, elapsed_s: float, item: It
     return f"[{bar:<{width}}] {n_done}/{n_items}{failed}{left}: {printable(item.id)}"
 
 
-def left_out(source: str) -> list[str]:
-    """Names of the files in a folder that are not asked about; of a file of questions none."""
+def left_out(source: str) -> str:
+    """A line about the files in a folder that are not asked about; empty without any."""
     folder = Path(source)
-    return [_name(path, folder) for path in _files(folder) if not _is_clip(path)]
+    names = [printable(_name(path, folder)) for path in _files(folder) if not _is_clip(path)]
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (", ..." if names[3:] else "")
+    return f"{counted(len(names), 'file')} left out, by name no audio: {shown}"
 
 
 def _files(folder: Path) -> list[Path]:

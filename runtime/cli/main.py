@@ -150,14 +150,12 @@ def _converse(options: argparse.Namespace, progress: Progress) -> int:
 
 
 def _batch(options: argparse.Namespace, progress: Progress) -> int:
-    from ..text import counted, printable
     from .batch import Output, left_out, read_items, run
 
     items = read_items(options.batch, options.each, options.choices)
-    if others := left_out(options.batch):
-        names = ", ".join(map(printable, others[:3])) + (", ..." if others[3:] else "")
-        progress.line(f"note: {counted(len(others), 'file')} left out, by name no clip: {names}")
     with Output.open(options.output, items) as output, cleaned_up(output.close):
+        if others := left_out(options.batch):
+            progress.line(f"note: {others}")
         if output.left:
             run(
                 output,
