@@ -34,7 +34,8 @@ _ASF = b"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c"
 _EBML = b"\x1a\x45\xdf\xa3"
 # Long enough that no samples look like it by chance.
 _START = re.compile(
-    rb"RIFF....(?:WAVEfmt |AVI LIST)|(?:RF64|BW64)....WAVEds64|FORM....AIF[FC][A-Z]"
+    rb"RIFF....(?:WAVE[a-zA-Z]{3}[a-zA-Z ]|AVI LIST)|(?:RF64|BW64)....WAVEds64"
+    rb"|FORM....AIF[FC][A-Z]{4}"
     rb"|\.snd\0\0[\0-\x04].....\0\0\0[\x01-\x1b]|caff\0\x01\0\0desc|fLaC[\0\x80]\0\0\x22"
     rb"|OggS\0[\x02\x06]\0{8}|#!AMR(?:-WB)?\n|NIST_1A\n|Creative Voice File\x1a"
     rb"|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]..(?:\0{9}|\0{17}|\0{32})(?:Xing|Info)"
@@ -177,7 +178,11 @@ def _walk(file: _Bytes, start: int) -> _Walked:
 
 
 def _until_the_next(file: _Bytes, start: int) -> _Walked:
+    """Until the next of its kind; others may be part of it, as a FLAC header is of Matroska's."""
+    kind = file.at(start, 4)
     end = file.next_start(start + 4)
+    while end < file.size and file.at(end, 4) != kind:
+        end = file.next_start(end + 4)
     return Recording.plain(start, end), end
 
 
@@ -358,7 +363,11 @@ def _chunk_end(file: _Bytes, position: int, layout: _Layout) -> int | None:
 
 def _flac(file: _Bytes, start: int) -> _Walked:
     """The number of samples (36 bits) is cleared, so that the frames themselves decide."""
-    end = file.next_start(start + 4)
+    frames, is_last = start + 4, False
+    while not is_last and frames + 4 <= file.size:  # blocks of metadata may hold a WAV's header
+        block = file.number(frames, 4, "big")
+        frames, is_last = frames + 4 + (block & 0xFF_FFFF), bool(block >> 31)
+    end = file.next_start(min(frames, file.size))
     head = bytearray(file.at(start, 26))
     if len(head) == 26:
         head[21] &= 0xF0
@@ -407,7 +416,11 @@ def _wavpack(file: _Bytes, start: int) -> _Walked:
     while position + 32 <= file.size:
         block = file.at(position, 32)
         if block[:4] != b"wvpk":
-            break
+            after = _skip_tags(file, position)
+            if after == position:
+                break
+            position = after
+            continue
         size, index, count = (int.from_bytes(block[i : i + 4], "little") for i in (4, 16, 20))
         if count and index == 0 and last:
             return Recording.plain(start, position), position
