@@ -29,6 +29,9 @@ from .signal import Mixdown
 from .text import counted, printable
 
 __all__ = [
+    "MAX_CHANNELS",
+    "MAX_RATE_HZ",
+    "MIN_RATE_HZ",
     "Decoded",
     "EncodedFile",
     "checked_channels",
