@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bundle import (
-    LFS_SIGNATURE,
     MANIFEST_NAME,
     Bundle,
     default_bundle_path,
 )
 from ..errors import BundleError, TinyGiantError, UsageError
+from ..files import LFS_SIGNATURE
 from ..ort.machine import Machine
 from ..ort.memory import estimated_bytes
 from ..ort.providers import PROVIDERS, available_names
