@@ -31,7 +31,8 @@ from tinygiant.runtime import TinyGiantError
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
 from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.events import PromptRead
-from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.pipeline import TinyGiant
 
 __all__ = ["Stage", "main", "measure", "read_smaps"]
@@ -121,7 +122,7 @@ class _WatchedPool(GraphPool):
     def use(self, name: str) -> Iterator[Graph]:
         with super().use(name) as graph:
             yield graph
-        if name != "decoder_model":
+        if self._bundle.config.graphs[name] != "decoder":
             self._meter.end(name)
 
 

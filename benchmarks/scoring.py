@@ -53,7 +53,7 @@ class Item:
     """One question of MMAR's record format.
 
     ``caption`` is what the Audio Analysis should say; None where the record does not tell. The
-    choices of an ``open`` question are not shown: they are its right answer and what would be wrong.
+    choices of an ``open`` question are not shown: they are the right answer and all wrong ones.
     """
 
     id: str

@@ -82,6 +82,11 @@ class Tokenizer:
         """The largest token id."""
         return self._max_id
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens."""
+        return frozenset(self._added_ids.values())
+
     def token_id(self, content: str) -> int:
         """The id of the control token spelled ``content``.
 

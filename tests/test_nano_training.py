@@ -109,7 +109,7 @@ def test_the_drill_asks_new_questions_and_rarely_easy_ones(run: Path) -> None:
     world = WorldDataset(run / "world" / "train")
     streams = CachedStreams(run / "streams" / "train")
     drill, stored = (
-        kind(world, streams, tokenizer, preset("nano").prompt)
+        kind(world, streams, tokenizer, preset("nano").runtime)
         for kind in (WorldDrillSet, WorldReasoningSet)
     )
 
@@ -144,7 +144,7 @@ def test_forms_are_asked_as_the_runtime_asks_them(run: Path) -> None:
     tokenizer = Tokenizer.from_file(run / "tokenizer.json")
     world = WorldDataset(run / "world" / "train")
     streams = CachedStreams(run / "streams" / "train")
-    forms = WorldFormsSet(world, streams, tokenizer, preset("nano").prompt)
+    forms = WorldFormsSet(world, streams, tokenizer, preset("nano").runtime)
     assert len(forms) == 9 * len(world) == len(forms.lengths())
     seen = Counter()
     for draw in range(3):

@@ -125,7 +125,7 @@ def train_nano(run: NanoRun) -> Path:
         )
     tokenizer = Tokenizer.from_file(tokenizer_path)
     arguments = {
-        split: (dataset, streams[split], tokenizer, config.prompt)
+        split: (dataset, streams[split], tokenizer, config.runtime)
         for split, dataset in (("train", train_set), ("validation", validation_set))
     }
     stages: dict[str, type[WorldReasoningSet]] = {

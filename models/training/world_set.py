@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from tinygiant.runtime.config import PromptConfig
-from tinygiant.runtime.pipeline import EMPTY_THOUGHT, EMPTY_THOUGHT_END
-from tinygiant.runtime.prompt import build_prompt
+from tinygiant.runtime.asking import AskOptions, check
+from tinygiant.runtime.config import ModelConfig
 from tinygiant.runtime.tokenizer import Tokenizer
 
+from ..config import ChatPrompt
 from ..world.dataset import WorldDataset
-from ..world.questions import QUESTION_TYPES, ask
+from ..world.questions import QUESTION_TYPES, ask, question_records
 from ..world.scene import timeline
 from ..world.thought import format_answer, format_response
 from .reasoning import Sample
@@ -39,12 +39,12 @@ class WorldReasoningSet:
         dataset: WorldDataset,
         streams: CachedStreams,
         tokenizer: Tokenizer,
-        prompt: PromptConfig,
+        config: ModelConfig,
     ) -> None:
         self._dataset = dataset
         self._streams = streams
         self._tokenizer = tokenizer
-        self._prompt = prompt
+        self._config = config
         self._records: list[tuple[int, dict[str, Any]]] = [
             (clip, record) for clip in range(len(dataset)) for record in dataset.records(clip)
         ]
@@ -70,22 +70,19 @@ class WorldReasoningSet:
         after an empty thought, and one that is open has no choices."""
         plain = record.get("open", False)
         choices = None if plain else [str(choice) for choice in rng.permutation(record["choices"])]
-        prompt = build_prompt(record["question"], choices, self._tokenizer, self._prompt)
-        suffix = prompt.suffix_ids
+        options = AskOptions(think=think)
+        prompt = check(record["question"], choices, options, self._tokenizer, self._config).prompt
         if think:
-            response = self._tokenizer.encode_markup(format_response(record) + END_OF_TURN)
+            response = format_response(record)
         else:
-            empty = EMPTY_THOUGHT + (EMPTY_THOUGHT_END if plain else "")
-            suffix = (*suffix, *self._tokenizer.encode_markup(empty))
-            answer = format_answer(record) + END_OF_TURN
-            response = self._tokenizer.encode_markup(answer if plain else f"\n{answer}")
+            response = format_answer(record) if plain else f"\n{format_answer(record)}"
         return Sample(
             streams=self._streams.streams(clip),
             anchor=self._streams.anchor(clip),
             prefix_ids=prompt.prefix_ids,
-            suffix_ids=suffix,
+            suffix_ids=prompt.suffix_ids,
             instruction_ids=prompt.instruction_ids,
-            response_ids=response,
+            response_ids=self._tokenizer.encode_markup(response + END_OF_TURN),
         )
 
 
@@ -137,9 +134,9 @@ class WorldFormsSet(WorldReasoningSet):
         dataset: WorldDataset,
         streams: CachedStreams,
         tokenizer: Tokenizer,
-        prompt: PromptConfig,
+        config: ModelConfig,
     ) -> None:
-        super().__init__(dataset, streams, tokenizer, prompt)
+        super().__init__(dataset, streams, tokenizer, config)
         self._scenes = [dataset.scene(clip) for clip in range(len(dataset))]
 
     def __len__(self) -> int:
@@ -201,7 +198,7 @@ FORMS_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 1.0) | {
 }
 
 
-def training_texts(dataset: WorldDataset, prompt: PromptConfig) -> list[str]:
+def training_texts(dataset: WorldDataset, prompt: ChatPrompt) -> list[str]:
     """All text a tokenizer should write well: questions, choices and responses of a split."""
     texts = [f"system\n{prompt.system}", "user\n", "assistant\n"] * 100
     for clip in range(len(dataset)):
@@ -209,4 +206,6 @@ def training_texts(dataset: WorldDataset, prompt: PromptConfig) -> list[str]:
             lines = [record["question"], prompt.choices_header]
             lines += [prompt.choice_prefix + choice for choice in record["choices"]]
             texts += ["\n".join(lines), format_response(record)]
+        for record in question_records(dataset.scene(clip), choices=False):
+            texts += [record["question"], format_response(record)]
     return texts

@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 from tinygiant.runtime.audio import resample
 from tinygiant.runtime.errors import StorageError
-from tinygiant.runtime.features import clap_log_mel, whisper_log_mel
+from tinygiant.runtime.features import log_mel
 
+from ..features import WHISPER, ClapFeatures
 from .dsp import RATE_HZ, Audio
 from .engines import Banks, load_banks
 from .labels import CLIP_TAGS, FRAME_TAGS, clip_labels, frame_labels, n_rows
@@ -62,10 +63,13 @@ def clip_features(samples: Audio, scene: Scene) -> tuple[NDArray[np.float16], ND
     ``n_frames = 10 * (n_rows(scene) + 10)``: the clip and 1 s of zeros; a window is 10 s.
     """
     n_frames = _FRAMES_PER_ROW * (n_rows(scene) + MARGIN_ROWS)
-    whisper = whisper_log_mel(resample(samples, RATE_HZ, 16_000), n_frames)
-    windows = [samples[i : i + _WINDOW] for i in range(0, samples.size, _WINDOW)]
-    clap = np.stack([clap_log_mel(window) for window in windows])
-    return whisper.T.astype(np.float16), clap.astype(np.float16)
+    whisper = log_mel(resample(samples, RATE_HZ, WHISPER.sampling_rate_hz), WHISPER, n_frames)
+    clap = ClapFeatures()
+    events = [
+        log_mel(samples[i : i + _WINDOW], clap.log_mel, clap.log_mel.n_frames(clap.window_s))
+        for i in range(0, samples.size, _WINDOW)
+    ]
+    return whisper.T.astype(np.float16), np.stack(events).astype(np.float16)
 
 
 def build(
