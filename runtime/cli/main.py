@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from ..asking import AskOptions
     from ..audio import Audio
     from ..pipeline import TinyGiant
     from .terminal import Progress, Style
@@ -113,14 +114,7 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
         picture.check(options.picture)
     audio = _read(options, progress)
     model = _load(options, progress)
-    events = model.stream(
-        audio,
-        options.question,
-        options.choices,
-        think=not options.no_think,
-        max_new_tokens=options.max_new_tokens,
-        max_audio_s=options.max_audio,
-    )
+    events = model.stream(audio, options.question, options.choices, _ask_options(options))
     answer, seen = show(events, _style(options), progress, options.choices)
     if options.picture is not None:
         figure = picture.draw(audio, model.config, seen, answer, options.question)
@@ -141,9 +135,7 @@ def _converse(options: argparse.Namespace, progress: Progress) -> int:
         progress,
         choices=options.choices,
         style=_style(options),
-        think=not options.no_think,
-        max_new_tokens=options.max_new_tokens,
-        max_audio_s=options.max_audio,
+        options=_ask_options(options),
     )
     with question_lines(silent=options.quiet) as lines:
         return conversation.run(lines)
@@ -157,16 +149,19 @@ def _batch(options: argparse.Namespace, progress: Progress) -> int:
         if others := left_out(options.batch):
             progress.line(f"note: {others}")
         if output.left:
-            run(
-                output,
-                _load(options, progress),
-                progress,
-                think=not options.no_think,
-                max_new_tokens=options.max_new_tokens,
-                max_audio_s=options.max_audio,
-            )
+            run(output, _load(options, progress), progress, _ask_options(options))
         output.require_complete()
     return 0
+
+
+def _ask_options(options: argparse.Namespace) -> AskOptions:
+    from ..asking import AskOptions
+
+    return AskOptions(
+        think=not options.no_think,
+        max_new_tokens=options.max_new_tokens,
+        max_audio_s=options.max_audio,
+    )
 
 
 def _style(options: argparse.Namespace) -> Style:
