@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         banks = ToneBanks()
         patch.setattr(dataset, "load_banks", lambda *_: banks)
         for split, clips in (("train", 8), ("validation", 4)):
-            dataset.build(split, clips, folder / "world", folder / "banks", workers=1, kind="mixed")
+            dataset.build(split, clips, folder / "world", folder / "banks", workers=1)
         (folder / "recipe.toml").write_text(RECIPE.format(steps=2))
         assert _train(folder, "-o", folder, "--recipe", folder / "recipe.toml") == 0
     return folder
