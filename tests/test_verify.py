@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import resource
 import shutil
@@ -29,7 +30,13 @@ from tests.model_stub import use_traced_graphs
 from tinygiant.export import exporter
 from tinygiant.export.bundle import staged_folder
 from tinygiant.export.cli import main
-from tinygiant.export.verify import Verification, output_error
+from tinygiant.export.verify import (
+    Agreement,
+    OutputError,
+    Verification,
+    _judge_tokens,
+    output_error,
+)
 from tinygiant.models.checkpoint import save
 from tinygiant.models.config import TinyGiantConfig
 from tinygiant.models.sources import _settle
@@ -313,6 +320,39 @@ def test_output_error_on_hand_made_arrays() -> None:
     assert np.isnan(broken.relative_error)
     with pytest.raises(ValueError, match="shape"):
         output_error([(wanted[0], wanted)])
+
+
+def agreement(**changes: float) -> Agreement:
+    """What a perfect bundle gets, but for ``changes``."""
+    none = OutputError((), 0.0, 0.0, 1.0)
+    perfect = Agreement(
+        n_steps=10,
+        agreement=1.0,
+        n_decided=10,
+        decided_agreement=1.0,
+        logits=none,
+        free_running=1.0,
+    )
+    return dataclasses.replace(perfect, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "failure"),
+    [
+        ({}, None),
+        ({"decided_agreement": 0.5}, "50.0% of 10 decided tokens are PyTorch's"),
+        # A runtime whose own path differs from the one that was verified.
+        ({"free_running": 0.3}, "left alone writes 30.0% of PyTorch's text"),
+        # Where a near tie went the other way, the texts may part.
+        ({"free_running": 0.3, "agreement": 0.9}, None),
+        ({"free_running": 0.3, "n_decided": 9}, None),
+    ],
+)
+def test_tokens_are_judged(changes: dict[str, float], failure: str | None) -> None:
+    result = Verification(RECIPES["fp32"])
+    _judge_tokens(result, agreement(**changes))
+    assert len(result.failures) == (failure is not None)
+    assert failure is None or failure in result.failures[0]
 
 
 def test_all_failures_are_raised_at_once() -> None:
