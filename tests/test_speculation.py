@@ -215,7 +215,7 @@ def graph(
     build_decoder(CONFIG, weights, source)
     weights_as, kv8, _ = request.param.partition("-kv8")
     peaks = seen_peaks(source, weights) if kv8 else None
-    quantize_graph(source, target, RECIPES[weights_as].graphs["decoder_model"], peaks)
+    quantize_graph(source, target, RECIPES[weights_as].graphs["decoder"], peaks)
     return Graph(target, SessionSettings(threads=1, spin=False))
 
 
