@@ -42,6 +42,7 @@ from tinygiant.runtime.tokenizer import Tokenizer
 from .bundle import staged_folder
 from .card import graph_table, model_card
 from .decoder import OPSET, DecoderSpec, build_decoder
+from .optimum_encoder import export_with_optimum
 from .reference import Reference
 from .tracing import trace
 from .verify import Verification, verify_bundle
@@ -59,6 +60,7 @@ CARD_NAME = "README.md"
 
 _MIN_ONNXRUNTIME = "1.27.0"  # as setup.cfg asks for
 _SCRATCH = ".fp32"
+_GRAPH_OF = {"torch": trace, "optimum": export_with_optimum}
 _TOOLS = ("tinygiant", "torch", "transformers", "onnx", "onnxruntime", "onnxscript")
 
 
@@ -200,7 +202,7 @@ class Draft:
         self.stage(f"{graph}: PyTorch")
         self.reference.run_encoder(graph, part)
         self.stage(f"{graph}: graph")
-        save_graph(trace(part), self._fp32(graph))
+        save_graph(_GRAPH_OF[part.exporter](part), self._fp32(graph))
 
     def _write_projector_and_decoder(self) -> None:
         graph, name = self.config.projector.graph, self.config.decoder.graph
@@ -210,7 +212,7 @@ class Draft:
         self.stage(f"{graph}: PyTorch")
         self.reference.run_projector(part, decoder.get_input_embeddings())
         self.stage(f"{graph}: graph")
-        save_graph(trace(part), self._fp32(graph))
+        save_graph(_GRAPH_OF[part.exporter](part), self._fp32(graph))
         del part
         self.stage(f"{name}: PyTorch")
         self.reference.run_decoder(decoder)

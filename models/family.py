@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -35,12 +35,15 @@ class Part:
             that vary are at least 2 in it.
         outputs: names of what it returns, in order.
         dynamic: by input, the axes that vary: ``{axis: torch.export.Dim(...)}``.
+        exporter: what makes the graph: ``torch``, this project's own way, or ``optimum`` for a
+            :class:`~tinygiant.models.transformers_encoder.TransformersEncoder`.
     """
 
     module: nn.Module
     inputs: Mapping[str, Tensor]
     outputs: tuple[str, ...]
     dynamic: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
+    exporter: Literal["torch", "optimum"] = "torch"
 
 
 class Model(Protocol):

@@ -49,7 +49,8 @@ def tower_part(tower: ClapAudioEncoder, config: TinyGiantConfig, graph: str) -> 
     """HTS-AT or CLAP, with the outputs that the configuration has of that graph."""
     encoder = next(e for e in config.runtime.encoders if e.graph == graph)
     outputs = tuple(output.name for output in encoder.outputs)
-    example = torch.zeros(1, 1, encoder.n_frames, encoder.features.n_mels)
+    n_mels = int(tower.config.num_mel_bins)
+    example = torch.zeros(1, 1, encoder.n_frames, n_mels)
     name = graph.removesuffix("_encoder")
     return Part(_Tower(tower, name, outputs).eval(), {"input_features": example}, outputs)
 

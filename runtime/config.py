@@ -17,9 +17,9 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from .errors import BundleError
 
@@ -29,6 +29,7 @@ __all__ = [
     "DecoderConfig",
     "EncoderConfig",
     "EncoderOutput",
+    "Features",
     "KvType",
     "LogMel",
     "MelNorm",
@@ -40,6 +41,7 @@ __all__ = [
     "PromptPart",
     "Role",
     "ThoughtForm",
+    "Waveform",
     "config_from_dict",
     "config_to_dict",
 ]
@@ -100,6 +102,36 @@ class LogMel:
 
 
 @dataclass(frozen=True)
+class Waveform:
+    """Samples as they are, for encoders that begin with convolutions of their own.
+
+    :func:`~tinygiant.runtime.features.waveform` computes them: ``(1, n_samples)``, zeros behind a
+    shorter clip. A *frame* is one sample.
+
+    Attributes:
+        sampling_rate_hz: rate of the samples.
+        normalize: scaled to mean 0 and variance 1 over the samples that there are
+            (``Wav2Vec2FeatureExtractor``'s ``do_normalize``).
+        resampler: as for :class:`LogMel`.
+        through_hz: as for :class:`LogMel`.
+    """
+
+    kind: Literal["waveform"] = "waveform"
+    sampling_rate_hz: int = 16_000
+    normalize: bool = True
+    resampler: Literal["soxr", "sinc"] = "soxr"
+    through_hz: tuple[int, ...] = ()
+
+    def n_frames(self, duration_s: float) -> int:
+        """Samples of ``duration_s`` seconds."""
+        return round(duration_s * self.sampling_rate_hz)
+
+
+Features: TypeAlias = LogMel | Waveform
+"""What encoders read, told apart by ``kind``."""
+
+
+@dataclass(frozen=True)
 class EncoderOutput:
     """One output of an encoder graph.
 
@@ -125,7 +157,7 @@ class EncoderConfig:
     """
 
     graph: str
-    features: LogMel
+    features: Features
     window_s: float
     outputs: tuple[EncoderOutput, ...]
     variable_length: bool = False
@@ -373,7 +405,9 @@ def _composition_problems(config: ModelConfig) -> Iterator[str]:
             elif encoder.variable_length and output.rows not in (None, config.rows_per_chunk):
                 yield f"{encoder.graph}.{output.name}: variable length needs one row an audio row"
         if encoder.variable_length and (
-            windows != 1 or encoder.n_frames % config.rows_per_chunk or encoder.features.last_frame
+            windows != 1
+            or encoder.n_frames % config.rows_per_chunk
+            or (isinstance(encoder.features, LogMel) and encoder.features.last_frame)
         ):
             yield (
                 f"{config.rows_per_chunk} audio rows do not divide the {encoder.n_frames} frames "
@@ -416,6 +450,13 @@ def _number_problems(config: Any, where: str) -> Iterator[str]:
                 continue
             elif not least <= value <= _LARGEST:
                 yield f"{name} is {value!r:.40}, expected a positive number"
+
+
+def _tagged(kinds: Sequence[Any], value: Any) -> Any:
+    """Which of several dataclasses ``value`` is, by its ``kind``; the first if it has none."""
+    tag = value.get("kind") if isinstance(value, dict) else None
+    fitting = (k for k in kinds if dataclasses.is_dataclass(k) and getattr(k, "kind", None) == tag)
+    return next(fitting, kinds[0])
 
 
 _Config = TypeVar("_Config")
@@ -465,7 +506,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return None
     if origin in (types.UnionType, typing.Union):
         inner = [argument for argument in arguments if argument is not type(None)]
-        return _convert(inner[0], value, where)
+        return _convert(_tagged(inner, value), value, where)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], item, where) for item in value)
     if origin is dict and isinstance(value, dict):

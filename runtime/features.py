@@ -1,4 +1,4 @@
-"""Log-mel features of frozen encoders, in numpy, as the encoders were trained on them.
+"""Features of frozen encoders, in numpy, as the encoders were trained on them.
 
 One pure function over a description in data: with Whisper's constants :func:`log_mel` gives what
 transformers' ``WhisperFeatureExtractor`` gives (within 1e-4), with CLAP's what
@@ -16,10 +16,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import LogMel, MelNorm, MelScale
+from .config import Features, LogMel, MelNorm, MelScale, Waveform
 from .errors import AudioError, UsageError
 
-__all__ = ["log_mel", "mel_filter_bank", "periodic_hann"]
+__all__ = ["encoder_input", "log_mel", "mel_filter_bank", "periodic_hann", "waveform"]
 
 _POWER_FLOOR = 1e-10
 # Frames transformed at a time: the spectra of one block stay in the processor's cache.
@@ -58,6 +58,38 @@ def mel_filter_bank(
         filters *= 2.0 / (upper - lower)
     filters.flags.writeable = False
     return filters
+
+
+def encoder_input(
+    samples: NDArray[np.float32], features: Features, n_frames: int
+) -> NDArray[np.float32]:
+    """What an encoder's graph takes of a window: features of any kind, with their batch axes.
+
+    ``(1, n_mels, n_frames)`` or ``(1, 1, n_frames, n_mels)`` of log-mel features, by their layout;
+    ``(1, n_samples)`` of a waveform.
+    """
+    if isinstance(features, Waveform):
+        return waveform(samples, features, n_frames)[None]
+    found = log_mel(samples, features, n_frames)
+    return found[None] if features.layout == "mels_frames" else found[None, None]
+
+
+def waveform(
+    samples: NDArray[np.float32], features: Waveform, n_samples: int
+) -> NDArray[np.float32]:
+    """The first ``n_samples`` samples, normalized where the features say so, zeros behind them.
+
+    Same as transformers' ``Wav2Vec2FeatureExtractor`` with ``padding="max_length"``.
+
+    Raises:
+        AudioError: no samples.
+    """
+    if samples.size == 0:
+        raise AudioError("the window holds no samples: expected at least 1, give some audio")
+    held = samples[:n_samples].astype(np.float64)
+    if features.normalize:
+        held = (held - held.mean()) / np.sqrt(held.var() + 1e-7)
+    return np.pad(held, (0, n_samples - held.size)).astype(np.float32)
 
 
 def log_mel(samples: NDArray[np.float32], features: LogMel, n_frames: int) -> NDArray[np.float32]:

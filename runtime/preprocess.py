@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .audio import Audio, resample
-from .config import LogMel, ModelConfig
-from .features import log_mel
+from .config import Features, ModelConfig
+from .features import encoder_input
 from .resampling import sinc_resample
 
 __all__ = ["Chunk", "n_chunks", "preprocess"]
@@ -52,7 +52,7 @@ def preprocess(audio: Audio, config: ModelConfig) -> tuple[Chunk, ...]:
     chunks = []
     for index in range(n_chunks(clip_s, config)):
         duration_s = min(config.chunk_s, clip_s - index * config.chunk_s)
-        known: dict[tuple[LogMel, float, int], tuple[Array, ...]] = {}
+        known: dict[tuple[Features, float, int], tuple[Array, ...]] = {}
         windows = {}
         for encoder in config.encoders:
             features, n_frames = encoder.features, config.frames(encoder, duration_s)
@@ -79,18 +79,17 @@ def n_chunks(duration_s: float, config: ModelConfig) -> int:
     return max(1, math.ceil(round(duration_s / config.chunk_s, 9)))
 
 
-def _rates(features: LogMel) -> tuple[int, ...]:
+def _rates(features: Features) -> tuple[int, ...]:
     return *features.through_hz, features.sampling_rate_hz
 
 
-def _features(samples: Array, features: LogMel, n_frames: int) -> Array:
+def _features(samples: Array, features: Features, n_frames: int) -> Array:
     """The input of one run of an encoder, from a window at the first rate."""
     before_hz, *others = _rates(features)
     for rate_hz in others:
         samples = _resampled(samples, features.resampler, before_hz, rate_hz)
         before_hz = rate_hz
-    found = log_mel(samples, features, n_frames)
-    return found[None] if features.layout == "mels_frames" else found[None, None]
+    return encoder_input(samples, features, n_frames)
 
 
 def _whole(audio: Audio, resampler: str, rate_hz: int) -> Array:

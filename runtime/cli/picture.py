@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import LogMel
 from ..errors import MissingDependencyError, StorageError
 from ..preprocess import Chunk, preprocess
 from ..text import printable
@@ -59,7 +60,7 @@ def draw(audio: Audio, config: ModelConfig, seen: PromptRead, answer: Answer, qu
     (a histogram; both only where the model has them), ``answer``.
     """
     chunks = preprocess(audio, config)
-    mels = {encoder.graph: encoder for encoder in config.distinct_encoders}
+    mels = {e.graph: e for e in config.distinct_encoders if isinstance(e.features, LogMel)}
     names = ["waveform", *mels]
     names += ["attention"] * (seen.intent_attention is not None)
     names += ["gate"] * (seen.gate is not None)
@@ -130,7 +131,7 @@ def _draw_mel(
     """Log-mel spectrograms of an encoder's windows beside one another."""
     for index, chunk in enumerate(chunks):
         for number, window in enumerate(chunk.windows[encoder.graph]):
-            mel = window[0] if encoder.features.layout == "mels_frames" else window[0, 0].T
+            mel = window[0] if window.ndim == 3 else window[0, 0].T
             start_s = index * config.chunk_s + number * encoder.window_s
             width_s = mel.shape[1] * encoder.window_s / encoder.n_frames
             extent = (start_s, start_s + width_s, 0, mel.shape[0])
