@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from .errors import BundleError
 
 __all__ = [
+    "AnswerForm",
     "AudioContext",
     "ClapFeatures",
     "DecoderConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "ProjectorConfig",
     "PromptConfig",
     "TemporalStream",
+    "ThoughtForm",
     "WhisperFeatures",
     "config_from_dict",
     "config_to_dict",
@@ -183,6 +185,43 @@ class PromptConfig:
     audio_marker: str = "<audio>"
     choices_header: str = "Choices:"
     choice_prefix: str = "- "
+
+
+@dataclass(frozen=True)
+class ThoughtForm:
+    """A thought before the answer.
+
+    Attributes:
+        close: the control token that ends it.
+        close_id: its id.
+        empty: ends the prompt where the model is not to think.
+        empty_end: follows ``empty`` where the answer is written freely. A choice brings what it
+            begins with itself, as it had it in training.
+        tags: of the thought's parts, in their order, as ``<TAG>`` and ``</TAG>`` around each.
+        open: what the model writes before a thought.
+    """
+
+    close: str
+    close_id: int
+    empty: str = ""
+    empty_end: str = ""
+    tags: tuple[str, ...] = ()
+    open: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How a model writes: ``[thought] response_open answer response_close``, then a stop token.
+
+    All empty: the text up to the stop token is the answer. ``choice_format`` is how a choice is
+    written as an answer; ``hidden_token_ids`` are tokens that are no text of the answer.
+    """
+
+    thought: ThoughtForm | None = None
+    response_open: str = ""
+    response_close: str = ""
+    choice_format: str = "{choice}"
+    hidden_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

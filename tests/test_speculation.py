@@ -17,7 +17,7 @@ from tinygiant.quantize import RECIPES, KvPeaks, kv_peaks, quantize_graph
 from tinygiant.quantize.kv_cache import LONGEST_STEP
 from tinygiant.runtime import TinyGiant, load
 from tinygiant.runtime.config import DecoderConfig, KvType
-from tinygiant.runtime.decoder import Decoder
+from tinygiant.runtime.decoder import Decoder, Mask
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, Drafter, NgramIndex, Speculation, lead
@@ -274,7 +274,7 @@ def test_tokens_are_those_of_single_steps(
     assert found == expected
     assert decoder.cache.length == plain.cache.length
     # What follows is decided as if nothing had been drafted.
-    choices = [3, 7, 11, 20]
+    choices = Mask(np.array([3, 7, 11, 20]), only=True)
     assert decoder.best(decoder.read([4]), choices) == plain.best(plain.read([4]), choices)
 
 
