@@ -26,7 +26,7 @@ import string
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +35,10 @@ from .answer import Section, TextPiece, section_of
 from .choices import ChoiceNode, ChoiceTrie
 from .config import AnswerForm
 from .decoder import Mask
+from .events import FinishReason
 from .tokenizer import Tokenizer
 
-__all__ = ["Fixed", "Free", "Grammar", "OneOf", "Step", "Vocabulary", "Writer", "WritingEnd"]
-
-WritingEnd = Literal["stop", "length", "loop"]
+__all__ = ["Fixed", "Free", "Grammar", "OneOf", "Step", "Vocabulary", "Writer"]
 
 # A loop has at least so many tokens and is at least so many times the same, of at most so many
 # tokens. "dog, dog, dog, ..." may name sixteen dogs.
@@ -265,7 +264,7 @@ class Writer:
         self._queue: deque[int] = deque()
         self._pieces: list[TextPiece] = []
         self._n_free = 0
-        self._reasons: set[WritingEnd] = set()
+        self._reasons: set[FinishReason] = set()
         self.done = False
         self.choice_index: int | None = None
         self._index = -1
@@ -274,9 +273,9 @@ class Writer:
         self._enter(0)
 
     @property
-    def finish_reason(self) -> WritingEnd:
+    def finish_reason(self) -> FinishReason:
         """``length`` where tokens were spent, else ``loop`` where a loop was ended, else stop."""
-        ranked: tuple[WritingEnd, ...] = ("length", "loop")
+        ranked: tuple[FinishReason, ...] = ("length", "loop")
         return next((reason for reason in ranked if reason in self._reasons), "stop")
 
     @property
@@ -329,6 +328,14 @@ class Writer:
         if not self._blank and not self._queue and not self.done:
             self._check_end(token)
         return True
+
+    def choose(self, index: int) -> None:
+        """Take the choice at ``index`` where one is to be taken: its tokens are forced."""
+        step = self._grammar.steps[self._index]
+        assert isinstance(step, OneOf)
+        ids = step.trie.sequences[index]
+        self._queue = deque(token for token in ids if token not in self._grammar.stop_ids)
+        self._chosen(step, index)
 
     def pieces(self) -> list[TextPiece]:
         """What was written since the last call, cut into pieces by section."""
@@ -430,12 +437,14 @@ class Writer:
         self._node = node
         if node.choice_index is None:
             return
-        self.choice_index = node.choice_index
         step = self._grammar.steps[self._index]
         assert isinstance(step, OneOf)
-        ids = step.trie.sequences[node.choice_index]
-        shown = [token for token in ids if token not in self._grammar.stop_ids]
-        text = self._vocabulary.tokenizer.decode(shown)
+        self._chosen(step, node.choice_index)
+
+    def _chosen(self, step: OneOf, index: int) -> None:
+        self.choice_index = index
+        ids = [i for i in step.trie.sequences[index] if i not in self._grammar.stop_ids]
+        text = self._vocabulary.tokenizer.decode(ids)
         pieces = (
             TextPiece(step.open, "answer", markup=True),
             TextPiece(text[len(step.open) : len(text) - len(step.close)], "answer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import threading
@@ -16,9 +17,9 @@ import httpx
 import numpy as np
 import soundfile
 
+from tests.shipped import NANO
 from tinygiant.runtime.answer import AnswerParser
 from tinygiant.runtime.audio import read_audio
-from tinygiant.runtime.config import ModelConfig
 from tinygiant.runtime.events import (
     Answer,
     AudioAccount,
@@ -52,7 +53,7 @@ class FakeModel:
     """
 
     def __init__(self, tick: Callable[[], object] = lambda: None, text: str | None = None) -> None:
-        self.config = ModelConfig(name="fake")
+        self.config = dataclasses.replace(NANO, name="fake")
         self.tick = tick
         self.text = text
         self.started: list[str] = []

@@ -234,6 +234,7 @@ def run(
     think: bool,
     max_new_tokens: int,
     max_audio_s: float,
+    raw: bool = False,
 ) -> None:
     """Answer what is left of a batch. A bad item gets an error and does not end it.
 
@@ -252,6 +253,7 @@ def run(
                 think=think,
                 max_new_tokens=max_new_tokens,
                 max_audio_s=max_audio_s,
+                raw=raw,
             )
         except (BundleError, StorageError):
             raise

@@ -54,6 +54,7 @@ class Conversation:
         think: bool,
         max_new_tokens: int,
         max_audio_s: float,
+        raw: bool = False,
     ) -> None:
         """Talk about ``audio``; the other arguments are those of a single question."""
         self.audio = audio
@@ -65,6 +66,7 @@ class Conversation:
         self._think = think
         self._max_new_tokens = max_new_tokens
         self._max_audio_s = max_audio_s
+        self._raw = raw
         self._commands: dict[str, Callable[[str], None]] = {
             ":load": self._load,
             ":mic": self._listen,
@@ -125,6 +127,7 @@ class Conversation:
             think=self._think,
             max_new_tokens=self._max_new_tokens,
             max_audio_s=self._max_audio_s,
+            raw=self._raw,
         )
         show(events, self.style, self._progress, self.choices)
 

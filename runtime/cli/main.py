@@ -106,6 +106,7 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
         think=not options.no_think,
         max_new_tokens=options.max_new_tokens,
         max_audio_s=options.max_audio,
+        raw=options.raw,
     )
     answer, seen = show(events, _style(options), progress, options.choices)
     if options.picture is not None:
@@ -130,6 +131,7 @@ def _converse(options: argparse.Namespace, progress: Progress) -> int:
         think=not options.no_think,
         max_new_tokens=options.max_new_tokens,
         max_audio_s=options.max_audio,
+        raw=options.raw,
     )
     with question_lines(silent=options.quiet) as lines:
         return conversation.run(lines)
@@ -148,6 +150,7 @@ def _batch(options: argparse.Namespace, progress: Progress) -> int:
                 think=not options.no_think,
                 max_new_tokens=options.max_new_tokens,
                 max_audio_s=options.max_audio,
+                raw=options.raw,
             )
         output.require_complete()
     return 0
