@@ -49,6 +49,7 @@ __all__ = [
     "ChatPrompt",
     "EBranchformerConfig",
     "TinyGiantConfig",
+    "decoder_config",
     "preset",
 ]
 
@@ -239,15 +240,7 @@ class TinyGiantConfig:
                     *("gate",) * has_gate,
                 ),
             ),
-            decoder=DecoderConfig(
-                vocab_size=qwen3.vocab_size,
-                hidden_size=qwen3.hidden_size,
-                n_layers=qwen3.num_hidden_layers,
-                n_kv_heads=qwen3.num_key_value_heads,
-                head_dim=qwen3.head_dim,
-                max_positions=qwen3.max_position_embeddings,
-                stop_token_ids=self.eos_token_ids,
-            ),
+            decoder=decoder_config(qwen3, self.eos_token_ids),
             prompt=self.prompt.template,
             answer=AnswerForm(
                 thought=ThoughtForm(
@@ -333,6 +326,19 @@ _OwnFields = cast(
     ),
 )
 _OwnFields.__module__ = __name__
+
+
+def decoder_config(upstream: PretrainedConfig, stop_token_ids: tuple[int, ...]) -> DecoderConfig:
+    """The runtime's part of a decoder's configuration in transformers' form."""
+    return DecoderConfig(
+        vocab_size=upstream.vocab_size,
+        hidden_size=upstream.hidden_size,
+        n_layers=upstream.num_hidden_layers,
+        n_kv_heads=upstream.num_key_value_heads,
+        head_dim=upstream.head_dim,
+        max_positions=upstream.max_position_embeddings,
+        stop_token_ids=stop_token_ids,
+    )
 
 
 def upstream_fields(config: WhisperConfig | ClapAudioConfig | Qwen3Config) -> dict[str, Any]:

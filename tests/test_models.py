@@ -96,7 +96,7 @@ def test_event_stream_is_the_tower_averaged_over_frequency() -> None:
     with torch.no_grad():
         output = tower(features)
         events, anchor = encode_event(tower, features)
-    assert events.shape == (2, NANO.runtime.event.steps_per_window, 192)
+    assert events.shape == (2, NANO.runtime.outputs["htsat_encoder.events"][1].rows, 192)
     # The pooled output is the mean over both axes, so the events' mean over time is the anchor.
     torch.testing.assert_close(events.mean(1), output.pooler_output, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(anchor, output.pooler_output)

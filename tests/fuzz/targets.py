@@ -166,7 +166,7 @@ def check_manifest(data: bytes) -> None:
             assert re.fullmatch(r"[A-Za-z0-9._/-]+", entry.path)
             assert ".." not in entry.path.split("/")
             assert not entry.path.startswith("/")
-        assert json.loads(manifest.to_json())["format_version"] == 1
+        assert json.loads(manifest.to_json())["format_version"] == 2
 
 
 def embedding_seeds() -> list[bytes]:
