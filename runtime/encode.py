@@ -101,6 +101,10 @@ class EncodedCache:
         while self.n_bytes > self._max_bytes:
             self._entries.popitem(last=False)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+
 
 def audio_key(audio: Audio) -> bytes:
     """A key that two clips share only if their samples and rate are the same."""

@@ -139,6 +139,10 @@ class TinyGiant:
         """Which providers run each graph; the one that was asked for is the first."""
         return dict(self._pool.providers)
 
+    def forget(self) -> None:
+        """Keep nothing of the clips heard so far; the next question about one listens again."""
+        self._cache.clear()
+
     def ask(
         self,
         audio: AudioSource | Audio,
