@@ -63,15 +63,19 @@ class DecoderSpec(DecoderConfig):
                 rotary positions, a family that is neither Qwen3 nor Llama.
         """
         kind = upstream.model_type
+        if kind not in _QK_NORM:
+            raise CheckpointError(
+                f"no graph for a decoder of the family {kind}; expected {', '.join(_QK_NORM)}"
+            )
         # transformers 5 calls it rope_parameters.
         rotary = getattr(upstream, "rope_parameters", None) or upstream.rope_scaling or {}
         problems = [
             what
             for what, wrong in (
-                (f"its family is {kind}", kind not in _QK_NORM),
                 ("attention has biases", bool(getattr(upstream, "attention_bias", False))),
                 ("the MLP has biases", bool(getattr(upstream, "mlp_bias", False))),
                 (f"its activation is {upstream.hidden_act}", upstream.hidden_act != "silu"),
+                (f"its heads have {config.head_dim} features", config.head_dim % 16 != 0),
                 (
                     "rotary positions are scaled",
                     rotary.get("rope_type", rotary.get("type", "default")) != "default",
@@ -82,7 +86,7 @@ class DecoderSpec(DecoderConfig):
         if problems:
             raise CheckpointError(
                 f"no graph for this decoder: {'; '.join(problems)}; a plain Qwen3 or Llama is "
-                "expected"
+                "expected, its heads a multiple of 16 features"
             )
         return cls(
             **{f.name: getattr(config, f.name) for f in dataclasses.fields(DecoderConfig)},

@@ -25,7 +25,7 @@ from tinygiant.runtime.config import (
     PromptPart,
 )
 
-N_MELS, ROWS, SIZE, WIDTH = 32, 20, 24, 48  # bands, rows a window, encoder and decoder widths
+N_MELS, ROWS, SIZE, WIDTH = 32, 20, 24, 96  # bands, rows a window, encoder and decoder widths
 
 # What its encoder hears: HTK bands in dB, at most 80 dB below the loudest.
 FEATURES = LogMel(
@@ -45,7 +45,7 @@ FEATURES = LogMel(
 
 UPSTREAM = LlamaConfig(
     vocab_size=512, hidden_size=WIDTH, intermediate_size=80, num_hidden_layers=2,
-    num_attention_heads=6, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+    num_attention_heads=6, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
     rope_theta=100_000.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
 )  # fmt: skip
 
