@@ -20,7 +20,8 @@ Shapes: ``T`` tokens of a prompt, ``K`` tokens of a step, ``D`` hidden size, ``V
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,21 +65,28 @@ class Mask:
     def best(self, logits: NDArray[np.float32]) -> int:
         """The most likely allowed token of ``logits (V,)``, the lowest id at a tie.
 
-        The logits of tokens that may not come become minus infinity, unless ``only`` a few may.
-
         Raises:
             BundleError: not a number among the logits.
         """
         if self.only:
             return int(self.ids[greedy(logits[self.ids])])
-        logits[self.ids] = -np.inf
-        return greedy(logits)
+        with self._applied(logits):
+            return greedy(logits)
 
-    @property
-    def among(self) -> Sequence[int] | None:
-        """The ids between which is chosen; None if these are almost all."""
-        among: list[int] | None = self.ids.tolist() if self.only else None
-        return among
+    def lead(self, logits: NDArray[np.float32], token: int) -> float:
+        """How far ``token`` leads before the next that is allowed, in deviations of the logits."""
+        if self.only:
+            return lead(logits, token, self.ids.tolist())
+        with self._applied(logits):
+            return lead(logits, token)
+
+    @contextmanager
+    def _applied(self, logits: NDArray[np.float32]) -> Iterator[None]:
+        """What may not come has minus infinity; in place, for a copy takes longer."""
+        kept = logits[self.ids]
+        logits[self.ids] = -np.inf
+        yield
+        logits[self.ids] = kept
 
 
 ALL = Mask(np.array([], np.intp), only=False)
@@ -202,8 +210,8 @@ class Decoder:
     def best(self, logits: NDArray[np.float32], mask: Mask = ALL) -> int:
         """The most likely next token that ``mask`` allows; the lowest id at a tie.
 
-        ``logits (V,)`` are those after the last position that is held, and may be changed. Where a
-        step of several tokens may have decided which is best, it is computed again one by one.
+        ``logits (V,)`` are those after the last position that is held. Where a step of several
+        tokens may have decided which is best, it is computed again one by one.
 
         Raises:
             BundleError: not a number among the logits.
@@ -211,14 +219,14 @@ class Decoder:
         token = mask.best(logits)
         if not self._inexact or self._speculation is None:
             return token
-        found = lead(logits, token, mask.among)
+        found = mask.lead(logits, token)
         if found > self._speculation.guard:
             return token
         start_s = time.perf_counter()
         exact = self._settle()
         self._speculation.learn_reread(time.perf_counter() - start_s)
         best = mask.best(exact)
-        self._speculation.learn_difference(found, lead(exact, token, mask.among))
+        self._speculation.learn_difference(found, mask.lead(exact, token))
         return best
 
     def generate(
@@ -319,7 +327,7 @@ class Decoder:
                 break
             mask = ALL if guide is None else guide.mask()
             found = mask.best(row)
-            if found != guess or lead(row, found, mask.among) <= self._guard:
+            if found != guess or mask.lead(row, found) <= self._guard:
                 break
             if guide is not None and not guide.take(found):
                 break
