@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from .answer import Section, TextPiece, section_of
 from .choices import ChoiceNode, ChoiceTrie
 from .config import AnswerForm
-from .decoder import Mask
 from .events import FinishReason
+from .masks import Mask
 from .tokenizer import Tokenizer
 
 __all__ = ["Fixed", "Free", "Grammar", "OneOf", "Step", "Vocabulary", "Writer"]

@@ -27,6 +27,7 @@ from .asking import MAX_NEW_TOKENS, Asked, AskKeywords, AskOptions, check
 from .audio import Audio, AudioSource, read_audio
 from .bundle import Bundle, default_bundle_path
 from .decoder import Decoder
+from .drafting import make_decoder
 from .embeddings import TokenEmbeddings
 from .encode import Encoded, EncodedCache, Projection, audio_key, encode, project
 from .errors import BundleError, UsageError
@@ -213,7 +214,7 @@ class TinyGiant:
         What is bound to a graph keeps it there: delete the decoder before the block ends.
         """
         with self._pool.use(self.config.decoder.graph) as graph:
-            yield Decoder(
+            yield make_decoder(
                 graph,
                 self._embeddings,
                 self.config.decoder,

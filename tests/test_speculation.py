@@ -17,8 +17,10 @@ from tinygiant.quantize import RECIPES, KvPeaks, kv_peaks, quantize_graph
 from tinygiant.quantize.kv_cache import LONGEST_STEP
 from tinygiant.runtime import TinyGiant, load
 from tinygiant.runtime.config import KvType
-from tinygiant.runtime.decoder import Decoder, Mask
+from tinygiant.runtime.decoder import Decoder
+from tinygiant.runtime.drafting import make_decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.masks import Mask
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, Drafter, NgramIndex, Speculation, lead
 
@@ -215,7 +217,7 @@ def graph(
     build_decoder(CONFIG, weights, source)
     weights_as, kv8, _ = request.param.partition("-kv8")
     peaks = seen_peaks(source, weights) if kv8 else None
-    quantize_graph(source, target, RECIPES[weights_as].graphs["decoder_model"], peaks)
+    quantize_graph(source, target, RECIPES[weights_as].graphs["decoder"], peaks)
     return Graph(target, SessionSettings(threads=1, spin=False))
 
 
@@ -234,7 +236,7 @@ def sequence(
     loaded = graph.graph if isinstance(graph, Noisy) else graph
     int8 = loaded.input_types["past_key_values.0.key"] == "tensor(int8)"
     kv_type: KvType = "int8" if int8 else "fp32"
-    return Decoder(graph, embeddings, CONFIG, CAPACITY, drafter, kv_type=kv_type)
+    return make_decoder(graph, embeddings, CONFIG, CAPACITY, drafter, kv_type=kv_type)
 
 
 def eager() -> Speculation:
@@ -266,7 +268,7 @@ def test_tokens_are_those_of_single_steps(
 ) -> None:
     """Random drafts, and drafts that are mostly right because the answer was seen before."""
     embeddings = TokenEmbeddings(weights["model.embed_tokens.weight"])
-    stop_ids = CONFIG.eos_token_ids
+    stop_ids = CONFIG.stop_token_ids
     plain = sequence(graph, embeddings)
     expected = list(plain.generate(plain.read(prompt), max_new_tokens=n_new, stop_ids=stop_ids))
     speculation = eager()
