@@ -190,10 +190,9 @@ def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
 
 
 def _read(options: argparse.Namespace, progress: Progress) -> Audio:
-    import shlex
-
     from ..audio import read_audio, read_pcm
     from ..errors import UsageError
+    from .options import check_words
 
     if options.mic is not None:
         from .microphone import record
@@ -210,12 +209,7 @@ def _read(options: argparse.Namespace, progress: Progress) -> Audio:
         if options.pcm_rate is None:
             return read_audio(stream, max_audio_s=options.max_audio)
         return read_pcm(stream, options.pcm_rate, max_audio_s=options.max_audio)
-    question = options.question
-    if question and not os.path.exists(options.clip) and os.path.isfile(question):
-        raise UsageError(
-            f"the clip comes first, then the question: tg-run {shlex.quote(question)} "
-            f"{shlex.quote(options.clip)}"
-        )
+    check_words(options.clip, options.question)
     if options.pcm_rate is None:
         return read_audio(options.clip, max_audio_s=options.max_audio)
     return read_pcm(options.clip, options.pcm_rate, max_audio_s=options.max_audio)
