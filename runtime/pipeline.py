@@ -36,7 +36,8 @@ from .generate import end_ids, generate
 from .grammar import Grammar, Vocabulary, Writer
 from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
-from .ort.sessions import GraphPool, SessionSettings
+from .ort.pool import GraphPool
+from .ort.sessions import SessionSettings
 from .preprocess import preprocess
 from .prompt import Prompt, compose
 from .signal import silent_choice, why_unheard

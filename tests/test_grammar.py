@@ -56,6 +56,7 @@ def make_tokenizer(extra: Sequence[str]) -> Tokenizer:
 TOKENIZER = make_tokenizer(NASTY)
 VOCAB = TOKENIZER.max_id + 5  # a decoder may know ids that no token has
 VOCABULARY = Vocabulary(TOKENIZER, VOCAB)
+SPELLED = [TOKENIZER.decode([token]) for token in range(TOKENIZER.max_id + 1)]
 EOS, THINK_END = TOKENIZER.token_id("<|im_end|>"), TOKENIZER.token_id("</think>")
 THOUGHT = ThoughtForm("</think>", THINK_END, "<think>\n\n</think>", "\n\n", TAGS, "<think>\n")
 TAGGED = AnswerForm(THOUGHT, "\n<RESPONSE>\n", "</RESPONSE>")
@@ -157,7 +158,7 @@ def spelling(goal: str) -> Wish:
         done = max((n for n in range(len(goal)) if text.endswith(goal[:n])), default=0)
         logits = np.zeros(VOCAB, np.float32)
         for token in range(len(CONTROLS), TOKENIZER.max_id + 1):
-            spelled = TOKENIZER.decode([token])
+            spelled = SPELLED[token]
             if goal[done:].startswith(spelled):
                 logits[token] = 5 + len(spelled) * (1 if len(tokens) % 2 else -0.1)
         return logits
@@ -174,8 +175,7 @@ def random_wishes(seed: int) -> Wish:
 
 
 def token_of(text: str) -> int:
-    [token] = [t for t in range(5, TOKENIZER.max_id + 1) if TOKENIZER.decode([t]) == text]
-    return token
+    return SPELLED.index(text, len(CONTROLS))
 
 
 FORMS = st.sampled_from([(TAGGED, True), (TAGGED, False), (UNTAGGED, True), (PLAIN, True)])
@@ -187,14 +187,14 @@ GOALS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(FORMS, st.integers(0, 2**32), st.integers(1, 80))
 def test_random_models(form: tuple[AnswerForm, bool], seed: int, n: int) -> None:
     writer, tokens = write(random_wishes(seed), form[0], n, think=form[1])
     check(writer, tokens, *form)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(FORMS, st.lists(TOKENS, min_size=1, max_size=6), st.integers(1, 200))
 def test_models_that_want_always_the_same(
     form: tuple[AnswerForm, bool], favourites: list[int], n: int
@@ -268,7 +268,7 @@ WORDS = st.text("ab .,<>/!\n\u97f3\u00e9:", min_size=1, max_size=12).filter(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(WORDS, min_size=5, max_size=5))
 def test_well_formed_text_stays_the_same(words: list[str]) -> None:
     parts = [f"<{tag}>\n{word}</{tag}>" for tag, word in zip(TAGS, words, strict=False)]
@@ -290,7 +290,7 @@ def test_tags_inside_tokens_and_across_them() -> None:
         assert text.startswith(written)
         logits = np.zeros(VOCAB, np.float32)
         for token in range(len(CONTROLS), TOKENIZER.max_id + 1):
-            spelled = TOKENIZER.decode([token])
+            spelled = SPELLED[token]
             if text[len(written) :].startswith(spelled):
                 logits[token] = len(spelled)  # the largest, which crosses the tag's edge
         return logits
