@@ -254,7 +254,9 @@ class TinyGiant:
         transcript = Transcript(self._tokenizer, self.config.answer, asked, writer)
         first_token_s = 0.0
         drafter = self._drafter(asked)
-        room = asked.max_written if writer is None else writer.max_tokens
+        room = asked.max_written
+        if writer is not None and not asked.is_scored:
+            room = writer.max_tokens
         with self.decoder(embeds.shape[1] + room, drafter) as decoder:
             with clock.stage("prefill"):
                 logits = self._prefill(decoder, embeds, asked.prompt.prefix_ids)

@@ -480,9 +480,13 @@ def test_what_all_prompts_begin_with_is_read_once(
     monkeypatch.setattr(Decoder, "_run", counted)
     model = load(tiny_bundle, threads=1)
     sound = (tone(1.0, 16_000), 16_000)
-    first = model.ask(sound, "What?", max_new_tokens=1)
+    first = model.ask(sound, "What?", max_new_tokens=1, raw=True)
     n_first, read[:] = sum(read), []
-    second = model.ask(sound, "What?", max_new_tokens=1)
+    second = model.ask(sound, "What?", max_new_tokens=1, raw=True)
     assert n_first == first.tokens.prompt == second.tokens.prompt
     assert sum(read) == first.tokens.prompt - len(model._prefix[0])  # type: ignore[index]
-    assert second.raw_text == first.raw_text == tiny.ask(sound, "What?", max_new_tokens=1).raw_text
+    assert (
+        second.raw_text
+        == first.raw_text
+        == tiny.ask(sound, "What?", max_new_tokens=1, raw=True).raw_text
+    )
