@@ -265,7 +265,7 @@ def sound_library() -> Any:
 def voice_detector() -> Voice | None:
     """Silero's detector, or None where it is not installed."""
     # Its OpenMP would start four threads that wait for one another by spinning: on a board that is
-    # busy a block of 32 ms then takes seconds; alone it takes 0.1 ms. It reads this when it is loaded.
+    # busy a block of 32 ms then takes seconds, alone 0.1 ms. It reads this as it is loaded.
     limit = os.environ.get(_THREAD_LIMIT)
     os.environ[_THREAD_LIMIT] = "1"
     try:

