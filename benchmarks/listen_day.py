@@ -291,7 +291,7 @@ def make_sounds(rng: np.random.Generator) -> dict[str, list[Samples]]:
     """Variants of each kind of event."""
     return {
         "bell": [tone(rng, [f, f * 0.8], 0.6, decay_s=0.5) for f in (660.0, 880.0, 1_040.0)],
-        "knock": [series(noise(rng, 0.06, decay_s=0.02), n, 0.18) for n in (2, 3, 4)],
+        "knock": [series(noise(rng, 0.12, decay_s=0.04), n, 0.2) for n in (2, 3, 4)],
         "bark": [series(noise(rng, 0.25, decay_s=0.1), n, 0.5) for n in (1, 2, 3)],
         "beep": [series(tone(rng, [f], 0.2), 3, 0.45) for f in (1_000.0, 2_000.0)],
         "speech": [speech()],
