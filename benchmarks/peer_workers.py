@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ from benchmarks.peer_models import (
     qwen3_config,
     whisper_config,
 )
+
+if TYPE_CHECKING:
+    from tinygiant.runtime.config import ModelConfig
 
 __all__ = ["PACKAGES", "WORKERS", "Settings", "main", "peak_rss_bytes", "serve"]
 
@@ -127,30 +130,31 @@ class OurEncoder(_Encoder):
 
     def __init__(self, settings: Settings) -> None:
         from tinygiant.runtime.bundle import Bundle
-        from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+        from tinygiant.runtime.ort.pool import GraphPool
+        from tinygiant.runtime.ort.sessions import SessionSettings
 
         bundle = Bundle.open(settings.model, verify=False)
         pool = GraphPool(bundle, SessionSettings(threads=settings.threads))
-        with pool.use("whisper_encoder") as graph:
+        self._encoder = bundle.config.encoders[0]
+        with pool.use(self._encoder.graph) as graph:
             self._graph = graph
         self._pool = pool
-        self.n_mels = bundle.config.temporal.features.n_mels
+        self.n_mels = self._encoder.features.n_mels
         self.n_frames = self._frames(bundle.config)
 
-    def _frames(self, config: Any) -> int:
-        frames: int = config.temporal.features.n_frames
-        return frames
+    def _frames(self, config: ModelConfig) -> int:
+        return self._encoder.n_frames
 
     def encode(self, features: Array) -> Any:
-        return self._graph.run({"input_features": features})["temporal"]
+        return self._graph.run({self._encoder.input: features})[self._encoder.outputs[0].name]
 
 
 class OurEncoderClip(OurEncoder):
     """The same on the frames of a 10 s clip, as ``clip`` audio context cuts them."""
 
-    def _frames(self, config: Any) -> int:
-        frames: int = dataclasses.replace(config, audio_context="clip").temporal_frames(_CLIP_S)
-        return frames
+    def _frames(self, config: ModelConfig) -> int:
+        as_clip = dataclasses.replace(config, audio_context="clip")
+        return as_clip.frames(self._encoder, _CLIP_S)
 
 
 class CTranslate2(_Encoder):
@@ -274,7 +278,8 @@ class OurDecoder(_Decoder):
         from tinygiant.runtime.bundle import Bundle
         from tinygiant.runtime.decoder import Decoder, greedy
         from tinygiant.runtime.embeddings import TokenEmbeddings
-        from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+        from tinygiant.runtime.ort.pool import GraphPool
+        from tinygiant.runtime.ort.sessions import SessionSettings
 
         bundle = Bundle.open(settings.model, verify=False)
         self._pool = GraphPool(bundle, SessionSettings(threads=settings.threads))
@@ -461,7 +466,7 @@ class OurQuestion:
         noise = np.random.default_rng(request["seed"]).standard_normal(round(_CLIP_S * _RATE_HZ))
         clip = ((0.1 * noise).astype(np.float32), _RATE_HZ)
         answer = self._model.ask(
-            clip, request["question"], think=True, max_new_tokens=request["new_tokens"]
+            clip, request["question"], think=True, max_new_tokens=request["new_tokens"], raw=True
         )
         config, tokens = self._model.config, answer.tokens
         read = tokens.prompt - self._n_kept
@@ -470,7 +475,7 @@ class OurQuestion:
             "audio_context": config.audio_context,
             "prompt_tokens": tokens.prompt,
             "read_tokens": read,
-            "full_read_tokens": read + config.tokens_per_chunk - tokens.audio,
+            "full_read_tokens": read + config.rows_per_chunk - tokens.audio,
             "generated": tokens.generated,
         }
 

@@ -38,7 +38,8 @@ from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import UsageError
-from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import SessionSettings
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.speculation import Speculation
 from tinygiant.runtime.tokenizer import Tokenizer
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scripts = read_scripts(options.meta, options.answers, options.count, tokenizer)
         bundle = Bundle.open(options.bundle or default_bundle_path())
         pool = GraphPool(bundle, SessionSettings(threads=options.threads))
-        with pool.use("decoder_model") as graph:
+        with pool.use(bundle.config.decoder.graph) as graph:
             embeddings = TokenEmbeddings.open(bundle)
             config, kv_type = bundle.config.decoder, bundle.manifest.kv_cache
             rows = measure(graph, embeddings, config, kv_type, scripts, options.prompt_tokens)

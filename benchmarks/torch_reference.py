@@ -25,6 +25,7 @@ from tinygiant.models.checkpoint import TOKENIZER_FILE, WEIGHTS_FILE, load
 from tinygiant.models.generate import encode_audio
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.choices import ChoiceTrie
+from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -54,6 +55,7 @@ class TorchReference:
         """
         self.batch_size = batch_size
         self._model = load(checkpoint).to(torch.device(device))
+        self._runtime = self._model.config.runtime
         self._device = torch.device(device)
         self._tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER_FILE)
         self._max_new_tokens = max_new_tokens
@@ -72,8 +74,17 @@ class TorchReference:
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> list[Reply]:
-        """Answer a batch."""
-        tries = [ChoiceTrie.of_choices(q.choices, self._tokenizer) for q in questions]
+        """Answer a batch of questions with choices.
+
+        Raises:
+            UsageError: a question is open.
+        """
+        if any(question.open for question in questions):
+            raise UsageError("questions without choices are answered by bundles: leave out --torch")
+        form, stop_id = self._runtime.answer, self._runtime.decoder.stop_token_ids[0]
+        tries = [
+            ChoiceTrie.of_choices(q.choices, self._tokenizer, form, stop_id) for q in questions
+        ]
         thoughts, caches = self._think([self._embeds(q) for q in questions])
         replies = []
         for question, trie, thought, cache in zip(questions, tries, thoughts, caches, strict=True):
@@ -87,7 +98,7 @@ class TorchReference:
         """The decoder's input, ``(T, D)``."""
         model = self._model
         prompt = build_prompt(
-            question.question, question.choices, self._tokenizer, model.config.prompt
+            question.question, question.choices, self._tokenizer, self._runtime.prompt
         )
         prefix, suffix, instruction = (
             self._embed(ids)

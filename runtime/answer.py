@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AnswerParser", "ParsedAnswer", "Section", "TextPiece", "parse_answer"]
+__all__ = ["AnswerParser", "ParsedAnswer", "Section", "TextPiece", "parse_answer", "section_of"]
 
 Section = Literal["plan", "audio_analysis", "logic", "summary", "answer", "other"]
 """Where a piece of text belongs; ``other`` is a thought outside the four parts, or a trailer."""
@@ -61,6 +61,11 @@ _HEADING_START = re.compile(
 _SLICE_CHARS = 256  # a long text is cut in slices, so that cost stays linear
 
 
+def section_of(tag: str) -> Section:
+    """Where the text inside ``<tag>`` belongs; ``other`` if it is none of the thought's parts."""
+    return _PART_OF_NAME.get(tag.lower(), "other")
+
+
 @dataclass(frozen=True)
 class TextPiece:
     """A piece of the model's text; ``markup`` marks tags and headings, which are not shown.
@@ -92,12 +97,13 @@ class ParsedAnswer:
 class AnswerParser:
     """Cuts a growing text into pieces and sorts them, for :meth:`result` at the end.
 
-    With ``thinking`` the text is known to begin with a thought, even if it does not say so.
+    With ``thinking`` the text is known to begin with a thought, even if it does not say so; a
+    ``plain`` text is an answer as a whole, whatever it spells.
     """
 
-    def __init__(self, *, thinking: bool = False) -> None:
+    def __init__(self, *, thinking: bool = False, plain: bool = False) -> None:
         self._phase: Literal["start", "thought", "after", "response", "trailer"] = (
-            "thought" if thinking else "start"
+            "trailer" if plain else "thought" if thinking else "start"
         )
         self._section: Section = "other" if thinking else "answer"
         self._held = ""  # the end of the text, while it may still become a tag or a heading

@@ -82,6 +82,11 @@ class Tokenizer:
         """The largest token id."""
         return self._max_id
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens."""
+        return frozenset(self._added_ids.values())
+
     def token_id(self, content: str) -> int:
         """The id of the control token spelled ``content``.
 
@@ -120,6 +125,14 @@ class Tokenizer:
         if known is None:
             known = self._bytes_of_id[token_id] = self._spell(token_id)
         return known
+
+    def plain_tokens(self) -> dict[str, int]:
+        """The ids of all tokens but control tokens, as the vocabulary spells them.
+
+        Printable ASCII characters stand for themselves, every other byte for one that is none.
+        """
+        spelled: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=False)
+        return {text: token for text, token in spelled.items() if text not in self._added_ids}
 
     def _cuts(self, text: str) -> list[int]:
         if self._any_added is None:

@@ -20,10 +20,16 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from tinygiant.models.config import TinyGiantConfig
 from tinygiant.quantize import RECIPES, Scheme, quantize_graph, quantize_rows, recipe
 from tinygiant.quantize.weight_only import dequantize_blocks, quantize_blocks
-from tinygiant.runtime.bundle import GRAPH_NAMES
+from tinygiant.runtime.config import Role
 from tinygiant.runtime.errors import UsageError
 
-GRAPHS = ("whisper_encoder", "htsat_encoder", "projector", "decoder_model")
+ROLES: dict[str, Role] = {
+    "whisper_encoder": "encoder",
+    "htsat_encoder": "encoder",
+    "projector": "projector",
+    "decoder_model": "decoder",
+}
+GRAPHS = tuple(ROLES)
 
 
 def source(bundle: Path, name: str) -> Path:
@@ -143,7 +149,7 @@ def test_blocks_mean_what_the_kernel_computes(bits: int, symmetric: bool, tmp_pa
 def test_report_accounts_for_every_product(
     tiny_bundle: Path, tmp_path: Path, name: str, recipe_name: str
 ) -> None:
-    scheme = RECIPES[recipe_name].graphs[name]
+    scheme = RECIPES[recipe_name].graphs[ROLES[name]]
     report = quantize_graph(source(tiny_bundle, name), tmp_path / f"{name}.onnx", scheme)
     products = [
         node.name
@@ -163,7 +169,7 @@ def test_report_accounts_for_every_product(
 def test_decoder_structure(
     tiny_bundle: Path, tiny_config: TinyGiantConfig, tmp_path: Path, recipe_name: str
 ) -> None:
-    scheme = RECIPES[recipe_name].graphs["decoder_model"]
+    scheme = RECIPES[recipe_name].graphs["decoder"]
     target = tmp_path / "decoder_model.onnx"
     quantize_graph(source(tiny_bundle, "decoder_model"), target, scheme)
     quantized = {node.name: node for node in nodes(target, "MatMulNBits")}
@@ -253,8 +259,8 @@ def test_rows_of_embeddings() -> None:
 def test_recipes_are_complete_and_frozen() -> None:
     for name, found in RECIPES.items():
         assert found.name == name
-        assert set(found.graphs) == set(GRAPH_NAMES)
-        assert set(found.limits) == {*GRAPH_NAMES, "embed_tokens"}
+        assert set(found.graphs) == {"encoder", "projector", "decoder"}
+        assert set(found.limits) == {"encoder", "projector", "decoder", "embed_tokens"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["int4"].embeddings = "fp32"  # type: ignore[misc]
     with pytest.raises(UsageError, match="'int5' is unknown; expected one of fp32, int8, int4"):

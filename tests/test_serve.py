@@ -123,7 +123,7 @@ def test_openai_client_streams_a_choice(client: openai.OpenAI, tiny: TinyGiant) 
     extras = [extra for c in chunks if (extra := (c.model_extra or {}).get("tinygiant"))]
     (seen,) = [extra for extra in extras if extra.get("event") == "prompt_read"]
     assert len(seen["intent_attention"]) == expected.tokens.audio
-    assert seen["token_s"] == pytest.approx(tiny.config.token_s)
+    assert seen["token_s"] == pytest.approx(tiny.config.row_s)
     assert len(seen["gate"]) == 1
     assert extras[-1]["choice_index"] == expected.choice_index
 
@@ -240,7 +240,7 @@ REFUSED: list[tuple[Any, int, str]] = [
     (changed(max_tokens="many"), 400, "from 1 to 2048"),
     (changed(stream="yes"), 400, "stream must be true or false"),
     (changed(tinygiant={"choice": []}), 400, "unknown field 'choice'"),
-    (changed(tinygiant={"choices": ["one"]}), 400, "1 choices given"),
+    (changed(tinygiant={"choices": ["one"]}), 400, "1 choice given"),
     (changed(choices_text=["a", "a"]), 400, "are the same"),
     (changed(choices_text="ab"), 400, "list of strings"),
     (changed(choices_text=["a", "b"], tinygiant={"choices": ["a", "b"]}), 400, "both given"),

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from tests.serve_stub import Live, live
 from tinygiant.runtime import TinyGiant, load
@@ -56,3 +58,14 @@ def test_curl_examples(server: Live, model: TinyGiant) -> None:
 def test_the_client_s_example(server: Live) -> None:
     (code,) = examples("python")
     assert run(server, sys.executable, "-c", code) in ("bird chirp\n", "speech\n")
+
+
+def test_the_example_of_the_page_is_answered_right(model: TinyGiant) -> None:
+    example = ROOT / "runtime" / "serve" / "example.mp3"
+    choices = ["monkey", "tiger", "spider", "rabbit"]
+    answer = model.ask(example, "What animal is heard in the speech?", choices)
+    assert answer.text == "tiger"
+    # It is the clip of examples/, which says how it was made.
+    ours, theirs = (soundfile.read(path)[0] for path in (example, CLIP))
+    n_samples = min(len(ours), len(theirs))
+    assert np.corrcoef(ours[:n_samples], theirs[:n_samples])[0, 1] > 0.95

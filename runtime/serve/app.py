@@ -87,11 +87,15 @@ def create_app(
         lifespan: runs around the application.
     """
     page, policy = _page()
+    clip = importlib.resources.files(__package__).joinpath("example.mp3").read_bytes()
     token = options.token
 
     async def index(request: Request) -> Response:
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
         return Response(page, media_type="text/html", headers=headers)
+
+    async def example(request: Request) -> Response:
+        return Response(clip, media_type="audio/mpeg", headers={"Cache-Control": "no-cache"})
 
     async def health(request: Request) -> Response:
         if service.engine.deadline is not None:
@@ -117,6 +121,7 @@ def create_app(
     transcribe = _Endpoint(service, token, "multipart/form-data", _transcribe(service, options))
     routes = [
         Route("/", index),
+        Route("/example.mp3", example),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),

@@ -122,7 +122,10 @@ class ReplyForm:
             fields = answer.to_dict() | {"answer": text}
             chosen = {name: fields[field] for name, field in self.json_fields.items()}
             text = json.dumps(chosen, ensure_ascii=False)
-        return text, answer.finish_reason if at is None else "stop"
+        if at is not None:
+            return text, "stop"
+        # The API has no word for a loop that was ended.
+        return text, "length" if answer.finish_reason == "loop" else answer.finish_reason
 
 
 class ReplyWriter:
@@ -212,7 +215,7 @@ class ReplyWriter:
         return {
             "intent_attention": _numbers(event.intent_attention),
             "gate": _numbers(event.gate),
-            "token_s": self._config.token_s,
+            "token_s": self._config.row_s,
         }
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
