@@ -13,13 +13,32 @@ from pathlib import Path
 import tokenizers
 from transformers import LlamaConfig
 
+from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
 from tinygiant.runtime.text import one_line
 
-__all__ = ["END_ID", "PADDING_ID", "SMOLLM2_PROBE", "Probe", "read_tokenizer", "smollm2_135m"]
+from .hub import HubFile
+
+__all__ = [
+    "END_ID",
+    "PADDING_ID",
+    "SMOLLM2_PROBE",
+    "TOKENIZER",
+    "Probe",
+    "decoder_config",
+    "read_tokenizer",
+    "smollm2_135m",
+]
 
 END_ID, PADDING_ID = 0, 17
 _END, _PADDING = "<|endoftext|>", "!"
+
+TOKENIZER = HubFile(
+    "HuggingFaceTB/SmolLM2-135M",
+    "tokenizer.json",
+    "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
+)
+"""Where the tokenizer is published."""
 
 Probe = tuple[str, tuple[int, ...]]
 """A text and its token ids, by which a vocabulary is known."""
@@ -46,6 +65,19 @@ def smollm2_135m() -> LlamaConfig:
         bos_token_id=END_ID,
         eos_token_id=END_ID,
         attn_implementation="sdpa",
+    )
+
+
+def decoder_config(llama: LlamaConfig) -> DecoderConfig:
+    """The decoder as the runtime knows it."""
+    return DecoderConfig(
+        vocab_size=llama.vocab_size,
+        hidden_size=llama.hidden_size,
+        n_layers=llama.num_hidden_layers,
+        n_kv_heads=llama.num_key_value_heads,
+        head_dim=llama.head_dim,
+        max_positions=llama.max_position_embeddings,
+        stop_token_ids=(END_ID,),
     )
 
 

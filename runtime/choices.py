@@ -74,6 +74,7 @@ class ChoiceTrie:
         end = [] if form.response_close else [stop_id]
         for index, choice in enumerate(check_choices(choices)):
             written = format_choice(form.choice_format, index, choice)
+            written = written.lower() if form.lower_case else written
             text = f"{form.response_open}{written}{form.response_close}"
             ids = tokenizer.encode(text)
             if tokenizer.decode(ids) != text:

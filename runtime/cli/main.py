@@ -21,7 +21,7 @@ from .terminal import Progress, Style, complain, debugging, show
 from .watching import watched
 
 if TYPE_CHECKING:
-    from ..audio import Audio
+    from ..audio import Audio, AudioSource
     from ..pipeline import TinyGiant
 
 __all__ = ["main"]
@@ -87,6 +87,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _ask(options: argparse.Namespace, progress: Progress) -> int:
     # Imported here, so that --help is instant and an interrupt while loading is handled.
+    from ..audio import read_audio
     from ..prompt import check_choices, check_question
 
     # What is wrong with the input is said before a large model is loaded.
@@ -98,9 +99,12 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
 
         picture.check(options.picture)
     audio = _read(options, progress)
+    clips: list[AudioSource | Audio] = [audio]
+    if options.second is not None:
+        clips.append(read_audio(options.second, max_audio_s=options.max_audio))
     model = _load(options, progress)
     events = model.stream(
-        audio,
+        clips,
         options.question,
         options.choices,
         think=not options.no_think,

@@ -125,6 +125,10 @@ def _add_asking(group: argparse._ArgumentGroup) -> None:
 
 def _add_sound(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--second", metavar="CLIP2",
+        help="a second clip, for a model that hears two at once: what differs?",
+    )  # fmt: skip
+    group.add_argument(
         "--mic", nargs="?", const="", metavar="DEVICE",
         help="listen until a sound has come and gone; --mic=DEVICE names a device by number or "
         "part of its name",
@@ -214,7 +218,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError("--batch names the clips; leave out CLIP, QUESTION and --mic")
         if options.output is None:
             raise UsageError("--batch needs a place for its answers; add -o OUT.jsonl")
-        for name in ("json", "jsonl", "picture", "pcm_rate"):
+        for name in ("json", "jsonl", "picture", "pcm_rate", "second"):
             if getattr(options, name):
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} does not go with --batch; leave it out")
@@ -228,6 +232,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("no audio; name a clip, or use --mic; see tg-run --help")
     if options.clip == "-" and options.question is None:
         raise UsageError("standard input is the audio, so name the question: tg-run - QUESTION")
+    if options.second is not None and options.question is None:
+        raise UsageError("--second is for one question about two clips; name the question")
     if options.picture is not None and options.question is None:
         raise UsageError("--picture shows one answer; name the question")
     if options.picture is not None and not options.picture.lower().endswith(".png"):
