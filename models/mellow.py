@@ -33,10 +33,11 @@ from tinygiant.runtime.config import (
 )
 from tinygiant.runtime.features import filter_bank, periodic_hann
 
+from .config import decoder_config
 from .hub import HubFile
 from .parts import htsat_to_clap
 from .public import Names, PublicKind, PublicModel, open_public
-from .smollm2 import END_ID, PADDING_ID, decoder_config, smollm2_135m
+from .smollm2 import END_ID, PADDING_ID, smollm2_135m
 
 __all__ = ["MELLOW", "Mellow", "MellowConfig", "MellowMapper", "open_checkpoint"]
 
@@ -121,7 +122,7 @@ class Mellow(PublicModel):
                     ProjectorInput("whole", (f"{_HTSAT}.whole",)),
                 )
             ),
-            decoder=decoder_config(self.config.decoder),
+            decoder=decoder_config(self.config.decoder, (END_ID,)),
             prompt=PromptConfig(
                 parts=(*clip, *clip, PromptPart("question")),
                 choices_header="",

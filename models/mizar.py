@@ -30,9 +30,10 @@ from tinygiant.runtime.features import filter_bank, periodic_hann
 from tinygiant.runtime.resampling import sinc_kernel
 
 from .ced import Ced, CedConfig
+from .config import decoder_config
 from .hub import HubFile
 from .public import Names, PublicKind, PublicModel, open_public
-from .smollm2 import END_ID, PADDING_ID, decoder_config, smollm2_135m
+from .smollm2 import END_ID, PADDING_ID, smollm2_135m
 
 __all__ = ["MIZAR", "Mapper", "Mizar", "MizarConfig", "open_checkpoint"]
 
@@ -97,7 +98,7 @@ class Mizar(PublicModel):
             rows_per_chunk=n_rows,
             encoders=(EncoderConfig(_CED, _FEATURES, _WINDOW_S, (grid,)),),
             projector=ProjectorConfig((ProjectorInput("grid", (f"{_CED}.grid",), n_rows),)),
-            decoder=decoder_config(self.config.decoder),
+            decoder=decoder_config(self.config.decoder, (END_ID,)),
             prompt=PromptConfig(
                 parts=(
                     PromptPart("audio"),

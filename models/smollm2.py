@@ -13,7 +13,6 @@ from pathlib import Path
 import tokenizers
 from transformers import LlamaConfig
 
-from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
 from tinygiant.runtime.text import one_line
 
@@ -25,7 +24,6 @@ __all__ = [
     "SMOLLM2_PROBE",
     "TOKENIZER",
     "Probe",
-    "decoder_config",
     "read_tokenizer",
     "smollm2_135m",
 ]
@@ -65,19 +63,6 @@ def smollm2_135m() -> LlamaConfig:
         bos_token_id=END_ID,
         eos_token_id=END_ID,
         attn_implementation="sdpa",
-    )
-
-
-def decoder_config(llama: LlamaConfig) -> DecoderConfig:
-    """The decoder as the runtime knows it."""
-    return DecoderConfig(
-        vocab_size=llama.vocab_size,
-        hidden_size=llama.hidden_size,
-        n_layers=llama.num_hidden_layers,
-        n_kv_heads=llama.num_key_value_heads,
-        head_dim=llama.head_dim,
-        max_positions=llama.max_position_embeddings,
-        stop_token_ids=(END_ID,),
     )
 
 

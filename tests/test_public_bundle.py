@@ -260,3 +260,30 @@ def test_the_command_line_answers(
     else:
         assert code == 0
         assert len(json.loads(capsys.readouterr().out)["more_audio"]) == 1
+
+
+def test_a_batch_may_compare_clips(world: World, tmp_path: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    one, two = str(world.clip(4.0, seed=1)), str(world.clip(6.0, seed=2))
+    lines = [
+        {"id": "one", "audio": one, "question": "What is it?"},
+        {"id": "two", "audio": one, "second": two, "question": "What differs?"},
+        {"id": "bad", "audio": one, "second": 3, "question": "What differs?"},
+    ]
+    items.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out.jsonl"
+    command = [
+        "--batch", str(items), "-o", str(out), "--bundle", str(world.bundle), "--threads", "1",
+        "--max-new-tokens", "4", "-q",
+    ]  # fmt: skip
+    assert run_cli.main(command) == 11
+    first, second, bad = map(json.loads, out.read_text().splitlines())
+    assert "answer" in first
+    assert "second is no path" in bad["error"]["message"]
+    if world.name == "mellow":
+        assert second["second"] == second["answer"]["more_audio"][0]["source"] == two
+    else:
+        assert second["error"]["kind"] == "QuestionError"
+    written = out.read_bytes()
+    assert run_cli.main(command) == 11  # nothing is asked again
+    assert out.read_bytes() == written

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..asking import AskOptions
-    from ..audio import Audio, AudioSource
-    from ..pipeline import TinyGiant
+    from ..audio import Audio
+    from ..pipeline import Clips, TinyGiant
     from .terminal import Progress, Style
 
 __all__ = ["main"]
@@ -114,9 +114,9 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
 
         picture.check(options.picture)
     audio = _read(options, progress)
-    clips: list[AudioSource | Audio] = [audio]
+    clips: Clips = audio
     if options.second is not None:
-        clips.append(read_audio(options.second, max_audio_s=options.max_audio))
+        clips = [audio, read_audio(options.second, max_audio_s=options.max_audio)]
     model = _load(options, progress)
     events = model.stream(clips, options.question, options.choices, _ask_options(options))
     answer, seen = show(events, _style(options), progress, options.choices)
