@@ -252,6 +252,9 @@ def test_the_command_line_answers(
     assert answer["model"].startswith(world.name)
     assert answer["plan"] == answer["summary"] == answer["unparsed"] == ""
     assert answer["more_audio"] == []
+    command = [str(clip), "What is it?", "-q", *options, "--choices", "A Dog", "The rain"]
+    assert run_cli.main(command) == 0
+    assert capsys.readouterr().out in ("A Dog\n", "The rain\n")  # as given, not "a) a dog"
     second = [str(clip), "What differs?", "--second", str(world.clip(6.0, seed=2)), "--json"]
     code = run_cli.main([*second, *options])
     if world.name == "mizar":
