@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+# Families whose published checkpoint has an option of its own.
+_PUBLISHED = {"mizar": "Mizar-159M", "mellow": "Mellow"}
+
 DEBUG_VARIABLE = "TINYGIANT_DEBUG"
 
 _DESCRIPTION = """\
@@ -42,6 +45,8 @@ examples:
   tg-export --preset full --random-weights 0 -o bundles/full-random --recipe int4
   tg-export --whisper whisper-large-v3-turbo --htsat clap-htsat-unfused \\
     --clap larger_clap_general --qwen3 Qwen3-0.6B --projector projector.safetensors -o bundles/full
+  tg-export --mizar stage3_q4_seed20260905.ckpt --tokenizer SmolLM2-135M -o bundles/mizar
+  tg-export --mellow soham97/mellow --allow-download -o bundles/mellow
 
 recipes: fp32 (exact), int8 (8-bit weights), int4 (4-bit decoder with keys
   and values in 8 bits, 8-bit encoders), int4-b32 (in smaller blocks: closer and slower)
@@ -119,16 +124,31 @@ def _source(options: argparse.Namespace) -> Model:
     from tinygiant.models.parts import Parts
     from tinygiant.models.sources import CheckpointSource, PartsSource, RandomSource
 
+    published = [name for name in _PUBLISHED if getattr(options, name) is not None]
     parts = {name: getattr(options, name) for name in ("whisper", "htsat", "clap", "qwen3")}
     ways = (
         options.checkpoint is not None,
         options.preset is not None or options.random_weights is not None,
         any(parts.values()) or options.projector is not None,
+        *(True for _ in published),
     )
     if sum(ways) != 1:
         raise UsageError(
-            "name one model: a CHECKPOINT, or --preset with --random-weights, or the parts "
-            "--whisper, --htsat and --qwen3; see tg-export --help"
+            "name one model: a CHECKPOINT, or --mizar or --mellow, or --preset with "
+            "--random-weights, or the parts --whisper, --htsat and --qwen3; see tg-export --help"
+        )
+    if options.allow_download and not published:
+        raise UsageError("--allow-download goes with --mizar or --mellow; leave it out")
+    tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
+    if published:
+        if options.audio_context is not None:
+            raise UsageError("a published model knows what it hears; leave out --audio-context")
+        from tinygiant.models.family import family
+
+        return family(published[0]).open(
+            Path(getattr(options, published[0])),
+            tokenizer=tokenizer,
+            allow_download=options.allow_download,
         )
     if options.checkpoint is not None:
         if options.audio_context is not None:
@@ -154,7 +174,6 @@ def _source(options: argparse.Namespace) -> Model:
         )
     if options.preset is None or options.random_weights is None:
         raise UsageError("--preset and --random-weights SEED belong together")
-    tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
     return RandomSource(options.preset, options.random_weights, tokenizer, options.audio_context)
 
 
@@ -179,7 +198,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="threads of the check; default: physical cores")
     add("--preset", metavar="NAME", help="nano or full, with --random-weights")
     add("--random-weights", type=int, metavar="SEED", help="seeded random weights, to measure with")
-    add("--tokenizer", metavar="FILE", help="tokenizer.json for random weights; default: bytes")
+    for name, title in _PUBLISHED.items():
+        add(f"--{name}", metavar="CKPT", help=f"{title}'s checkpoint file, or its name on the hub")
+    add(
+        "--allow-download", action="store_true",
+        help="fetch from the Hugging Face Hub what is not on this disk; nothing is fetched without",
+    )  # fmt: skip
+    add(
+        "--tokenizer", metavar="PATH",
+        help="tokenizer.json or its folder: SmolLM2-135M's for --mizar and --mellow; for random "
+        "weights any (default: bytes)",
+    )  # fmt: skip
     add("--whisper", metavar="DIR", help="Whisper folder from Hugging Face")
     add("--htsat", metavar="PATH", help="CLAP folder, or an original HTS-AT .ckpt")
     add("--clap", metavar="DIR", help="CLAP folder; default: HTS-AT gives the anchor too")

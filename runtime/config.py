@@ -267,7 +267,8 @@ class AnswerForm:
     """How a model writes: ``[thought] response_open answer response_close``, then a stop token.
 
     All empty: the text up to the stop token is the answer. ``choice_format`` is how a choice is
-    written as an answer; ``hidden_token_ids`` are tokens that are no text of the answer.
+    written as an answer, lower-cased where ``lower_case``; ``hidden_token_ids`` are tokens that are
+    no text of the answer.
     """
 
     thought: ThoughtForm | None = None
@@ -275,6 +276,7 @@ class AnswerForm:
     response_close: str = ""
     choice_format: str = "{choice}"
     hidden_token_ids: tuple[int, ...] = ()
+    lower_case: bool = False
 
     @property
     def is_plain(self) -> bool:

@@ -445,9 +445,10 @@ class Writer:
         self.choice_index = index
         ids = [i for i in step.trie.sequences[index] if i not in self._grammar.stop_ids]
         text = self._vocabulary.tokenizer.decode(ids)
+        written = text[len(step.open) : len(text) - len(step.close)]
         pieces = (
             TextPiece(step.open, "answer", markup=True),
-            TextPiece(text[len(step.open) : len(text) - len(step.close)], "answer"),
+            TextPiece(written if step.trie.texts is None else step.trie.texts[index], "answer"),
             TextPiece(step.close, "other", markup=True),
         )
         self._pieces += [piece for piece in pieces if piece.text]

@@ -86,6 +86,11 @@ def _rates(features: LogMel) -> tuple[int, ...]:
 def _features(samples: Array, features: LogMel, n_frames: int) -> Array:
     """The input of one run of an encoder, from a window at the first rate."""
     before_hz, *others = _rates(features)
+    if others and features.padding == "zeros":
+        # The silence behind a short clip goes the whole way too: there, the resampler rings out.
+        length = (n_frames - features.last_frame) * features.hop_length
+        length = length * before_hz // features.sampling_rate_hz
+        samples = np.pad(samples, (0, max(0, length - samples.size)))
     for rate_hz in others:
         samples = _resampled(samples, features.resampler, before_hz, rate_hz)
         before_hz = rate_hz

@@ -36,7 +36,7 @@ from .terminal import Progress, debugging
 if TYPE_CHECKING:
     from ..asking import AskOptions
     from ..events import Answer
-    from ..pipeline import TinyGiant
+    from ..pipeline import Clips, TinyGiant
 
 __all__ = ["SUFFIXES", "Item", "Output", "left_out", "read_items", "run"]
 
@@ -55,7 +55,8 @@ _AUDIO_FIELDS = ("audio", "audio_path")
 class Item:
     """One question of a batch; ``problem`` says why it cannot be asked.
 
-    ``audio`` is as it was given, ``path`` where it lies.
+    ``audio`` is as it was given, ``path`` where it lies; likewise ``second``, the other clip of a
+    question about two, and ``second_path``.
     """
 
     id: str
@@ -64,6 +65,8 @@ class Item:
     choices: tuple[str, ...] | None
     path: Path
     problem: str = ""
+    second: str | None = None
+    second_path: Path | None = None
 
     def asked(self) -> dict[str, Any]:
         """What the output says of the item itself."""
@@ -72,6 +75,7 @@ class Item:
             "audio": self.audio,
             "question": self.question,
             "choices": None if self.choices is None else list(self.choices),
+            **({} if self.second is None else {"second": self.second}),
         }
 
 
@@ -228,6 +232,7 @@ class Output:
         try:
             record = json.loads(line)
             asked = {key: record[key] for key in ("id", "audio", "question", "choices")}
+            asked |= {"second": record["second"]} if "second" in record else {}
             item_id, failed = str(record["id"]), "error" in record
         except (ValueError, TypeError, KeyError) as error:
             raise self._foreign(f"line {number} is no answer to an item") from error
@@ -279,7 +284,8 @@ def _ask(item: Item, model: TinyGiant, options: AskOptions) -> Answer:
         raise QuestionError(item.problem)
     if item.audio is None:
         raise AudioError("no audio")
-    return model.ask(item.path, item.question, item.choices, options)
+    clips: Clips = item.path if item.second_path is None else [item.path, item.second_path]
+    return model.ask(clips, item.question, item.choices, options)
 
 
 def _status(n_done: int, n_items: int, n_failed: int, elapsed_s: float, item: Item) -> str:
@@ -355,7 +361,9 @@ def _item(line: bytes, number: int, folder: Path) -> Item:
     if not isinstance(item_id, str | int) or isinstance(item_id, bool):
         return _bad(number, f"line {number}: id is neither text nor a whole number")
     audio = next((data[name] for name in _AUDIO_FIELDS if name in data), None)
-    question, choices = data.get("question"), data.get("choices")
+    question, choices, second = data.get("question"), data.get("choices"), data.get("second")
+    if second is not None and not isinstance(second, str):
+        return _bad(item_id, f"line {number}: second is no path of a clip")
     if not isinstance(audio, str):
         return _bad(item_id, f"line {number}: audio (or audio_path) is missing or no path")
     if not isinstance(question, str):
@@ -370,6 +378,8 @@ def _item(line: bytes, number: int, folder: Path) -> Item:
         question=question,
         choices=None if choices is None else tuple(choices),
         path=folder / audio,
+        second=second,
+        second_path=None if second is None else folder / second,
     )
 
 

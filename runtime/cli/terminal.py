@@ -152,7 +152,7 @@ class Progress:
 
         if isinstance(event, events.AudioRead):
             audio = event.audio
-            dropped = f", {audio.dropped_s:.2f} s missing" if audio.dropped_s else ""
+            dropped = f", {audio.dropped_s:.2f} s left out" if audio.dropped_s else ""
             self.line(f"{audio.source}: {audio.used_s:.2f} s of audio{dropped}")
             for note in audio.notes:
                 self.line(f"note: {printable(note)}")
