@@ -12,8 +12,9 @@ processors without VNNI.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
@@ -21,7 +22,12 @@ from tinygiant.runtime.bundle import GRAPH_NAMES
 from tinygiant.runtime.config import KvType
 from tinygiant.runtime.errors import UsageError
 
-__all__ = ["RECIPES", "Limits", "Recipe", "Scheme", "recipe"]
+__all__ = ["RECIPES", "Limits", "Recipe", "Scheme", "matches", "recipe"]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns (fnmatch) is that of ``name``."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,10 @@ class Scheme:
     with a float32 scale, and a zero point unless ``symmetric``; with ``accuracy_level`` 4,
     activations are quantized to 8 bits for the product.
 
-    ``excluded`` are patterns (fnmatch) of node names left in float32; ``head_bits`` are the bits of
-    the node ``lm_head``, if not ``bits``.
+    The rest are patterns (fnmatch) of node names: ``excluded`` stay in float32, ``wide`` have 8
+    bits whatever ``bits`` says, and in ``row_scaled`` products of ``dynamic_int8`` each row of
+    activations has a scale of its own. With ``calibrated``, ``weight_only`` weights are fitted to
+    what the graph's products see (:mod:`tinygiant.quantize.gptq`).
     """
 
     kind: Literal["none", "dynamic_int8", "weight_only"] = "none"
@@ -45,7 +53,13 @@ class Scheme:
     symmetric: bool = True
     accuracy_level: int = 4
     excluded: tuple[str, ...] = ()
-    head_bits: Literal[4, 8] | None = None
+    wide: tuple[str, ...] = ()
+    row_scaled: tuple[str, ...] = ()
+    calibrated: bool = False
+
+    def bits_of(self, node: str) -> int:
+        """Bits of a weight of the node of that name."""
+        return 8 if matches(node, self.wide) else self.bits
 
     @property
     def label(self) -> str:
@@ -54,10 +68,12 @@ class Scheme:
             return "fp32"
         if self.kind == "dynamic_int8":
             range_ = "-7bit" if self.reduce_range else ""
-            return f"dynamic-int8{range_}{'-per-channel' if self.per_channel else ''}"
+            rows = "-rows" if self.row_scaled else ""
+            return f"dynamic-int8{range_}{'-per-channel' if self.per_channel else ''}{rows}"
         zero_point = "" if self.symmetric else "-zp"
-        head = f"-head{self.head_bits}" if self.head_bits not in (None, self.bits) else ""
-        return f"int{self.bits}-b{self.block_size}{zero_point}{head}"
+        wide = "-mixed" if self.bits == 4 and self.wide else ""
+        gptq = "-gptq" if self.calibrated else ""
+        return f"int{self.bits}-b{self.block_size}{zero_point}{wide}{gptq}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ _CHECKED = (*GRAPH_NAMES, "embed_tokens")
 
 def _int4(name: str, block_size: int) -> Recipe:
     """Small blocks are closer to the float32 weights, large ones faster to multiply."""
-    decoder = Scheme("weight_only", bits=4, block_size=block_size, head_bits=8)
+    decoder = Scheme("weight_only", bits=4, block_size=block_size, wide=("lm_head",))
     return Recipe(
         name=name,
         graphs=_ENCODERS_INT8 | {"decoder_model": decoder},
