@@ -110,7 +110,7 @@ $(VENV)/.installed: $(VENV)/.python constraints.txt setup.cfg pyproject.toml
 	@echo "Installing everything into $(VENV) (once, some minutes) ..." >&2
 	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps \
 	  $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
-	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,mic,serve,train,wyoming]'
+	@$(VENV)/bin/python $(PIP_INSTALL) --editable '.[dev,export,listen,mic,serve,train,wyoming]'
 	@touch $@
 
 # Without optimum, which holds transformers below 4.58, and without the pins of constraints.txt.

@@ -60,8 +60,8 @@ class RuntimeAnswerer:
             "recipe": manifest.recipe.name,
             "checkpoint_sha256": manifest.source.sha256,
             "weights": manifest.source.weights,
-            "intent_query": manifest.model.projector.intent_query,
-            "semantic_gate": manifest.model.projector.semantic_gate,
+            "intent_query": manifest.model.projector.reads_question,
+            "semantic_gate": "gate" in manifest.model.projector.outputs,
             "size_bytes": sum(entry.size_bytes for entry in manifest.files),
         }
 

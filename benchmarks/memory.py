@@ -121,7 +121,7 @@ class _WatchedPool(GraphPool):
     def use(self, name: str) -> Iterator[Graph]:
         with super().use(name) as graph:
             yield graph
-        if name != "decoder_model":
+        if self._bundle.config.graphs[name] != "decoder":
             self._meter.end(name)
 
 

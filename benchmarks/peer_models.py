@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import importlib
 import json
 import os
@@ -277,20 +278,16 @@ def _whisper_onnx(size: WhisperSize, folder: Path) -> None:
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    from tinygiant.export.encoders import export_temporal_encoder
-    from tinygiant.runtime.config import ModelConfig, TemporalStream, WhisperFeatures
+    from tinygiant.export.tracing import trace
+    from tinygiant.models.config import preset, upstream_fields
+    from tinygiant.models.graphs import temporal_part
 
     torch.manual_seed(_SEED)
     config = WhisperConfig(**whisper_config(size), attn_implementation="sdpa")
-    features = WhisperFeatures(n_mels=size.n_mels, window_s=size.n_frames / 100)
-    temporal = TemporalStream(features=features, hidden_size=size.d_model)
-    # The event stream's window has to divide the temporal one's, which a tiny one does not allow.
-    event = ModelConfig().event
-    if features.window_s % event.features.window_s:
-        short = type(event.features)(window_s=features.window_s)
-        event = type(event)(features=short, anchor_features=short)
-    contract = ModelConfig(tokens_per_chunk=size.n_positions // 5, temporal=temporal, event=event)
-    graph = export_temporal_encoder(WhisperEncoder(config), contract)
+    contract = dataclasses.replace(
+        preset("full"), whisper=upstream_fields(config), tokens_per_chunk=size.n_positions // 5
+    )
+    graph = trace(temporal_part(WhisperEncoder(config), contract))
     onnx_ir.save(graph, folder / "model.onnx", external_data="model.onnx.data")
 
 

@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ from benchmarks.peer_models import (
     qwen3_config,
     whisper_config,
 )
+
+if TYPE_CHECKING:
+    from tinygiant.runtime.config import ModelConfig
 
 __all__ = ["PACKAGES", "WORKERS", "Settings", "main", "peak_rss_bytes", "serve"]
 
@@ -131,26 +134,26 @@ class OurEncoder(_Encoder):
 
         bundle = Bundle.open(settings.model, verify=False)
         pool = GraphPool(bundle, SessionSettings(threads=settings.threads))
-        with pool.use("whisper_encoder") as graph:
+        self._encoder = bundle.config.encoders[0]
+        with pool.use(self._encoder.graph) as graph:
             self._graph = graph
         self._pool = pool
-        self.n_mels = bundle.config.temporal.features.n_mels
+        self.n_mels = self._encoder.features.n_mels
         self.n_frames = self._frames(bundle.config)
 
-    def _frames(self, config: Any) -> int:
-        frames: int = config.temporal.features.n_frames
-        return frames
+    def _frames(self, config: ModelConfig) -> int:
+        return self._encoder.n_frames
 
     def encode(self, features: Array) -> Any:
-        return self._graph.run({"input_features": features})["temporal"]
+        return self._graph.run({self._encoder.input: features})[self._encoder.outputs[0].name]
 
 
 class OurEncoderClip(OurEncoder):
     """The same on the frames of a 10 s clip, as ``clip`` audio context cuts them."""
 
-    def _frames(self, config: Any) -> int:
-        frames: int = dataclasses.replace(config, audio_context="clip").temporal_frames(_CLIP_S)
-        return frames
+    def _frames(self, config: ModelConfig) -> int:
+        as_clip = dataclasses.replace(config, audio_context="clip")
+        return as_clip.frames(self._encoder, _CLIP_S)
 
 
 class CTranslate2(_Encoder):
@@ -470,7 +473,7 @@ class OurQuestion:
             "audio_context": config.audio_context,
             "prompt_tokens": tokens.prompt,
             "read_tokens": read,
-            "full_read_tokens": read + config.tokens_per_chunk - tokens.audio,
+            "full_read_tokens": read + config.rows_per_chunk - tokens.audio,
             "generated": tokens.generated,
         }
 

@@ -615,8 +615,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _require_full_size(bundles: Any) -> None:
     for bundle in bundles:
-        temporal, decoder = bundle.config.temporal, bundle.config.decoder
-        found = (temporal.hidden_size, decoder.hidden_size, decoder.n_layers, decoder.vocab_size)
+        [rows, *_], decoder = bundle.config.encoders[0].outputs, bundle.config.decoder
+        found = (rows.size, decoder.hidden_size, decoder.n_layers, decoder.vocab_size)
         wanted = (WHISPER.d_model, QWEN3.hidden_size, QWEN3.n_layers, QWEN3.vocab_size)
         if found != wanted:
             raise UsageError(

@@ -39,10 +39,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from benchmarks.answering import RuntimeAnswerer
 from benchmarks.mmar import MAX_NEW_TOKENS, answer_items
@@ -50,23 +51,23 @@ from benchmarks.peers import SETTLE_S, busy_warning, median_ratio, others_s, rot
 from benchmarks.predictions import RunLog, meta_file, read_items
 from benchmarks.report import command_line, write_result
 from benchmarks.scoring import Item, compare, tally
-from tinygiant.export.decoder import build_decoder
-from tinygiant.export.encoders import export_event_encoder, export_temporal_encoder
+from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.export.exporter import export_bundle
 from tinygiant.export.reference import Reference
-from tinygiant.export.source import CheckpointSource, ModelSource, RandomSource
+from tinygiant.export.tracing import trace
 from tinygiant.export.verify import output_error
+from tinygiant.models.family import Model
+from tinygiant.models.sources import CheckpointSource, RandomSource
 from tinygiant.quantize import RECIPES, KvPeaks, Limits, Recipe, Scheme, quantize_graph, save_graph
 from tinygiant.runtime.audio import read_audio
-from tinygiant.runtime.bundle import required_graphs
-from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.cli.options import OneLineParser
-from tinygiant.runtime.config import KvType
+from tinygiant.runtime.config import KvType, ModelConfig
 from tinygiant.runtime.decoder import Decoder, greedy
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import StorageError, TinyGiantError, UsageError
 from tinygiant.runtime.ort.machine import Machine
-from tinygiant.runtime.ort.sessions import Graph, SessionSettings
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings, not_packed
+from tinygiant.runtime.preprocess import preprocess
 from tinygiant.runtime.speculation import lead
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer
@@ -115,9 +116,7 @@ VARIANTS: Mapping[str, Mapping[str, Variant]] = {
 TODAY = {"decoder": "int4-b128-head8-kv8", "encoder": "int8-7bit-channel"}
 """What recipe ``int4`` ships."""
 
-_GRAPHS = {"decoder": ("decoder_model",), "encoder": ("whisper_encoder", "htsat_encoder")}
 _TOKENS = {"prefill": 400, "decode": 64}  # those that a round reads, and then writes
-_NOT_PACKED = "htsat_encoder"  # by the runtime's pool of graphs
 _FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "asimddp", "i8mm")
 _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -125,15 +124,16 @@ _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 class DecoderTrial:
     """An export's dialogues, and what the float32 graph makes of them."""
 
-    def __init__(self, model: ModelSource, path: Path, settings: SessionSettings) -> None:
+    def __init__(self, model: Model, path: Path, settings: SessionSettings) -> None:
         """Write the float32 graph to ``path`` and run it."""
         self.path = path
-        self._config = model.config.runtime.decoder
+        self.pack = path.stem not in not_packed(model.config)  # as the runtime loads it
+        self._config = model.config.decoder
         reference, table = _write_decoder(model, path)
         gc.collect()  # modules refer to themselves
         self.kv_peaks, self._dialogues = reference.kv_peaks, reference.dialogues
         self._embeddings = TokenEmbeddings(table)
-        graph = _open(path, settings)
+        graph = Graph(path, settings, pack=self.pack)
         self._wanted = self._logits(graph, "fp32")
         graph.close()
 
@@ -181,24 +181,23 @@ class DecoderTrial:
 class EncoderTrial:
     """Windows of the examples' sound, and what the float32 graph makes of them."""
 
-    def __init__(self, model: ModelSource, path: Path, settings: SessionSettings) -> None:
+    def __init__(self, model: Model, path: Path, settings: SessionSettings) -> None:
         """Write to ``path`` the float32 graph of its name, and run it."""
         self.path = path
+        self.pack = path.stem not in not_packed(model.config)  # as the runtime loads it
         self.kv_peaks: list[KvPeaks] = []
-        config = model.config.runtime
-        whisper = path.stem == "whisper_encoder"
-        export = export_temporal_encoder if whisper else export_event_encoder
-        save_graph(export(_component(model, "whisper" if whisper else "htsat"), config), path)
+        config = model.config
+        encoder = next(e for e in config.encoders if e.graph == path.stem)
+        _say(f"{path.stem}: PyTorch")
+        save_graph(trace(model.part(path.stem)), path)
         gc.collect()
         self._inputs: list[dict[str, Array]] = []
         for file in sorted(_EXAMPLES.glob("*.flac")):
             clip = read_audio(file)
             samples = np.resize(clip.samples, round(config.chunk_s * clip.sampling_rate_hz))
-            (chunk,) = split_chunks(read_audio((samples, clip.sampling_rate_hz)), config)
-            events = [window[None] for window in chunk.event_features]
-            windows = [chunk.temporal_features] if whisper else events
-            self._inputs += [{"input_features": window[None]} for window in windows]
-        graph = _open(path, settings)
+            (chunk,) = preprocess(read_audio((samples, clip.sampling_rate_hz)), config)
+            self._inputs += [{encoder.input: window} for window in chunk.windows[encoder.graph]]
+        graph = Graph(path, settings, pack=self.pack)
         self._wanted = [graph.run(inputs) for inputs in self._inputs]
         graph.close()
 
@@ -217,34 +216,30 @@ class EncoderTrial:
         return {"encode": time.perf_counter() - start_s}
 
 
-def _open(path: Path, settings: SessionSettings) -> Graph:
-    """A graph as the runtime loads it."""
-    return Graph(path, settings, pack=path.stem != _NOT_PACKED)
+def _graphs(task: str, config: ModelConfig) -> list[str]:
+    """The graphs that are timed: the decoder's, or one encoder's of each kind."""
+    if task == "decoder":
+        return [config.decoder.graph]
+    return [encoder.graph for encoder in config.distinct_encoders]
 
 
-def _component(model: ModelSource, name: str) -> Any:
-    _say(f"{name}: PyTorch")
-    return model.component(name)
-
-
-def _write_decoder(model: ModelSource, path: Path) -> tuple[Reference, Array]:
+def _write_decoder(model: Model, path: Path) -> tuple[Reference, Array]:
     """Write the float32 graph; what PyTorch says in an export, token embeddings ``(V, D)``."""
     tokenizer, config = path.with_name("tokenizer.json"), model.config
     tokenizer.write_text(model.tokenizer(), encoding="utf-8")
     reference = Reference(config, Tokenizer.from_file(tokenizer))
-    reference.run_temporal(_component(model, "whisper"))
-    gc.collect()  # one component is in memory at a time
-    reference.run_events(_component(model, "htsat"))
-    if "clap_encoder" in required_graphs(config.runtime):
-        reference.run_anchors(_component(model, "clap"))
-    gc.collect()
-    decoder = _component(model, "decoder")
-    reference.run_projector(_component(model, "projector"), decoder.get_input_embeddings())
+    for encoder in config.encoders:
+        _say(f"{encoder.graph}: PyTorch")
+        reference.run_encoder(encoder.graph, model.part(encoder.graph))
+        gc.collect()  # one component is in memory at a time
+    _say(f"{path.stem}: PyTorch")
+    decoder = cast(PreTrainedModel, model.decoder())
+    reference.run_projector(model.part(config.projector.graph), decoder.get_input_embeddings())
     reference.run_decoder(decoder)
     tensors = {name: tensor.numpy() for name, tensor in decoder.state_dict().items()}
     if decoder.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    build_decoder(config.runtime.decoder, tensors, path)
+    build_decoder(DecoderSpec.of(config.decoder, decoder.config), tensors, path)
     table = path.with_name("embed_tokens.npy")
     np.save(table, tensors["model.embed_tokens.weight"].astype(np.float32, copy=False))
     return reference, np.load(table, mmap_mode="r")
@@ -267,7 +262,7 @@ def measure(
         target.parent.mkdir(exist_ok=True)
         peaks = trial.kv_peaks if variant.kv_cache == "int8" else None
         report = quantize_graph(trial.path, target, variant.scheme, peaks)
-        graph = graphs[name] = _open(target, settings)
+        graph = graphs[name] = Graph(target, settings, pack=trial.pack)
         rows[name] = {"name": name, "graph": name_of_graph, "scheme": report.scheme}
         rows[name]["size_bytes"] = report.size_after_bytes
         rows[name] |= trial.errors(graph, variant.kv_cache)
@@ -312,7 +307,7 @@ def recipe_of(task: str, name: str) -> Recipe:
     return dataclasses.replace(
         int8,
         name=name,
-        graphs={g: variant.scheme if task in g else scheme for g, scheme in int8.graphs.items()},
+        graphs={r: variant.scheme if r == task else scheme for r, scheme in int8.graphs.items()},
         limits=dict.fromkeys(int8.limits, Limits(relative_error=1e9, cosine=-2.0)),
         token_agreement=0.0,
         kv_cache=variant.kv_cache,
@@ -320,7 +315,7 @@ def recipe_of(task: str, name: str) -> Recipe:
 
 
 def ask(
-    model: ModelSource, options: argparse.Namespace, items: Sequence[Item], folder: Path
+    model: Model, options: argparse.Namespace, items: Sequence[Item], folder: Path
 ) -> list[Row]:
     """Right answers, a row a variant: float32 first, which the others are compared with."""
     answers: dict[str, Mapping[str, str]] = {}
@@ -380,7 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(options: argparse.Namespace) -> ModelSource:
+def _model(options: argparse.Namespace) -> Model:
     """The model that the options name; refuses options that do not fit together."""
     unknown = sorted({*options.only} - {*VARIANTS[options.task]})
     if unknown:
@@ -400,14 +395,14 @@ def _model(options: argparse.Namespace) -> ModelSource:
     return RandomSource(*random)
 
 
-def _run(model: ModelSource, options: argparse.Namespace, folder: Path) -> Row:
+def _run(model: Model, options: argparse.Namespace, folder: Path) -> Row:
     task, settings = options.task, SessionSettings(threads=options.threads)
     variants = {n: v for n, v in VARIANTS[task].items() if not options.only or n in options.only}
     items = [] if options.meta is None else read_items(options.meta)[: options.questions]
     # First, for it tells at once where the audio is missing.
     answers = ask(model, options, items, folder) if items else []
     rows, others_cores = [], 0.0
-    for graph in _GRAPHS[task]:
+    for graph in _graphs(task, model.config):
         path = folder / f"{graph}.onnx"
         kind = DecoderTrial if task == "decoder" else EncoderTrial
         trial: DecoderTrial | EncoderTrial = kind(model, path, settings)

@@ -174,28 +174,28 @@ class _Stages:
         self._embeddings = TokenEmbeddings.open(bundle)
         self._prompt_tokens = prompt_tokens
         self._generator = np.random.default_rng(0)
-        decoder, temporal = bundle.config.decoder, bundle.config.temporal
-        features = temporal.features
+        decoder, self._encoder = bundle.config.decoder, bundle.config.encoders[0]
+        n_frames = self._encoder.n_frames
         self._features = self._generator.standard_normal(
-            (1, features.n_mels, features.n_frames), np.float32
+            (1, self._encoder.features.n_mels, n_frames), np.float32
         )
         whisper, qwen3 = (
             graph_work(onnx.load(bundle.graph(name), load_external_data=False), decoder.vocab_size)
-            for name in ("whisper_encoder", "decoder_model")
+            for name in (self._encoder.graph, decoder.graph)
         )
-        n_steps = features.n_frames // temporal.frames_per_step
-        self.encoder_operations = whisper.encoder_operations(n_steps, temporal.hidden_size)
+        n_steps = n_frames // 2  # the second convolution's stride
+        self.encoder_operations = whisper.encoder_operations(n_steps, self._encoder.outputs[0].size)
         self.prefill_operations = qwen3.prefill_operations(prompt_tokens)
         self.weight_bytes = qwen3.weight_bytes
         self.kv_bytes = 0.0  # known once there is a cache
 
     def run(self) -> dict[str, float]:
         """Seconds of the encoder, of prefill, and of one step of decode."""
-        with self._pool.use("whisper_encoder") as whisper:
-            encoder_s = _seconds(lambda: whisper.run({"input_features": self._features}))
+        with self._pool.use(self._encoder.graph) as whisper:
+            encoder_s = _seconds(lambda: whisper.run({self._encoder.input: self._features}))
         vocab_size = self._config.decoder.vocab_size
         token_ids = self._generator.integers(0, vocab_size, self._prompt_tokens).tolist()
-        with self._pool.use("decoder_model") as graph:
+        with self._pool.use(self._config.decoder.graph) as graph:
             capacity = self._prompt_tokens + self._steps
             start_s = time.perf_counter()
             decoder = Decoder(

@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scripts = read_scripts(options.meta, options.answers, options.count, tokenizer)
         bundle = Bundle.open(options.bundle or default_bundle_path())
         pool = GraphPool(bundle, SessionSettings(threads=options.threads))
-        with pool.use("decoder_model") as graph:
+        with pool.use(bundle.config.decoder.graph) as graph:
             embeddings = TokenEmbeddings.open(bundle)
             config, kv_type = bundle.config.decoder, bundle.manifest.kv_cache
             rows = measure(graph, embeddings, config, kv_type, scripts, options.prompt_tokens)

@@ -54,6 +54,7 @@ class TorchReference:
         """
         self.batch_size = batch_size
         self._model = load(checkpoint).to(torch.device(device))
+        self._runtime = self._model.config.runtime
         self._device = torch.device(device)
         self._tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER_FILE)
         self._max_new_tokens = max_new_tokens
@@ -73,7 +74,10 @@ class TorchReference:
     @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> list[Reply]:
         """Answer a batch."""
-        tries = [ChoiceTrie.of_choices(q.choices, self._tokenizer) for q in questions]
+        form, stop_id = self._runtime.answer, self._runtime.decoder.stop_token_ids[0]
+        tries = [
+            ChoiceTrie.of_choices(q.choices, self._tokenizer, form, stop_id) for q in questions
+        ]
         thoughts, caches = self._think([self._embeds(q) for q in questions])
         replies = []
         for question, trie, thought, cache in zip(questions, tries, thoughts, caches, strict=True):
@@ -87,7 +91,7 @@ class TorchReference:
         """The decoder's input, ``(T, D)``."""
         model = self._model
         prompt = build_prompt(
-            question.question, question.choices, self._tokenizer, model.config.prompt
+            question.question, question.choices, self._tokenizer, self._runtime.prompt
         )
         prefix, suffix, instruction = (
             self._embed(ids)

@@ -10,9 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinygiant.models.sources import CheckpointSource, PartsSource, RandomSource
+
     from .decoder import build_decoder
     from .exporter import Export, export_bundle
-    from .source import CheckpointSource, PartsSource, RandomSource
     from .verify import Verification, verify_bundle
 
 __all__ = [
@@ -27,14 +28,14 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "CheckpointSource": "source",
-    "Export": "exporter",
-    "PartsSource": "source",
-    "RandomSource": "source",
-    "Verification": "verify",
-    "build_decoder": "decoder",
-    "export_bundle": "exporter",
-    "verify_bundle": "verify",
+    "CheckpointSource": "tinygiant.models.sources",
+    "Export": ".exporter",
+    "PartsSource": "tinygiant.models.sources",
+    "RandomSource": "tinygiant.models.sources",
+    "Verification": ".verify",
+    "build_decoder": ".decoder",
+    "export_bundle": ".exporter",
+    "verify_bundle": ".verify",
 }
 
 
@@ -42,4 +43,4 @@ def __getattr__(name: str) -> Any:
     # Imported when first used, so that `tg-export --help` does not wait for torch.
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(_MODULE_OF[name], __name__), name)

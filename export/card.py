@@ -70,7 +70,7 @@ def model_card(
         "",
         "## Limits",
         "",
-        f"Audio is heard in chunks of {model.chunk_s:g} s, {model.tokens_per_chunk} audio tokens",
+        f"Audio is heard in chunks of {model.chunk_s:g} s, {model.rows_per_chunk} audio tokens",
         "each. Answers may be wrong and thoughts may not describe what is heard; do not rely on",
         "them where a mistake does harm.",
     ]

@@ -26,7 +26,7 @@ from tinygiant.runtime.errors import (
 from tinygiant.runtime.text import one_line
 
 if TYPE_CHECKING:
-    from .source import ModelSource
+    from tinygiant.models.family import Model
 
 __all__ = ["main"]
 
@@ -115,10 +115,9 @@ def _run(options: argparse.Namespace) -> None:
         raise StorageError(f"the summary cannot be written: {error.strerror}") from error
 
 
-def _source(options: argparse.Namespace) -> ModelSource:
+def _source(options: argparse.Namespace) -> Model:
     from tinygiant.models.parts import Parts
-
-    from .source import CheckpointSource, PartsSource, RandomSource
+    from tinygiant.models.sources import CheckpointSource, PartsSource, RandomSource
 
     parts = {name: getattr(options, name) for name in ("whisper", "htsat", "clap", "qwen3")}
     ways = (

@@ -1,29 +1,34 @@
-"""Qwen3 decoder to ONNX, node by node, from a configuration and a state dict.
+"""A decoder to ONNX, node by node, from a configuration and a state dict: Qwen3 or Llama.
 
 The graph is written rather than traced: it computes logits only at the positions that are asked
 for, takes the number of valid KV positions directly, shares past and present buffers, and needs
 one tensor of the checkpoint in memory at a time. Inputs and outputs are those of
 :class:`~tinygiant.runtime.config.DecoderConfig`.
 
-Architecture after ``Qwen3ForCausalLM`` (transformers, modeling_qwen3.py); attention is
-onnxruntime's ``com.microsoft.GroupQueryAttention`` with rotary embeddings inside.
+Architecture after ``Qwen3ForCausalLM`` and ``LlamaForCausalLM`` (transformers), which differ in the
+norms of queries and keys; attention is onnxruntime's ``com.microsoft.GroupQueryAttention`` with
+rotary embeddings inside. What another family has beyond them, :meth:`DecoderSpec.of` refuses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from transformers import PretrainedConfig
 
+from tinygiant.models.config import rope_theta
 from tinygiant.quantize.graph import save_graph
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
 
-__all__ = ["LM_HEAD", "OPSET", "ROTATION", "TensorSource", "build_decoder"]
+__all__ = ["LM_HEAD", "OPSET", "ROTATION", "DecoderSpec", "TensorSource", "build_decoder"]
 
 TensorSource = npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
 """An array, or a function that reads it when it is needed."""
@@ -39,15 +44,75 @@ _IR_VERSION = 10
 _CONTRIB = "com.microsoft"
 
 
+@dataclass(frozen=True)
+class DecoderSpec(DecoderConfig):
+    """What the graph is built from: the runtime's sizes, and those inside of it.
+
+    ``qk_norm``: queries and keys are normalised head by head, as in Qwen3; Llama has no such norms.
+    """
+
+    n_heads: int = field(kw_only=True)
+    ffn_size: int = field(kw_only=True)
+    rms_norm_eps: float = field(kw_only=True)
+    rope_theta: float = field(kw_only=True)
+    qk_norm: bool = field(kw_only=True)
+
+    @classmethod
+    def of(cls, config: DecoderConfig, upstream: PretrainedConfig) -> DecoderSpec:
+        """The decoder ``config`` with the inside of a transformers configuration.
+
+        Raises:
+            CheckpointError: it has what the graph has not: biases, another activation, scaled
+                rotary positions, a family that is neither Qwen3 nor Llama.
+        """
+        kind = upstream.model_type
+        if kind not in _QK_NORM:
+            raise CheckpointError(
+                f"no graph for a decoder of the family {kind}; expected {', '.join(_QK_NORM)}"
+            )
+        # transformers 5 calls it rope_parameters.
+        rotary = getattr(upstream, "rope_parameters", None) or upstream.rope_scaling or {}
+        problems = [
+            what
+            for what, wrong in (
+                ("attention has biases", bool(getattr(upstream, "attention_bias", False))),
+                ("the MLP has biases", bool(getattr(upstream, "mlp_bias", False))),
+                (f"its activation is {upstream.hidden_act}", upstream.hidden_act != "silu"),
+                (f"its heads have {config.head_dim} features", config.head_dim % 16 != 0),
+                (
+                    "rotary positions are scaled",
+                    rotary.get("rope_type", rotary.get("type", "default")) != "default",
+                ),
+            )
+            if wrong
+        ]
+        if problems:
+            raise CheckpointError(
+                f"no graph for this decoder: {'; '.join(problems)}; a plain Qwen3 or Llama is "
+                "expected, its heads a multiple of 16 features"
+            )
+        return cls(
+            **{f.name: getattr(config, f.name) for f in dataclasses.fields(DecoderConfig)},
+            n_heads=upstream.num_attention_heads,
+            ffn_size=upstream.intermediate_size,
+            rms_norm_eps=upstream.rms_norm_eps,
+            rope_theta=rope_theta(upstream),
+            qk_norm=_QK_NORM[kind],
+        )
+
+
+_QK_NORM = {"qwen3": True, "llama": False}
+
+
 def build_decoder(
-    config: DecoderConfig,
+    config: DecoderSpec,
     tensors: Mapping[str, TensorSource],
     path: Path,
     rotation: npt.NDArray[np.float64] | None = None,
 ) -> None:
     """Write the decoder graph to ``path`` and its weights beside it.
 
-    ``tensors`` has the names of ``Qwen3ForCausalLM.state_dict()``; without ``lm_head.weight`` the
+    ``tensors`` has the names of transformers' ``state_dict()``; without ``lm_head.weight`` the
     head is tied to the token embeddings. Every tensor is read when its turn to be written comes,
     converted to float32 and dropped again. ``rotation (D, D)`` is applied to the rows that enter:
     that of :func:`tinygiant.export.rotation.rotated`, which ``tensors`` then come from.
@@ -64,23 +129,23 @@ def build_decoder(
         nodes=builder.nodes,
         initializers=builder.weights,
         opset_imports={"": OPSET, _CONTRIB: 1},
-        name="qwen3_decoder",
+        name="decoder",
     )
     model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="tinygiant")
     save_graph(model, path)
 
 
-def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of one layer's tensors, by their names below ``model.layers.{i}.``."""
     hidden, head, ffn = config.hidden_size, config.head_dim, config.ffn_size
     n_q, n_kv = config.n_heads * head, config.n_kv_heads * head
+    norms = {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
     return {
         "input_layernorm.weight": (hidden,),
         "self_attn.q_proj.weight": (n_q, hidden),
         "self_attn.k_proj.weight": (n_kv, hidden),
         "self_attn.v_proj.weight": (n_kv, hidden),
-        "self_attn.q_norm.weight": (head,),
-        "self_attn.k_norm.weight": (head,),
+        **(norms if config.qk_norm else {}),
         "self_attn.o_proj.weight": (hidden, n_q),
         "post_attention_layernorm.weight": (hidden,),
         "mlp.gate_proj.weight": (ffn, hidden),
@@ -93,7 +158,7 @@ def _head_name(tensors: Mapping[str, TensorSource]) -> str:
     return "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
 
 
-def _check_names(config: DecoderConfig, tensors: Mapping[str, TensorSource]) -> None:
+def _check_names(config: DecoderSpec, tensors: Mapping[str, TensorSource]) -> None:
     needed = {
         f"model.layers.{layer}.{name}"
         for layer in range(config.n_layers)
@@ -103,7 +168,7 @@ def _check_names(config: DecoderConfig, tensors: Mapping[str, TensorSource]) -> 
     unknown = sorted(set(tensors) - needed - {"model.embed_tokens.weight"})
     if missing or unknown:
         raise CheckpointError(
-            f"decoder tensors do not fit {config.n_layers} Qwen3 layers: "
+            f"decoder tensors do not fit {config.n_layers} layers: "
             f"missing {_shorten(missing)}, unknown {_shorten(unknown)}"
         )
 
@@ -116,9 +181,9 @@ def _shorten(names: list[str], limit: int = 8) -> str:
 
 
 def _rotary_caches(
-    config: DecoderConfig,
+    config: DecoderSpec,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Cosines and sines ``(max_positions, head_dim / 2)``, as ``Qwen3RotaryEmbedding`` has them.
+    """Cosines and sines ``(max_positions, head_dim / 2)``, as transformers has them.
 
     Angles are computed in float32 because the reference does; at far positions the rounding of the
     product is part of what the model was trained with.
@@ -132,15 +197,16 @@ def _rotary_caches(
 class _Builder:
     """Collects inputs, weights and nodes; every value has the name of the module it comes from."""
 
-    def __init__(self, config: DecoderConfig, tensors: Mapping[str, TensorSource]) -> None:
+    def __init__(self, config: DecoderSpec, tensors: Mapping[str, TensorSource]) -> None:
         self._config = config
         self._tensors = tensors
         self.inputs: list[ir.Value] = []
         self.weights: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
-        # 0 keeps a dimension of the input: (1, T, heads * head_dim) <-> (1, T, heads, head_dim)
-        self._heads = self._constant("shape.heads", np.array([0, 0, -1, config.head_dim]))
-        self._flat = self._constant("shape.flat", np.array([0, 0, -1]))
+        if config.qk_norm:
+            # 0 keeps a dimension of the input: (1, T, heads * head_dim) <-> (1, T, heads, head_dim)
+            self._heads = self._constant("shape.heads", np.array([0, 0, -1, config.head_dim]))
+            self._flat = self._constant("shape.flat", np.array([0, 0, -1]))
 
     def decoder(self, rotation: npt.NDArray[np.float64] | None) -> tuple[ir.Value, list[ir.Value]]:
         """Layers, final norm, the asked-for rows, LM head: ``logits`` and the presents."""
@@ -191,9 +257,10 @@ class _Builder:
         cache_shape = [1, config.n_kv_heads, "capacity", config.head_dim]
 
         residual, hidden = self._norm(f"{name}.input_layernorm", residual, branch)
-        query = self._head_norm(f"{attention}.q_norm", self._linear(f"{attention}.q_proj", hidden))
-        key = self._head_norm(f"{attention}.k_norm", self._linear(f"{attention}.k_proj", hidden))
-        value = self._linear(f"{attention}.v_proj", hidden)
+        query, key, value = (self._linear(f"{attention}.{x}_proj", hidden) for x in "qkv")
+        if config.qk_norm:
+            query = self._head_norm(f"{attention}.q_norm", query)
+            key = self._head_norm(f"{attention}.k_norm", key)
         pasts = [
             self._input(f"past_key_values.{index}.{kind}", ir.DataType.FLOAT, cache_shape)
             for kind in ("key", "value")

@@ -20,12 +20,9 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
-from transformers import Qwen3ForCausalLM
-from transformers.models.clap.modeling_clap import ClapAudioEncoder
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers import PreTrainedModel
 
-from tinygiant.models.projector import Projector
+from tinygiant.models.family import Model, Part
 from tinygiant.quantize.embeddings import quantize_rows
 from tinygiant.quantize.graph import save_graph, weights_path
 from tinygiant.quantize.quantizer import quantize_graph
@@ -38,27 +35,18 @@ from tinygiant.runtime.bundle import (
     Manifest,
     RecipeEntry,
     describe_file,
-    required_graphs,
 )
-from tinygiant.runtime.errors import CheckpointError
 from tinygiant.runtime.operators import graph_contents
 from tinygiant.runtime.tokenizer import Tokenizer
 
 from .bundle import staged_folder
 from .card import graph_table, model_card
-from .decoder import build_decoder
-from .encoders import (
-    export_anchor_encoder,
-    export_event_encoder,
-    export_temporal_encoder,
-)
-from .projector import export_projector
+from .decoder import DecoderSpec, build_decoder
 from .reference import Reference
-from .source import ModelSource
-from .tracing import OPSET
+from .tracing import OPSET, trace
 from .verify import Verification, verify_bundle
 
-__all__ = ["Export", "export_bundle"]
+__all__ = ["Draft", "Export", "export_bundle", "write_bundle"]
 
 Progress = Callable[[str], None]
 
@@ -84,7 +72,7 @@ class Export:
 
 
 def export_bundle(
-    source: ModelSource,
+    source: Model,
     target: Path,
     recipe: Recipe,
     *,
@@ -110,10 +98,8 @@ def export_bundle(
         VerificationError: the bundle does not reproduce the model; every limit missed is named.
     """
     with staged_folder(target, force=force) as root:
-        job = _Job(source, root, recipe, progress)
-        job.write_components()
+        job = write_bundle(source, root, recipe, progress=progress)
         job.stage("verification")
-        (root / MANIFEST_NAME).write_text(job.manifest({}).to_json(), encoding="utf-8")
         verification = verify_bundle(root, job.reference, recipe, threads=threads)
         if not verification.passed:
             for line in graph_table(job.reports, verification).splitlines():
@@ -123,11 +109,21 @@ def export_bundle(
         return Export(manifest, tuple(job.reports), verification)
 
 
-@dataclass
-class _Job:
-    """One export under way, in the folder ``root``."""
+def write_bundle(
+    source: Model, root: Path, recipe: Recipe, *, progress: Progress = lambda line: None
+) -> Draft:
+    """Write everything but the proof into the empty folder ``root``: a bundle that opens."""
+    job = Draft(source, root, recipe, progress)
+    job.write_components()
+    (root / MANIFEST_NAME).write_text(job.manifest({}).to_json(), encoding="utf-8")
+    return job
 
-    source: ModelSource
+
+@dataclass
+class Draft:
+    """A bundle that is being written into the folder ``root``, and what PyTorch says of it."""
+
+    source: Model
     root: Path
     recipe: Recipe
     progress: Progress
@@ -135,7 +131,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self._start = time.perf_counter()
-        self.config = self.source.config.runtime
+        self.config = self.source.config
         self.stage("source")
         self._entry = self.source.entry()
         self._scratch = self.root / _SCRATCH
@@ -143,23 +139,17 @@ class _Job:
         (self.root / GRAPH_FOLDER).mkdir()
         tokenizer = self.root / TOKENIZER_NAME
         tokenizer.write_text(self.source.tokenizer(), encoding="utf-8")
-        self.reference = Reference(self.source.config, Tokenizer.from_file(tokenizer))
+        self.reference = Reference(self.config, Tokenizer.from_file(tokenizer))
 
     def write_components(self) -> None:
         """All graphs and the embeddings, one component in memory at a time."""
-        parts: list[tuple[Callable[[], None], tuple[str, ...]]] = [
-            (self._write_whisper, ("whisper_encoder",)),
-            (self._write_htsat, ("htsat_encoder",)),
-            # The projector reads the decoder's token embeddings, the decoder what it projects.
-            (self._write_projector_and_decoder, ("projector", "decoder_model")),
-        ]
-        if "clap_encoder" in required_graphs(self.config):
-            parts.insert(2, (self._write_clap, ("clap_encoder",)))
-        for write, graphs in parts:
-            write()
-            gc.collect()  # modules and traced programs refer to themselves
-            for graph in graphs:
-                self._quantize(graph)
+        for encoder in self.config.encoders:
+            self._write_encoder(encoder.graph)
+            self._quantize(encoder.graph)
+        # The projector reads the decoder's token embeddings, the decoder what it projects.
+        self._write_projector_and_decoder()
+        self._quantize(self.config.projector.graph)
+        self._quantize(self.config.decoder.graph)
         shutil.rmtree(self._scratch)
 
     def manifest(self, verification: dict[str, Any]) -> Manifest:
@@ -205,44 +195,37 @@ class _Job:
         """Tell what is being done now."""
         self.progress(f"[{time.perf_counter() - self._start:6.1f} s] {name}")
 
-    def _write_whisper(self) -> None:
-        encoder = cast(WhisperEncoder, self._component("whisper"))
-        self.stage("whisper_encoder: PyTorch")
-        self.reference.run_temporal(encoder)
-        self.stage("whisper_encoder: graph")
-        save_graph(export_temporal_encoder(encoder, self.config), self._fp32("whisper_encoder"))
-
-    def _write_htsat(self) -> None:
-        encoder = cast(ClapAudioEncoder, self._component("htsat"))
-        self.stage("htsat_encoder: PyTorch")
-        self.reference.run_events(encoder)
-        self.stage("htsat_encoder: graph")
-        save_graph(export_event_encoder(encoder, self.config), self._fp32("htsat_encoder"))
-
-    def _write_clap(self) -> None:
-        encoder = cast(ClapAudioEncoder, self._component("clap"))
-        self.stage("clap_encoder: PyTorch")
-        self.reference.run_anchors(encoder)
-        self.stage("clap_encoder: graph")
-        save_graph(export_anchor_encoder(encoder, self.config), self._fp32("clap_encoder"))
+    def _write_encoder(self, graph: str) -> None:
+        part = self._part(graph)
+        self.stage(f"{graph}: PyTorch")
+        self.reference.run_encoder(graph, part)
+        self.stage(f"{graph}: graph")
+        save_graph(trace(part), self._fp32(graph))
 
     def _write_projector_and_decoder(self) -> None:
-        decoder = cast(Qwen3ForCausalLM, self._component("decoder"))
-        projector = cast(Projector, self._component("projector"))
-        self.stage("projector: PyTorch")
-        self.reference.run_projector(projector, decoder.get_input_embeddings())
-        self.stage("projector: graph")
-        save_graph(export_projector(projector, self.config), self._fp32("projector"))
-        del projector
-        self.stage("decoder_model: PyTorch")
+        graph, name = self.config.projector.graph, self.config.decoder.graph
+        self.stage(f"{name}: load")
+        decoder = cast(PreTrainedModel, self.source.decoder())
+        part = self._part(graph)
+        self.stage(f"{graph}: PyTorch")
+        self.reference.run_projector(part, decoder.get_input_embeddings())
+        self.stage(f"{graph}: graph")
+        save_graph(trace(part), self._fp32(graph))
+        del part
+        self.stage(f"{name}: PyTorch")
         self.reference.run_decoder(decoder)
-        tensors = {name: tensor.numpy() for name, tensor in decoder.state_dict().items()}
+        tensors = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
         if decoder.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        self.stage("decoder_model: graph")
-        build_decoder(self.config.decoder, tensors, self._fp32("decoder_model"))
+        self.stage(f"{name}: graph")
+        spec = DecoderSpec.of(self.config.decoder, decoder.config)
+        build_decoder(spec, tensors, self._fp32(name))
         self.stage("embed_tokens")
         self._write_embeddings(tensors["model.embed_tokens.weight"])
+
+    def _part(self, graph: str) -> Part:
+        self.stage(f"{graph}: load")
+        return self.source.part(graph)
 
     def _write_embeddings(self, table: NDArray[np.float32]) -> None:
         if self.recipe.embeddings == "fp32":
@@ -252,22 +235,17 @@ class _Job:
         np.save(self.root / EMBEDDINGS_NAME, rows)
         np.save(self.root / SCALES_NAME, scales)
 
-    def _component(self, name: str) -> nn.Module:
-        self.stage(f"{name}: load")
-        module = self.source.component(name)
-        if module is None:
-            raise CheckpointError(f"the model has no {name}, which its configuration needs")
-        return module
-
     def _fp32(self, graph: str) -> Path:
         return self._scratch / f"{graph}.onnx"
 
     def _quantize(self, graph: str) -> None:
         """Scratch to bundle; the float32 graph is deleted at once, it may be gigabytes."""
-        source, scheme = self._fp32(graph), self.recipe.graphs[graph]
+        gc.collect()  # modules and traced programs refer to themselves
+        role = self.config.graphs[graph]
+        source, scheme = self._fp32(graph), self.recipe.graphs[role]
         self.stage(f"{graph}: {scheme.label}")
         target = self.root / GRAPH_FOLDER / source.name
-        int8 = graph == "decoder_model" and self.recipe.kv_cache == "int8"
+        int8 = role == "decoder" and self.recipe.kv_cache == "int8"
         peaks = self.reference.kv_peaks if int8 else None
         self.reports.append(quantize_graph(source, target, scheme, peaks))
         source.unlink()

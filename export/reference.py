@@ -1,32 +1,30 @@
 """What PyTorch computes on the verification set: the numbers an exported bundle has to reproduce.
 
-The contract: components come one at a time, in the order of the methods, and nothing of them is
+The contract: components come one at a time, in the order in which they run, and nothing of them is
 kept but their inputs and outputs, so a full-size model is verified without ever being whole in
 memory. Audio is synthesised, so that nothing has to be shipped or downloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Cache, Qwen3ForCausalLM
-from transformers.models.clap.modeling_clap import ClapAudioEncoder
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers import Cache, PreTrainedModel
 
-from tinygiant.models.config import TinyGiantConfig
-from tinygiant.models.generate import greedy
-from tinygiant.models.projector import Projector
-from tinygiant.models.tinygiant import TinyGiantALM, encode_event, encode_temporal
+from tinygiant.models.family import Part
+from tinygiant.models.generate import greedy_tokens
 from tinygiant.quantize.kv_cache import KvPeaks, kv_peaks
 from tinygiant.runtime.audio import Audio, read_audio
-from tinygiant.runtime.chunks import Chunk, event_rows, join_streams, mean_anchor, split_chunks
-from tinygiant.runtime.prompt import Prompt, build_prompt
+from tinygiant.runtime.config import ModelConfig
+from tinygiant.runtime.encode import combine
+from tinygiant.runtime.preprocess import preprocess
+from tinygiant.runtime.prompt import build_prompt, compose
 from tinygiant.runtime.tokenizer import Tokenizer
 
 __all__ = ["CLIP_DURATIONS_S", "NEW_TOKENS", "Case", "Dialogue", "Reference", "synthetic_clip"]
@@ -82,91 +80,66 @@ class Dialogue:
 
 
 class Reference:
-    """Gathers cases: call the methods in order, each with its component."""
+    """Gathers cases: every encoder, then the projector, then the decoder."""
 
-    def __init__(self, config: TinyGiantConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
         """Prepare the clips' features and the questions' prompts."""
         self._config = config
-        self._runtime = config.runtime
         self.clips = [synthetic_clip(duration_s) for duration_s in CLIP_DURATIONS_S]
-        self._chunks = [split_chunks(clip, self._runtime) for clip in self.clips]
+        self._chunks = [preprocess(clip, config) for clip in self.clips]
         self._prompts = [
             build_prompt(question, choices, tokenizer, config.prompt)
             for question, choices in QUESTIONS
         ]
-        self._anchors: list[list[Array]] = []
-        self._embeds: list[tuple[int, int, Tensor]] = []
+        self._embeds: list[tuple[int, int, Array]] = []
         self.cases: dict[str, list[Case]] = {}
         self.token_ids: tuple[int, ...] = ()
         self.embedding_rows: Array = np.zeros((0, 0), np.float32)
         self.dialogues: list[Dialogue] = []
         self.kv_peaks: list[KvPeaks] = []
 
-    @torch.no_grad()
-    def run_temporal(self, whisper: WhisperEncoder) -> None:
-        """Graph ``whisper_encoder``: one case a chunk."""
-        runtime = self._runtime
-        steps_per_token = runtime.frames_per_token // runtime.temporal.frames_per_step
-        cases = []
-        for chunk in self._all_chunks():
-            features = chunk.temporal_features[None]
-            rows = encode_temporal(whisper, torch.from_numpy(features), steps_per_token)
-            cases.append(Case({"input_features": features}, {"temporal": rows.numpy()}))
-        self.cases["whisper_encoder"] = cases
+    def run_encoder(self, graph: str, part: Part) -> None:
+        """One case a window of each chunk."""
+        encoder = next(e for e in self._config.encoders if e.graph == graph)
+        self.cases[graph] = [
+            _run(part, {encoder.input: window})
+            for chunks in self._chunks
+            for chunk in chunks
+            for window in chunk.windows[graph]
+        ]
 
-    @torch.no_grad()
-    def run_events(self, htsat: ClapAudioEncoder) -> None:
-        """Graph ``htsat_encoder``: one case a window of each chunk."""
-        cases = []
-        for chunk in self._all_chunks():
-            for window in chunk.event_features:
-                events, anchor = encode_event(htsat, torch.from_numpy(window)[None, None])
-                outputs = {"events": events.numpy()}
-                if self._runtime.event.shared_tower:
-                    outputs["anchor"] = anchor.numpy()
-                cases.append(Case({"input_features": window[None, None]}, outputs))
-        self.cases["htsat_encoder"] = cases
-
-    @torch.no_grad()
-    def run_anchors(self, clap: ClapAudioEncoder) -> None:
-        """Graph ``clap_encoder``, where the anchor has a tower of its own."""
-        cases = []
-        for chunk in self._all_chunks():
-            for window in chunk.anchor_features or chunk.event_features:
-                anchor = encode_event(clap, torch.from_numpy(window)[None, None])[1]
-                cases.append(
-                    Case({"input_features": window[None, None]}, {"anchor": anchor.numpy()})
-                )
-        self.cases["clap_encoder"] = cases
-
-    @torch.no_grad()
-    def run_projector(self, projector: Projector, embeddings: nn.Module) -> None:
-        """Graph ``projector``: one case a chunk of each dialogue. Needs the encoders' cases."""
-        self._keep_rows(embeddings)
-        streams = self._streams()
+    def run_projector(self, part: Part, embeddings: nn.Module) -> None:
+        """One case a chunk of each dialogue. Needs the encoders' cases."""
+        lookup = _lookup(embeddings)
+        ids = {token for prompt in self._prompts for part in prompt.parts for token in part or ()}
+        self.token_ids = tuple(sorted(ids))
+        self.embedding_rows = lookup(self.token_ids)
+        inputs = self._projector_inputs()
         cases = []
         for clip, question in DIALOGUES:
             prompt = self._prompts[question]
-            instruction = embeddings(torch.tensor([prompt.instruction_ids]))
-            rows = []
-            for inputs in streams[clip]:
-                case = _project(projector, inputs, instruction)
-                rows.append(torch.from_numpy(case.outputs["audio_embeds"]))
-                cases.append(case)
-            self._embeds.append((clip, question, _compose(prompt, rows, embeddings)))
-        self.cases["projector"] = cases
+            instruction: dict[str, NDArray[Any]] = {}
+            if self._config.projector.reads_question:
+                rows = lookup(prompt.instruction_ids)[None]
+                mask = np.ones(rows.shape[:2], np.int64)
+                instruction = {"instruction_embeds": rows, "instruction_mask": mask}
+            of_clip = [_run(part, {**chunk, **instruction}) for chunk in inputs[clip]]
+            cases += of_clip
+            audio_rows = [case.outputs["audio_embeds"] for case in of_clip]
+            self._embeds.append((clip, question, compose(prompt, audio_rows, lookup)))
+        self.cases[self._config.projector.graph] = cases
 
     @torch.no_grad()
-    def run_decoder(self, decoder: Qwen3ForCausalLM) -> None:
+    def run_decoder(self, decoder: PreTrainedModel) -> None:
         """The answers. Needs :meth:`run_projector`."""
-        with torch.device("meta"):
-            model = TinyGiantALM(self._config)
-        model.decoder = decoder
+        lookup = _lookup(decoder.get_input_embeddings())
         for clip, question, embeds in self._embeds:
-            token_ids = greedy(model, embeds, NEW_TOKENS)
-            token_embeds = model.embed_tokens(torch.tensor([token_ids], dtype=torch.long))
+            prompt = torch.from_numpy(embeds)
+            stop_ids = self._config.decoder.stop_token_ids
+            token_ids = greedy_tokens(decoder, prompt, NEW_TOKENS, stop_ids)
+            token_embeds = lookup(token_ids)
             output = decoder(
-                inputs_embeds=torch.cat((embeds, token_embeds), dim=1),
+                inputs_embeds=torch.cat((prompt, torch.from_numpy(token_embeds)[None]), dim=1),
                 use_cache=True,
                 logits_to_keep=len(token_ids) + 1,
             )
@@ -177,22 +150,13 @@ class Reference:
                     clip=clip,
                     question=text,
                     choices=choices,
-                    embeds=embeds.numpy(),
+                    embeds=embeds,
                     token_ids=tuple(token_ids),
-                    token_embeds=token_embeds[0].numpy(),
+                    token_embeds=token_embeds,
                     logits=output.logits[0].numpy(),
                 )
             )
         self._embeds.clear()
-
-    def _all_chunks(self) -> list[Chunk]:
-        return [chunk for chunks in self._chunks for chunk in chunks]
-
-    def _keep_rows(self, embeddings: nn.Module) -> None:
-        """The embeddings of every token of the prompts."""
-        ids = sorted({i for prompt in self._prompts for i in prompt.prefix_ids + prompt.suffix_ids})
-        self.token_ids = tuple(ids)
-        self.embedding_rows = embeddings(torch.tensor(ids)).numpy()
 
     def _keep_peaks(self, cache: Cache) -> None:
         """The largest keys and values of each layer, over all dialogues."""
@@ -203,51 +167,44 @@ class Reference:
         known = self.kv_peaks or found
         self.kv_peaks = [a | b for a, b in zip(known, found, strict=True)]
 
-    def _streams(self) -> list[list[dict[str, Array]]]:
-        """Streams and anchor of every chunk of every clip, from the encoders' outputs."""
-        temporal = iter(self.cases["whisper_encoder"])
-        windows = iter(self.cases["htsat_encoder"])
-        anchors = iter(self.cases.get("clap_encoder", []))
+    def _projector_inputs(self) -> list[list[dict[str, Array]]]:
+        """What the projector reads of every chunk of every clip, from the encoders' outputs."""
+        runs = {graph: iter(cases) for graph, cases in self.cases.items()}
         clips = []
         for chunks in self._chunks:
             inputs = []
             for chunk in chunks:
-                outputs = [next(windows).outputs for _ in chunk.event_features]
-                events = [output["events"][0] for output in outputs]
-                rows = event_rows(events, chunk.n_tokens, self._runtime)
-                found = {"streams": join_streams(next(temporal).outputs["temporal"][0], rows)}
-                if "clap_encoder" in self.cases:
-                    n_windows = len(chunk.anchor_features or chunk.event_features)
-                    outputs = [next(anchors).outputs for _ in range(n_windows)]
-                if "anchor" in outputs[0]:
-                    found["anchor"] = mean_anchor([output["anchor"][0] for output in outputs])[None]
-                inputs.append(found)
+                outputs: dict[str, list[Array]] = {}
+                for encoder in self._config.encoders:
+                    found = [
+                        next(runs[encoder.graph]).outputs for _ in chunk.windows[encoder.graph]
+                    ]
+                    for output in encoder.outputs:
+                        name = f"{encoder.graph}.{output.name}"
+                        outputs[name] = [run[output.name][0] for run in found]
+                inputs.append(dict(combine(outputs, chunk.n_rows, self._config).inputs))
             clips.append(inputs)
         return clips
 
 
-def _project(projector: Projector, inputs: dict[str, Array], instruction: Tensor) -> Case:
-    mask = torch.ones(instruction.shape[:2], dtype=torch.int64)
-    anchor = inputs.get("anchor")
-    output = projector(
-        torch.from_numpy(inputs["streams"]),
-        cast(Tensor, None if anchor is None else torch.from_numpy(anchor)),
-        instruction,
-        mask,
-    )
-    available = inputs | {
-        "instruction_embeds": instruction.numpy(),
-        "instruction_mask": mask.numpy(),
-    }
-    outputs = {name: value for name, value in output._asdict().items() if value is not None}
-    return Case(available, {name: value.numpy() for name, value in outputs.items()})
+@torch.no_grad()
+def _run(part: Part, inputs: dict[str, NDArray[Any]]) -> Case:
+    """What PyTorch gives for one run of a graph."""
+    found = part.module(**{name: torch.from_numpy(inputs[name]) for name in part.inputs})
+    tensors = (found,) if isinstance(found, Tensor) else found
+    outputs = {name: tensor.numpy() for name, tensor in zip(part.outputs, tensors, strict=True)}
+    return Case(inputs, outputs)
 
 
-def _compose(prompt: Prompt, rows: Sequence[Tensor], embeddings: nn.Module) -> Tensor:
-    """The decoder's input ``(1, T, D)``."""
-    prefix = embeddings(torch.tensor([prompt.prefix_ids]))
-    suffix = embeddings(torch.tensor([prompt.suffix_ids]))
-    return torch.cat((prefix, *rows, suffix), dim=1)
+def _lookup(embeddings: nn.Module) -> Callable[[Sequence[int]], Array]:
+    """Token embeddings as PyTorch has them, ``n`` ids -> ``(n, D)``."""
+
+    @torch.no_grad()
+    def lookup(token_ids: Sequence[int]) -> Array:
+        rows: Array = embeddings(torch.tensor(list(token_ids), dtype=torch.long)).numpy()
+        return rows
+
+    return lookup
 
 
 def synthetic_clip(duration_s: float) -> Audio:

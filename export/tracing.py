@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -21,7 +21,8 @@ import onnx_ir.passes.common as common_passes
 import onnxscript
 import onnxscript.optimizer
 import torch
-from torch import Tensor, nn
+
+from tinygiant.models.family import Part
 
 __all__ = ["OPSET", "trace"]
 
@@ -30,28 +31,16 @@ OPSET = 21
 _CONTRIB = "com.microsoft"
 
 
-def trace(
-    module: nn.Module,
-    inputs: Mapping[str, Tensor],
-    outputs: Sequence[str],
-    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
-) -> ir.Model:
-    """Export ``module`` with ``torch.onnx`` and bring its graph into this project's form.
-
-    Args:
-        module: in evaluation mode; called with ``inputs`` by name.
-        inputs: example inputs by parameter name.
-        outputs: names of the outputs, in the order the module returns them.
-        dynamic_shapes: the axes that may vary, as ``torch.export`` takes them.
-    """
-    shapes = {name: dict((dynamic_shapes or {}).get(name, {})) for name in inputs}
+def trace(part: Part) -> ir.Model:
+    """Export ``part`` with ``torch.onnx`` and bring its graph into this project's form."""
+    shapes = {name: dict(part.dynamic.get(name, {})) for name in part.inputs}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module,
+            part.module,
             args=(),
-            kwargs=dict(inputs),
-            input_names=list(inputs),
-            output_names=list(outputs),
+            kwargs=dict(part.inputs),
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
             dynamic_shapes=shapes,
             opset_version=OPSET,
             dynamo=True,

@@ -17,16 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.quantize.recipes import Recipe
+from tinygiant.quantize.recipes import Limits, Recipe
 from tinygiant.runtime.bundle import Bundle
-from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import TinyGiantError, VerificationError
 from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
-from tinygiant.runtime.pipeline import load
-from tinygiant.runtime.prompt import build_prompt
-from tinygiant.runtime.streams import encode_chunks, project
+from tinygiant.runtime.pipeline import TinyGiant, load
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -88,6 +85,7 @@ class Verification:
 
     recipe: Recipe
     outputs: dict[str, dict[str, OutputError]] = field(default_factory=dict)
+    limits: dict[str, Limits] = field(default_factory=dict)
     end_to_end: Agreement | None = None
     failures: list[str] = field(default_factory=list)
 
@@ -134,11 +132,7 @@ class Verification:
                 graph: {name: dataclasses.asdict(error) for name, error in errors.items()}
                 for graph, errors in self.outputs.items()
             },
-            "limits": {
-                graph: dataclasses.asdict(self.recipe.limits[graph])
-                for graph in self.outputs
-                if graph in self.recipe.limits
-            },
+            "limits": {graph: dataclasses.asdict(limits) for graph, limits in self.limits.items()},
             "end_to_end": dataclasses.asdict(self.end_to_end) if self.end_to_end else None,
             "end_to_end_limits": {
                 "decided_agreement": self.recipe.token_agreement,
@@ -159,17 +153,17 @@ def verify_bundle(
     pool = GraphPool(bundle, SessionSettings(threads=threads, arena=False), keep=False)
     for name in bundle.manifest.graphs:
         with _gathering(result, name), pool.use(name) as graph:
-            if name == "decoder_model":
+            if name == bundle.config.decoder.graph:
                 errors = _decoder_errors(graph, reference.dialogues, bundle)
             else:
                 errors = _graph_errors(graph, reference.cases[name])
-            _record(result, name, errors)
+            _record(result, name, errors, bundle.config.graphs[name])
     with _gathering(result, EMBEDDINGS):
         rows = TokenEmbeddings.open(bundle).lookup(reference.token_ids)
         error = output_error([(rows, reference.embedding_rows)])
-        _record(result, EMBEDDINGS, {"rows": error})
+        _record(result, EMBEDDINGS, {"rows": error}, EMBEDDINGS)
     with _gathering(result, "end to end"):
-        result.end_to_end = _end_to_end(path, bundle, pool, reference, recipe, threads)
+        result.end_to_end = _end_to_end(path, reference, recipe, threads)
         _judge_tokens(result, result.end_to_end)
     return result
 
@@ -205,10 +199,10 @@ def _gathering(result: Verification, what: str) -> Iterator[None]:
         result.failures.append(f"{what}: {one_line(error)}")
 
 
-def _record(result: Verification, name: str, errors: dict[str, OutputError]) -> None:
-    """Keep the errors of graph ``name`` and compare them with its limits."""
+def _record(result: Verification, name: str, errors: dict[str, OutputError], role: str) -> None:
+    """Keep the errors of graph ``name`` and compare them with the limits of its role."""
     result.outputs[name] = errors
-    limits = result.recipe.limits[name]
+    limits = result.limits[name] = result.recipe.limits[role]
     for output, error in errors.items():
         # Written so that NaN fails.
         if not error.relative_error <= limits.relative_error:
@@ -271,34 +265,16 @@ def _teacher_forced(decoder: Decoder, embeds: Array, dialogue: Dialogue) -> Arra
     return np.concatenate(rows)
 
 
-def _end_to_end(
-    path: Path,
-    bundle: Bundle,
-    pool: GraphPool,
-    reference: Reference,
-    recipe: Recipe,
-    threads: int | None,
-) -> Agreement:
-    """Tokens of the whole chain; every stage is run for all dialogues before the next is loaded."""
-    tokenizer = Tokenizer.from_file(bundle.file(bundle.manifest.tokenizer))
-    embeddings = TokenEmbeddings.open(bundle)
-    chunks = [split_chunks(clip, bundle.config) for clip in reference.clips]
-    encoded = iter(encode_chunks([c for of_clip in chunks for c in of_clip], pool, bundle.config))
-    outputs = [[next(encoded) for _ in of_clip] for of_clip in chunks]
-    composed = []
-    for dialogue in reference.dialogues:
-        prompt = build_prompt(dialogue.question, dialogue.choices, tokenizer, bundle.config.prompt)
-        instruction = embeddings.lookup(prompt.instruction_ids)[None]
-        rows = [p.audio_embeds for p in project(outputs[dialogue.clip], instruction, pool)]
-        prefix = embeddings.lookup(prompt.prefix_ids)[None]
-        suffix = embeddings.lookup(prompt.suffix_ids)[None]
-        composed.append(np.concatenate([prefix, *rows, suffix], axis=1))
+def _end_to_end(path: Path, reference: Reference, recipe: Recipe, threads: int | None) -> Agreement:
+    """Tokens of the whole chain, through the model as users load it."""
+    model = load(path, threads=threads, memory="low", verify=False)
     logits = []
-    with pool.use("decoder_model") as graph:
-        for dialogue, embeds in zip(reference.dialogues, composed, strict=True):
-            capacity = embeds.shape[1] + NEW_TOKENS
-            decoder = _decoder(graph, embeddings, bundle, capacity)
+    for dialogue in reference.dialogues:
+        clip = reference.clips[dialogue.clip]
+        embeds = model.prepare(clip, dialogue.question, dialogue.choices).embeds
+        with model.decoder(embeds.shape[1] + NEW_TOKENS) as decoder:
             logits.append(_teacher_forced(decoder, embeds, dialogue))
+            del decoder
     wanted = [dialogue.logits for dialogue in reference.dialogues]
     agree = np.concatenate(
         [a.argmax(1) == b.argmax(1) for a, b in zip(logits, wanted, strict=True)]
@@ -310,7 +286,7 @@ def _end_to_end(
         n_decided=int(decided.sum()),
         decided_agreement=float(agree[decided].mean()) if decided.any() else 1.0,
         logits=output_error(zip(logits, wanted, strict=True)),
-        free_running=_free_running(path, reference, tokenizer, threads),
+        free_running=_free_running(model, reference),
     )
 
 
@@ -321,21 +297,21 @@ def _decided(logits: Array, tie_margin: float) -> NDArray[np.bool_]:
     return decided
 
 
-def _free_running(
-    path: Path, reference: Reference, tokenizer: Tokenizer, threads: int | None
-) -> float:
+def _free_running(model: TinyGiant, reference: Reference) -> float:
     """Share of PyTorch's text that the public API writes before it first differs.
 
     Only of dialogues without choices: with choices the runtime constrains the answer.
     """
-    model = load(path, threads=threads, memory="low", verify=False)
+    bundle = model.bundle
+    tokenizer = Tokenizer.from_file(bundle.file(bundle.manifest.tokenizer))
+    hidden = bundle.config.answer.hidden_token_ids
     n_same = n_wanted = 0
     for dialogue in reference.dialogues:
         if dialogue.choices is not None:
             continue
         clip = reference.clips[dialogue.clip]
         found = model.ask(clip, dialogue.question, max_new_tokens=NEW_TOKENS).raw_text
-        wanted = tokenizer.decode(dialogue.token_ids)
+        wanted = tokenizer.decode(token for token in dialogue.token_ids if token not in hidden)
         n_wanted += len(wanted)
         n_same += _common_prefix(found, wanted)
     return n_same / n_wanted if n_wanted else 1.0

@@ -2,8 +2,9 @@
 
 A :class:`TinyGiantConfig` holds the configurations of the public parts in their upstream form
 (``WhisperConfig``, ``ClapAudioConfig``, ``Qwen3Config`` of transformers) plus what is this model's
-own. The runtime's :class:`~tinygiant.runtime.config.ModelConfig` is derived from it, so that no
-constant is written twice.
+own. The runtime's :class:`~tinygiant.runtime.config.ModelConfig`, the composition, is derived from
+it, so that no constant is written twice. Defaults are the values of the paper's full-size model
+(TinyGiantALM, Interspeech 2026); whatever the paper leaves open is marked *ours*.
 """
 
 from __future__ import annotations
@@ -17,21 +18,88 @@ from typing import Any, cast
 from transformers import ClapAudioConfig, PretrainedConfig, Qwen3Config, WhisperConfig
 
 from tinygiant.runtime.config import (
+    AnswerForm,
     AudioContext,
-    ClapFeatures,
     DecoderConfig,
-    EventStream,
+    EncoderConfig,
+    EncoderOutput,
     ModelConfig,
     ProjectorConfig,
+    ProjectorInput,
     PromptConfig,
-    TemporalStream,
-    WhisperFeatures,
+    PromptPart,
+    ThoughtForm,
     config_from_dict,
     config_to_dict,
 )
-from tinygiant.runtime.errors import CheckpointError, TinyGiantError, UsageError
+from tinygiant.runtime.errors import (
+    BundleError,
+    CheckpointError,
+    TinyGiantError,
+    UsageError,
+)
 
-__all__ = ["PRESETS", "TinyGiantConfig", "preset"]
+from .features import WHISPER, ClapFeatures
+
+__all__ = [
+    "CLAP",
+    "EVENT",
+    "PRESETS",
+    "TEMPORAL",
+    "ChatPrompt",
+    "EBranchformerConfig",
+    "TinyGiantConfig",
+    "decoder_config",
+    "preset",
+]
+
+TEMPORAL, EVENT, CLAP = "whisper_encoder", "htsat_encoder", "clap_encoder"
+"""Graphs of the encoders: fine-grained temporal stream, event stream, global anchor."""
+
+
+@dataclass(frozen=True)
+class EBranchformerConfig:
+    """The query-guided E-Branchformer projector (paper, section 2)."""
+
+    hidden_size: int = 1_024
+    n_layers: int = 2
+    n_heads: int = 16  # ours
+    cgmlp_size: int = 4_096  # ours; halved by the gate
+    kernel_size: int = 17
+    intent_query: bool = True
+    semantic_gate: bool = True
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """The text around a question (ChatML, as Qwen3 reads it). All of it is *ours*.
+
+    ``audio_marker`` is how CoTA's user texts mark the place of the sound.
+    """
+
+    system: str = (
+        "You are an audio assistant. Listen to the audio, think step by step, then answer."
+    )
+    audio_marker: str = "<audio>"
+    choices_header: str = "Choices:"
+    choice_prefix: str = "- "
+
+    @property
+    def template(self) -> PromptConfig:
+        """As the runtime fills it."""
+        system = f"<|im_start|>system\n{self.system}<|im_end|>\n" if self.system else ""
+        return PromptConfig(
+            parts=(
+                PromptPart("text", f"{system}<|im_start|>user\n"),
+                PromptPart("audio"),
+                PromptPart("text", "\n"),
+                PromptPart("question"),
+                PromptPart("text", "<|im_end|>\n<|im_start|>assistant\n"),
+            ),
+            choices_header=f"\n{self.choices_header}",
+            choice_format=f"\n{self.choice_prefix}{{choice}}",
+        )
+
 
 # Only what decides shapes and arithmetic is kept: the rest of an upstream configuration (dropout,
 # generation settings, the halves of a model that are not used) says nothing about this model.
@@ -90,7 +158,7 @@ class TinyGiantConfig:
     htsat: dict[str, Any]
     clap: dict[str, Any] | None
     decoder: dict[str, Any]
-    projector: ProjectorConfig
+    projector: EBranchformerConfig
     eos_token_ids: tuple[int, ...]
     think_end_token_id: int
     tokens_per_chunk: int = 300
@@ -98,7 +166,7 @@ class TinyGiantConfig:
     clip_margin_s: float = 1.0
     event_features: ClapFeatures = field(default_factory=ClapFeatures)
     anchor_features: ClapFeatures = field(default_factory=ClapFeatures)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
+    prompt: ChatPrompt = field(default_factory=ChatPrompt)
 
     @property
     def whisper_config(self) -> WhisperConfig:
@@ -121,51 +189,96 @@ class TinyGiantConfig:
         return Qwen3Config(**self.decoder, attn_implementation="sdpa")
 
     @property
+    def stream_size(self) -> int:
+        """Features of the joined temporal and event streams: 2,048 at full size."""
+        return int(self.whisper_config.d_model + self.htsat_config.hidden_size)
+
+    @property
+    def anchor_size(self) -> int:
+        """Features of the global anchor: 1,024 at full size."""
+        return int((self.clap_config or self.htsat_config).hidden_size)
+
+    @property
+    def steps_per_row(self) -> int:
+        """Whisper's encoder steps averaged into one audio row: 5."""
+        return int(self.whisper_config.max_source_positions) // self.tokens_per_chunk
+
+    @property
     def runtime(self) -> ModelConfig:
-        """The contract that the exporter and the runtime work from."""
-        whisper, htsat, qwen3 = self.whisper_config, self.htsat_config, self.decoder_config
-        anchor = self.clap_config or htsat
-        n_stages = len(htsat.depths)
-        # Swin halves the patch grid between stages; HTS-AT's folded spectrogram is unfolded again
-        # into `spec_size / n_mels` pieces along time (ClapAudioEncoder.forward, transformers).
-        patches = htsat.spec_size // htsat.patch_stride[1] // 2 ** (n_stages - 1)
+        """The contract that the exporter and the runtime work from.
+
+        Raises:
+            BundleError: the parts do not fit together.
+        """
+        qwen3 = self.decoder_config
+        anchor = (EncoderOutput("anchor", "vector", self.anchor_size),)
+        has_gate, has_clap = self.projector.semantic_gate, self.clap is not None
+        encoders = [self._temporal(), self._event(() if has_clap else anchor)]
+        streams = (f"{TEMPORAL}.temporal", f"{EVENT}.events")
+        inputs = [ProjectorInput("streams", streams, self.tokens_per_chunk)]
+        if has_gate:
+            inputs.append(ProjectorInput("anchor", (f"{CLAP if has_clap else EVENT}.anchor",)))
+            if has_clap:
+                features = self.anchor_features
+                encoders.append(EncoderConfig(CLAP, features.log_mel, features.window_s, anchor))
+        if self.projector.hidden_size != qwen3.hidden_size:
+            raise BundleError(
+                f"the projector gives {self.projector.hidden_size} features, "
+                f"the decoder takes {qwen3.hidden_size}"
+            )
         return ModelConfig(
             name=self.name,
-            tokens_per_chunk=self.tokens_per_chunk,
+            chunk_s=encoders[0].window_s,
+            rows_per_chunk=self.tokens_per_chunk,
+            encoders=tuple(encoders),
+            projector=ProjectorConfig(
+                inputs=tuple(inputs),
+                reads_question=self.projector.intent_query,
+                outputs=(
+                    "audio_embeds",
+                    *("intent_attention",) * self.projector.intent_query,
+                    *("gate",) * has_gate,
+                ),
+            ),
+            decoder=decoder_config(qwen3, self.eos_token_ids),
+            prompt=self.prompt.template,
+            answer=AnswerForm(
+                thought=ThoughtForm(
+                    open="<think>\n",
+                    close="</think>",
+                    close_id=self.think_end_token_id,
+                    empty="<think>\n\n</think>",
+                    empty_end="\n\n",
+                    tags=("PLANNING", "CAPTION", "REASONING", "SUMMARY"),
+                ),
+                response_open="\n<RESPONSE>\n",
+                response_close="</RESPONSE>",
+            ),
             audio_context=self.audio_context,
             clip_margin_s=self.clip_margin_s,
-            temporal=TemporalStream(
-                features=WhisperFeatures(
-                    n_mels=whisper.num_mel_bins,
-                    window_s=whisper.max_source_positions / 50,
-                ),
-                hidden_size=whisper.d_model,
-            ),
-            event=EventStream(
-                features=self.event_features,
-                anchor_features=self.anchor_features,
-                hidden_size=htsat.hidden_size,
-                steps_per_window=patches * (htsat.spec_size // htsat.num_mel_bins),
-                anchor_size=anchor.hidden_size,
-                shared_tower=self.clap is None,
-            ),
-            projector=self.projector,
-            decoder=DecoderConfig(
-                vocab_size=qwen3.vocab_size,
-                hidden_size=qwen3.hidden_size,
-                n_layers=qwen3.num_hidden_layers,
-                n_heads=qwen3.num_attention_heads,
-                n_kv_heads=qwen3.num_key_value_heads,
-                head_dim=qwen3.head_dim,
-                ffn_size=qwen3.intermediate_size,
-                rms_norm_eps=qwen3.rms_norm_eps,
-                rope_theta=rope_theta(qwen3),
-                max_positions=qwen3.max_position_embeddings,
-                eos_token_ids=self.eos_token_ids,
-                think_end_token_id=self.think_end_token_id,
-            ),
-            prompt=self.prompt,
         )
+
+    def _temporal(self) -> EncoderConfig:
+        """Whisper's encoder; its graph averages steps to audio rows."""
+        whisper = self.whisper_config
+        rows = EncoderOutput("temporal", "rows", whisper.d_model, self.tokens_per_chunk)
+        return EncoderConfig(
+            graph=TEMPORAL,
+            features=dataclasses.replace(WHISPER, n_mels=whisper.num_mel_bins),
+            window_s=whisper.max_source_positions / 50,
+            outputs=(rows,),
+            variable_length=True,
+        )
+
+    def _event(self, anchor: tuple[EncoderOutput, ...]) -> EncoderConfig:
+        """HTS-AT, which gives the anchor too where it has no tower of its own."""
+        htsat, features = self.htsat_config, self.event_features
+        # Swin halves the patch grid between stages; HTS-AT's folded spectrogram is unfolded again
+        # into `spec_size / n_mels` pieces along time (ClapAudioEncoder.forward, transformers).
+        patches = htsat.spec_size // htsat.patch_stride[1] // 2 ** (len(htsat.depths) - 1)
+        steps = patches * (htsat.spec_size // htsat.num_mel_bins)
+        events = EncoderOutput("events", "rows", htsat.hidden_size, steps)
+        return EncoderConfig(EVENT, features.log_mel, features.window_s, (events, *anchor))
 
     def save(self, path: Path) -> None:
         """Write the configuration as JSON."""
@@ -213,6 +326,19 @@ _OwnFields = cast(
     ),
 )
 _OwnFields.__module__ = __name__
+
+
+def decoder_config(upstream: PretrainedConfig, stop_token_ids: tuple[int, ...]) -> DecoderConfig:
+    """The runtime's part of a decoder's configuration in transformers' form."""
+    return DecoderConfig(
+        vocab_size=upstream.vocab_size,
+        hidden_size=upstream.hidden_size,
+        n_layers=upstream.num_hidden_layers,
+        n_kv_heads=upstream.num_key_value_heads,
+        head_dim=upstream.head_dim,
+        max_positions=upstream.max_position_embeddings,
+        stop_token_ids=stop_token_ids,
+    )
 
 
 def upstream_fields(config: WhisperConfig | ClapAudioConfig | Qwen3Config) -> dict[str, Any]:
@@ -274,7 +400,7 @@ def _full() -> TinyGiantConfig:
         htsat=upstream_fields(tiny),
         clap=upstream_fields(base),
         decoder=upstream_fields(qwen3),
-        projector=ProjectorConfig(),
+        projector=EBranchformerConfig(),
         eos_token_ids=(151_645, 151_643),
         think_end_token_id=151_668,
     )
@@ -316,11 +442,11 @@ def _nano() -> TinyGiantConfig:
         htsat=upstream_fields(htsat),
         clap=None,
         decoder=upstream_fields(qwen3),
-        projector=ProjectorConfig(hidden_size=192, n_layers=2, n_heads=4, cgmlp_size=384),
+        projector=EBranchformerConfig(hidden_size=192, n_layers=2, n_heads=4, cgmlp_size=384),
         eos_token_ids=(NANO_SPECIAL_TOKENS.index("<|im_end|>"), 0),
         think_end_token_id=NANO_SPECIAL_TOKENS.index("</think>"),
         audio_context="clip",
-        prompt=PromptConfig(system="Listen, think, then answer."),
+        prompt=ChatPrompt(system="Listen, think, then answer."),
     )
 
 

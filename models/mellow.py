@@ -22,7 +22,8 @@ from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from tinygiant.runtime.features import mel_filter_bank, periodic_hann
 
 from .parts import htsat_to_clap
-from .public import Names, PublicModel, smollm2_135m
+from .public import Names, PublicModel
+from .smollm2 import smollm2_135m
 
 __all__ = ["Mellow", "MellowConfig", "MellowMapper"]
 

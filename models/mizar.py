@@ -18,7 +18,8 @@ from tinygiant.runtime.features import mel_filter_bank, periodic_hann
 from tinygiant.runtime.resampling import sinc_kernel
 
 from .ced import Ced, CedConfig
-from .public import Names, PublicModel, smollm2_135m
+from .public import Names, PublicModel
+from .smollm2 import smollm2_135m
 
 __all__ = ["Mapper", "Mizar", "MizarConfig"]
 

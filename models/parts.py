@@ -26,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import ClapAudioConfig, Qwen3Config, WhisperConfig
 
-from tinygiant.runtime.config import AudioContext, ClapFeatures, ProjectorConfig, config_from_dict
+from tinygiant.runtime.config import AudioContext, config_from_dict
 from tinygiant.runtime.errors import BundleError, CheckpointError
 
-from .config import TinyGiantConfig, preset, upstream_fields
+from .config import EBranchformerConfig, TinyGiantConfig, preset, upstream_fields
+from .features import ClapFeatures
 from .tensors import PrefixedTensors, load_into, open_tensors, read_json, undrawn_weights
 from .tinygiant import COMPONENTS, TinyGiantALM, build_component
 
@@ -266,12 +267,12 @@ def _config_fields(folder: Path, *model_types: str) -> dict[str, Any]:
     return fields
 
 
-def _projector_config(path: Path) -> ProjectorConfig:
+def _projector_config(path: Path) -> EBranchformerConfig:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         return config_from_dict(
-            ProjectorConfig, json.loads(metadata[PROJECTOR_CONFIG_KEY]), where=str(path)
+            EBranchformerConfig, json.loads(metadata[PROJECTOR_CONFIG_KEY]), where=str(path)
         )
     except KeyError as error:
         raise CheckpointError(

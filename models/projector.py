@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinygiant.runtime.config import ProjectorConfig
+from .config import EBranchformerConfig
 
 __all__ = ["Projector", "ProjectorOutput"]
 
@@ -86,7 +86,7 @@ class EBranchformerBlock(nn.Module):
     Source: E-Branchformer (Kim et al., SLT 2022), without the macaron feed-forward pair.
     """
 
-    def __init__(self, config: ProjectorConfig) -> None:
+    def __init__(self, config: EBranchformerConfig) -> None:
         super().__init__()
         size, kernel = config.hidden_size, config.kernel_size
         self.norm_attention = nn.LayerNorm(size)
@@ -165,7 +165,7 @@ class Projector(nn.Module):
     with neither it is the "vanilla" projector.
     """
 
-    def __init__(self, config: ProjectorConfig, stream_size: int, anchor_size: int) -> None:
+    def __init__(self, config: EBranchformerConfig, stream_size: int, anchor_size: int) -> None:
         super().__init__()
         self.input_proj = nn.Linear(stream_size, config.hidden_size)
         self.blocks = nn.ModuleList(EBranchformerBlock(config) for _ in range(config.n_layers))

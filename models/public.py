@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.modeling_utils import no_init_weights
 
 from tinygiant.runtime.errors import CheckpointError
 
 from .tensors import PrefixedTensors, load_into, open_tensors
 
-__all__ = ["Names", "PublicModel", "load_public", "smollm2_135m"]
+__all__ = ["Names", "PublicModel", "load_public"]
 
 # Constants are compared with what other software computed, some of it in single precision.
 _CONSTANT_TOLERANCE = 2e-5
@@ -94,25 +94,6 @@ def load_public(build: Callable[[], PublicModel], path: Path, mark: str) -> Publ
     for name, (held, ours) in model.constants().items():
         _check_constant(name, held.numpy(), ours, path)
     return model.eval()
-
-
-def smollm2_135m() -> LlamaConfig:
-    """The decoder that Mizar and Mellow share (HuggingFaceTB/SmolLM2-135M)."""
-    return LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1_536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8_192,
-        rms_norm_eps=1e-5,
-        rope_theta=100_000.0,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_implementation="sdpa",
-    )
 
 
 def _check_constant(name: str, held: NDArray[Any], ours: NDArray[Any], path: Path) -> None:

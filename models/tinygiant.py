@@ -21,9 +21,10 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from tinygiant.runtime.chunks import Chunk, event_rows, join_streams, mean_anchor
+from tinygiant.runtime.encode import combine
+from tinygiant.runtime.preprocess import Chunk
 
-from .config import TinyGiantConfig
+from .config import CLAP, EVENT, TEMPORAL, TinyGiantConfig
 from .projector import Projector
 
 __all__ = ["COMPONENTS", "TinyGiantALM", "build", "build_component"]
@@ -46,9 +47,7 @@ class TinyGiantALM(nn.Module):
 
     def encode_temporal(self, input_features: Tensor) -> Tensor:
         """Whisper log-mel ``(B, n_mels, F)`` -> audio-token rows ``(B, N, hidden)``."""
-        runtime = self.config.runtime
-        steps_per_token = runtime.frames_per_token // runtime.temporal.frames_per_step
-        return encode_temporal(self.whisper, input_features, steps_per_token)
+        return encode_temporal(self.whisper, input_features, self.config.steps_per_row)
 
     def encode_event(self, input_features: Tensor) -> tuple[Tensor, Tensor]:
         """CLAP log-mel ``(B, 1, n_frames, n_mels)`` -> events ``(B, steps, hidden)``, anchor."""
@@ -66,32 +65,33 @@ class TinyGiantALM(nn.Module):
     def encode_chunks(self, chunks: Sequence[Chunk]) -> list[tuple[Tensor, Tensor]]:
         """Chunks with the same number of temporal frames, in one batch; as :meth:`encode_chunk`."""
         device = next(self.whisper.parameters()).device
+        runtime = self.config.runtime
+        outputs: list[dict[str, list[NDArray[np.float32]]]] = [{} for _ in chunks]
 
-        def batch(features: Sequence[NDArray[np.float32]]) -> Tensor:
-            return torch.from_numpy(np.stack(features)).to(device)
+        def run(graph: str, encoder: Callable[[Tensor], tuple[Tensor, ...]], *names: str) -> None:
+            """Every window of every chunk at once; outputs go back to their chunks."""
+            windows = [window for chunk in chunks for window in chunk.windows[graph]]
+            found = encoder(torch.from_numpy(np.concatenate(windows)).to(device))
+            for name, batch in zip(names, found, strict=True):
+                rows = iter(batch.cpu().numpy())
+                for chunk, of_chunk in zip(chunks, outputs, strict=True):
+                    of_chunk[f"{graph}.{name}"] = [next(rows) for _ in chunk.windows[graph]]
 
-        temporal = self.encode_temporal(batch([chunk.temporal_features for chunk in chunks]))
-        windows = batch([window for chunk in chunks for window in chunk.event_features])
-        events, anchors = self.encode_event(windows[:, None])
-        anchor_windows = [chunk.anchor_features or chunk.event_features for chunk in chunks]
-        if self.clap is not None:
-            features = batch([window for windows in anchor_windows for window in windows])
-            anchors = self.encode_anchor(features[:, None])
-        rows, event_steps, pooled = (x.cpu().numpy() for x in (temporal, events, anchors))
+        run(TEMPORAL, lambda x: (self.encode_temporal(x),), "temporal")
+        run(EVENT, self.encode_event, "events", "anchor")
+        if self.clap is not None and CLAP in runtime.graphs:
+            run(CLAP, lambda x: (self.encode_anchor(x),), "anchor")
         encoded = []
-        event_start = anchor_start = 0
-        for chunk, of_chunk, of_anchor in zip(chunks, rows, anchor_windows, strict=True):
-            event_stop = event_start + len(chunk.event_features)
-            anchor_stop = anchor_start + len(of_anchor)
-            steps = event_rows(
-                list(event_steps[event_start:event_stop]), chunk.n_tokens, self.config.runtime
-            )
-            anchor = mean_anchor(list(pooled[anchor_start:anchor_stop]))
-            streams = join_streams(of_chunk, steps)
+        for chunk, of_chunk in zip(chunks, outputs, strict=True):
+            inputs = combine(of_chunk, chunk.n_rows, runtime).inputs
+            # Without a gate nobody reads an anchor.
+            anchor = inputs.get("anchor", np.zeros((1, self.config.anchor_size), np.float32))
             encoded.append(
-                (torch.from_numpy(streams).to(device), torch.from_numpy(anchor)[None].to(device))
+                (
+                    torch.from_numpy(inputs["streams"]).to(device),
+                    torch.from_numpy(anchor).to(device),
+                )
             )
-            event_start, anchor_start = event_stop, anchor_stop
         return encoded
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
@@ -154,8 +154,7 @@ def _clap(config: TinyGiantConfig) -> ClapAudioEncoder | None:
 
 
 def _projector(config: TinyGiantConfig) -> Projector:
-    runtime = config.runtime
-    return Projector(runtime.projector, runtime.stream_size, runtime.event.anchor_size)
+    return Projector(config.projector, config.stream_size, config.anchor_size)
 
 
 def _decoder(config: TinyGiantConfig) -> Qwen3ForCausalLM:

@@ -1,4 +1,4 @@
-"""Quantization recipes: which graph gets which scheme, and how far it may then be off.
+"""Quantization recipes: which role gets which scheme, and how far it may then be off.
 
 The contract: a recipe is data, fixed before anything is measured. A bundle that misses one of its
 recipe's limits is not written.
@@ -12,14 +12,14 @@ processors without VNNI.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
-from tinygiant.runtime.bundle import GRAPH_NAMES
-from tinygiant.runtime.config import KvType
+from tinygiant.runtime.config import KvType, Role
 from tinygiant.runtime.errors import UsageError
 
 __all__ = ["RECIPES", "Limits", "Recipe", "Scheme", "matches", "recipe"]
@@ -93,15 +93,15 @@ class Recipe:
     """A named choice of schemes, and the limits its result must keep.
 
     ``token_agreement`` is the share of decoding steps at which the bundle, given the tokens that
-    PyTorch chose so far, chooses PyTorch's next token too. ``limits`` has an entry for each graph
-    and one for ``embed_tokens``. Steps at which PyTorch's two best logits
-    lie within ``tie_margin`` standard deviations of the logits do not count: there, rounding
-    decides. ``kv_cache`` is how keys and values are kept: in ``int8``, a quarter of the memory and
-    faster to read a token; prompts attend in float32.
+    PyTorch chose so far, chooses PyTorch's next token too. ``graphs`` has a scheme for every role,
+    whatever a model's graphs are called; ``limits`` has one more for ``embed_tokens``. Steps at
+    which PyTorch's two best logits lie within ``tie_margin`` standard deviations of the logits do
+    not count: there, rounding decides. ``kv_cache`` is how keys and values are kept: in ``int8``, a
+    quarter of the memory and faster to read a token; prompts attend in float32.
     """
 
     name: str
-    graphs: Mapping[str, Scheme]
+    graphs: Mapping[Role, Scheme]
     limits: Mapping[str, Limits]
     embeddings: Literal["fp32", "int8"]
     token_agreement: float
@@ -111,14 +111,11 @@ class Recipe:
 
 _DYNAMIC = Scheme("dynamic_int8")
 
-_ENCODERS_INT8 = {
-    "whisper_encoder": _DYNAMIC,
-    "htsat_encoder": _DYNAMIC,
-    "clap_encoder": _DYNAMIC,
-    "projector": _DYNAMIC,
-}
+_CHECKED = (*typing.get_args(Role), "embed_tokens")
 
-_CHECKED = (*GRAPH_NAMES, "embed_tokens")
+
+def _int8_but(decoder: Scheme) -> dict[Role, Scheme]:
+    return {"encoder": _DYNAMIC, "projector": _DYNAMIC, "decoder": decoder}
 
 
 def _int4(name: str, block_size: int) -> Recipe:
@@ -126,9 +123,9 @@ def _int4(name: str, block_size: int) -> Recipe:
     decoder = Scheme("weight_only", bits=4, block_size=block_size, wide=("lm_head",))
     return Recipe(
         name=name,
-        graphs=_ENCODERS_INT8 | {"decoder_model": decoder},
+        graphs=_int8_but(decoder),
         limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995))
-        | {"decoder_model": Limits(relative_error=0.3, cosine=0.95)},
+        | {"decoder": Limits(relative_error=0.3, cosine=0.95)},
         embeddings="int8",
         token_agreement=0.9,
         tie_margin=0.3,
@@ -140,7 +137,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "fp32": Recipe(
             name="fp32",
-            graphs=dict.fromkeys(GRAPH_NAMES, Scheme()),
+            graphs=dict.fromkeys(typing.get_args(Role), Scheme()),
             limits=dict.fromkeys(_CHECKED, Limits(relative_error=1e-4, cosine=0.999999)),
             embeddings="fp32",
             token_agreement=1.0,
@@ -148,7 +145,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
         "int8": Recipe(
             name="int8",
-            graphs=_ENCODERS_INT8 | {"decoder_model": Scheme("weight_only", bits=8)},
+            graphs=_int8_but(Scheme("weight_only", bits=8)),
             limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995)),
             embeddings="int8",
             token_agreement=0.98,

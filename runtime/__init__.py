@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .asking import AskOptions
     from .audio import Audio, read_audio, read_pcm
     from .bundle import Bundle
     from .errors import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "AskOptions",
     "Audio",
     "AudioAccount",
     "AudioError",
@@ -64,7 +66,8 @@ __all__ = [
 ]
 
 _MODULE_OF = (
-    {name: "audio" for name in ("Audio", "read_audio", "read_pcm")}
+    {"AskOptions": "asking"}
+    | {name: "audio" for name in ("Audio", "read_audio", "read_pcm")}
     | {name: "bundle" for name in ("Bundle",)}
     | {name: "pipeline" for name in ("TinyGiant", "load")}
     | {name: "errors" for name in __all__ if name.endswith("Error")}

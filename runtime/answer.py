@@ -92,12 +92,13 @@ class ParsedAnswer:
 class AnswerParser:
     """Cuts a growing text into pieces and sorts them, for :meth:`result` at the end.
 
-    With ``thinking`` the text is known to begin with a thought, even if it does not say so.
+    With ``thinking`` the text is known to begin with a thought, even if it does not say so; a
+    ``plain`` text is an answer as a whole, whatever it spells.
     """
 
-    def __init__(self, *, thinking: bool = False) -> None:
+    def __init__(self, *, thinking: bool = False, plain: bool = False) -> None:
         self._phase: Literal["start", "thought", "after", "response", "trailer"] = (
-            "thought" if thinking else "start"
+            "trailer" if plain else "thought" if thinking else "start"
         )
         self._section: Section = "other" if thinking else "answer"
         self._held = ""  # the end of the text, while it may still become a tag or a heading

@@ -1,7 +1,8 @@
 """Audio in: one verb, :func:`read_audio`, from whatever holds sound to mono float32 samples.
 
 What comes in is accounted for (:class:`Audio`): seconds received, used and dropped, and a note for
-everything a listener should know. What cannot be used ends in an :class:`AudioError` of one line.
+everything a listener should know, the signal's own faults included. What cannot be used ends in an
+:class:`AudioError` of one line.
 Lengths are checked against the limit from the header, before anything is decoded, and again while
 decoding in blocks, so that a forged header cannot exhaust memory.
 """
@@ -26,6 +27,7 @@ import soxr
 from numpy.typing import NDArray
 
 from .errors import AudioError, AudioTooLongError, UsageError
+from .signal import Mixdown, mend
 
 __all__ = ["MAX_AUDIO_S", "Audio", "AudioSource", "read_audio", "read_pcm", "resample"]
 
@@ -66,7 +68,7 @@ class Audio:
         received_s: seconds that the source announced or delivered, whichever is longer.
         used_s: seconds in ``samples``.
         dropped_s: ``received_s - used_s``: announced, but missing or damaged.
-        channels: channels of the source, averaged to one.
+        channels: channels of the source, averaged to one (one of them where they cancel).
         notes: one line for each thing a listener should know; empty for a sound source.
     """
 
@@ -191,7 +193,7 @@ def _from_file(file: _EncodedFile, name: str, max_audio_s: float) -> Audio:
             held = min(announced or 0, sound.frames)
             if held > _limit_frames(max_audio_s, rate_hz):
                 raise _too_long(name, held / rate_hz, max_audio_s)
-            samples, fault = _decode(sound, name, max_audio_s)
+            mix, fault = _decode(sound, name, max_audio_s)
             is_mp3 = sound.format == "MP3"
     except soundfile.LibsndfileError as error:
         raise AudioError(_unreadable(name, error)) from error
@@ -201,7 +203,9 @@ def _from_file(file: _EncodedFile, name: str, max_audio_s: float) -> Audio:
         with suppress(soundfile.LibsndfileError), _piped(file) as pipe:
             with _ForwardSoundFile(pipe, closefd=False) as sound:
                 whole, fault = _decode(sound, name, max_audio_s)
-            samples = max(samples, whole, key=len)
+            mix = max(mix, whole, key=lambda found: found.n_frames)
+    samples, mix_notes = mix.finish()
+    notes += mix_notes
     if fault is not None:
         notes.append(f"decoding stopped at {samples.size / rate_hz:.2f} s ({fault})")
     return _audio(samples, rate_hz, name, channels, announced, notes)
@@ -224,8 +228,10 @@ def _from_array(source: tuple[Any, ...], max_audio_s: float) -> Audio:
     if array.shape[0] > _limit_frames(max_audio_s, rate_hz):
         raise _too_long(name, array.shape[0] / rate_hz, max_audio_s)
     samples = _full_scale(array, name)
-    mono = _mono(samples) if samples.ndim == 2 else samples.copy()
-    return _audio(mono, rate_hz, name, channels)
+    mix = Mixdown()
+    mix.add(samples.reshape(len(samples), channels))
+    mono, notes = mix.finish()
+    return _audio(mono, rate_hz, name, channels, notes=notes)
 
 
 def _full_scale(array: NDArray[Any], name: str) -> NDArray[np.float32]:
@@ -291,11 +297,11 @@ def _announced_frames(sound: soundfile.SoundFile, head: bytes) -> tuple[int | No
 
 def _decode(
     sound: soundfile.SoundFile, name: str, max_audio_s: float
-) -> tuple[NDArray[np.float32], str | None]:
-    """Mono samples up to the end, the limit or a fault, and the decoder's word on the fault."""
+) -> tuple[Mixdown, str | None]:
+    """The sound up to the end, the limit or a fault, and the decoder's word on the fault."""
     limit_frames = _limit_frames(max_audio_s, sound.samplerate)
     block = np.empty((_BLOCK_FRAMES, sound.channels), dtype=np.float32)
-    pcm, fault = bytearray(), None
+    mix, fault = Mixdown(), None
     while fault is None:
         block.fill(np.nan)
         try:
@@ -306,10 +312,10 @@ def _decode(
             n_read = int(np.isfinite(block).all(axis=1).sum())
         if n_read == 0:
             break
-        pcm += _mono(block[:n_read]).tobytes()
-        if len(pcm) > 4 * limit_frames:
+        mix.add(block[:n_read])
+        if mix.n_frames > limit_frames:
             raise _too_long(name, None, max_audio_s)
-    return np.frombuffer(pcm, dtype=np.float32), fault
+    return mix, fault
 
 
 def _audio(
@@ -346,6 +352,8 @@ def _audio(
         notes.append(
             f"truncated: its header announces {received_s:.2f} s, {used_s:.2f} s could be read"
         )
+    samples, found = mend(samples, rate_hz)
+    notes += found
     return Audio(
         samples=samples,
         sampling_rate_hz=rate_hz,
@@ -356,16 +364,6 @@ def _audio(
         channels=channels,
         notes=tuple(notes),
     )
-
-
-def _mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over channels: ``(n, channels) -> (n,)``."""
-    mono = frames[:, 0].copy()
-    with np.errstate(invalid="ignore", over="ignore"):  # the caller looks for infinities
-        for channel in range(1, frames.shape[1]):
-            mono += frames[:, channel]
-        mono /= frames.shape[1]
-    return mono
 
 
 @contextmanager

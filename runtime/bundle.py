@@ -2,15 +2,16 @@
 
 The contract between exporter and runtime. A bundle is self-describing: the runtime takes every
 constant from the manifest. The exporter builds a :class:`Manifest` and writes
-``manifest.to_json()``; the runtime reads it with :meth:`Bundle.open`, strictly. Format version 1::
+``manifest.to_json()``; the runtime reads it with :meth:`Bundle.open`, strictly. Format version 2
+(version 1, which knew one model only, is still read: :mod:`~tinygiant.runtime.format1`)::
 
     {
       "format": "tinygiant-bundle",
-      "format_version": 1,
+      "format_version": 2,
       "model":  {...},                       ModelConfig, as config_to_dict writes it
-      "graphs": {                            keys: whisper_encoder, htsat_encoder, projector,
-        "decoder_model": {                     decoder_model, and clap_encoder unless one tower
-          "file": "onnx/decoder_model.onnx",   serves both streams or the gate is ablated
+      "graphs": {                            keys: those that the model is composed of
+        "decoder_model": {
+          "file": "onnx/decoder_model.onnx",
           "external_data": ["onnx/decoder_model.onnx.data"],
           "scheme": "int4-b32",              free text: how the weights are stored
           "operators": ["ai.onnx:Add", ...]  all that its nodes may use, as domain:name
@@ -19,8 +20,7 @@ constant from the manifest. The exporter builds a :class:`Manifest` and writes
       "embeddings": {"file": "embed_tokens.npy", "dtype": "fp32" | "fp16" | "int8",
                      "scale_file": null},    int8: (vocab_size,) float32, one scale a row
       "tokenizer": "tokenizer.json",
-      "kv_cache": "int8",                    how the decoder keeps keys and values; left out where
-                                             it is float32
+      "kv_cache": "int8",                    how the decoder keeps keys and values, or "fp32"
       "recipe": {"name": "int4", "details": {...}},
       "opset": 21,
       "min_onnxruntime": "1.20.0",
@@ -52,6 +52,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from . import format1
 from .config import KvType, ModelConfig, config_from_dict, config_to_dict
 from .errors import BundleError
 from .operators import (
@@ -67,7 +68,6 @@ __all__ = [
     "BUNDLE_VARIABLE",
     "FORMAT",
     "FORMAT_VERSION",
-    "GRAPH_NAMES",
     "LFS_SIGNATURE",
     "MANIFEST_NAME",
     "Bundle",
@@ -79,15 +79,13 @@ __all__ = [
     "SourceEntry",
     "default_bundle_path",
     "describe_file",
-    "required_graphs",
 ]
 
 FORMAT = "tinygiant-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 BUNDLE_VARIABLE = "TINYGIANT_BUNDLE"
 LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
-GRAPH_NAMES = ("whisper_encoder", "htsat_encoder", "clap_encoder", "projector", "decoder_model")
 
 _MAX_MANIFEST_BYTES = 4 * 2**20
 _HASH_BLOCK_BYTES = 2**20
@@ -148,7 +146,7 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json`` of format version 1; the module's docstring shows it."""
+    """``manifest.json``; the module's docstring shows it."""
 
     model: ModelConfig
     graphs: dict[str, GraphEntry]
@@ -171,8 +169,6 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as it is written to disk: sorted keys, so that it is reproducible."""
         data = config_to_dict(self) | {"format": FORMAT, "format_version": FORMAT_VERSION}
-        if self.kv_cache == "fp32":
-            del data["kv_cache"]  # runtimes that know of nothing else read the bundle too
         return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
@@ -186,12 +182,14 @@ class Manifest:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"manifest: not a {FORMAT}; export the model with tg-export")
         version = data.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        fields = {k: v for k, v in data.items() if k not in ("format", "format_version")}
+        if version == 1 and not isinstance(version, bool):
+            fields["model"] = format1.upgrade(fields.get("model"), where="manifest.model")
+        elif version != FORMAT_VERSION:
             raise BundleError(
                 f"manifest: format version {str(version)[:20]} is unknown, this runtime reads "
-                f"{FORMAT_VERSION}; update tinygiant or export the bundle again"
+                f"1 and {FORMAT_VERSION}; update tinygiant or export the bundle again"
             )
-        fields = {k: v for k, v in data.items() if k not in ("format", "format_version")}
         return config_from_dict(cls, fields, where="manifest")
 
 
@@ -260,7 +258,7 @@ class Bundle:
         return self.root / relative
 
     def graph(self, name: str) -> Path:
-        """The absolute path of graph ``name`` (see :data:`GRAPH_NAMES`).
+        """The absolute path of graph ``name``.
 
         Raises:
             BundleError: the bundle has no such graph.
@@ -301,12 +299,6 @@ def default_bundle_path() -> Path:
     return Path(str(importlib.resources.files("tinygiant.runtime"))) / "bundles" / "nano"
 
 
-def required_graphs(model: ModelConfig) -> tuple[str, ...]:
-    """The graphs a bundle of ``model`` must hold, in the order of :data:`GRAPH_NAMES`."""
-    needs_clap = model.projector.semantic_gate and not model.event.shared_tower
-    return tuple(name for name in GRAPH_NAMES if name != "clap_encoder" or needs_clap)
-
-
 def describe_file(root: Path, relative: str) -> FileEntry:
     """The manifest entry of the file ``root / relative``; reads the whole file."""
     path = root / relative
@@ -323,10 +315,9 @@ def _manifest_problems(manifest: Manifest) -> list[str]:
     for entry in manifest.files:
         if not _SHA256.fullmatch(entry.sha256) or entry.size_bytes < 0:
             problems.append(f"file {entry.path!r:.80} has no valid sha256 or size")
-    required = set(required_graphs(manifest.model))
-    if missing := sorted(required - set(manifest.graphs)):
-        problems.append(f"graphs {missing} are missing")
-    if unknown := sorted(set(manifest.graphs) - set(GRAPH_NAMES)):
+    if missing := sorted(set(manifest.model.graphs) - set(manifest.graphs)):
+        problems.append(f"graphs {missing!r:.80} are missing")
+    if unknown := sorted(set(manifest.graphs) - set(manifest.model.graphs)):
         problems.append(f"graphs {unknown!r:.80} are unknown")
     for name, graph in sorted(manifest.graphs.items()):
         strange = [op for op in graph.operators if not OPERATOR.fullmatch(op) or op in CONTROL_FLOW]

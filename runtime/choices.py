@@ -1,13 +1,15 @@
 r"""Answers that are exactly one of the given choices: decoded greedily along a trie, or scored.
 
-Each choice is encoded in its context, ``\n<RESPONSE>\n{choice}</RESPONSE>``, so that tokens that
-join a choice with its surroundings are those the model was trained on. At each fork the most likely
+Each choice is encoded as the model writes it as an answer (:class:`~tinygiant.runtime.config.
+AnswerForm`; ``\n<RESPONSE>\n{choice}</RESPONSE>``, say), so that tokens that join a choice with its
+surroundings are those the model was trained on. At each fork the most likely
 *allowed* token wins; where only one is allowed, nothing is computed. It fails closed: choices whose
 tokens cannot be told apart, or do not decode to the choice again, are refused before anything runs.
 
 Without a thought, choices can be scored instead: the probability of each is that of writing it as a
-whole, ``</RESPONSE>`` included. Lengths are not normalised away: the texts exclude one another, so
-their probabilities, divided by their sum, are the model's own given that it writes one of them.
+whole, its end included: the closing tag, or the stop token of a model that has none. Lengths are
+not normalised away: the texts exclude one another, so their probabilities, divided by their sum,
+are the model's own given that it writes one of them.
 """
 
 from __future__ import annotations
@@ -19,15 +21,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import AnswerForm
 from .decoder import Decoder, greedy
 from .errors import BundleError, QuestionError
-from .prompt import check_choices
+from .prompt import check_choices, format_choice
 from .tokenizer import Tokenizer
 
-__all__ = ["RESPONSE_CLOSE", "RESPONSE_OPEN", "ChoiceTrie", "probabilities"]
-
-RESPONSE_OPEN = "\n<RESPONSE>\n"
-RESPONSE_CLOSE = "</RESPONSE>"
+__all__ = ["ChoiceTrie", "probabilities"]
 
 
 @dataclass
@@ -59,20 +59,28 @@ class ChoiceTrie:
         self.max_tokens = max(map(len, sequences), default=0)
 
     @classmethod
-    def of_choices(cls, choices: Sequence[str], tokenizer: Tokenizer) -> ChoiceTrie:
-        """The trie of the answers that ``choices`` allow.
+    def of_choices(
+        cls, choices: Sequence[str], tokenizer: Tokenizer, form: AnswerForm, stop_id: int
+    ) -> ChoiceTrie:
+        """The trie of the answers that ``choices`` allow, in the model's ``form``.
+
+        ``stop_id`` ends an answer that has no closing tag.
 
         Raises:
             QuestionError: choices that cannot be asked or told apart, or that the tokenizer cannot
                 spell.
         """
         sequences = []
-        for number, choice in enumerate(check_choices(choices), start=1):
-            text = f"{RESPONSE_OPEN}{choice}{RESPONSE_CLOSE}"
+        end = [] if form.response_close else [stop_id]
+        for index, choice in enumerate(check_choices(choices)):
+            written = format_choice(form.choice_format, index, choice)
+            text = f"{form.response_open}{written}{form.response_close}"
             ids = tokenizer.encode(text)
             if tokenizer.decode(ids) != text:
-                raise QuestionError(f"choice {number} cannot be spelled by this model's tokenizer")
-            sequences.append(ids)
+                raise QuestionError(
+                    f"choice {index + 1} cannot be spelled by this model's tokenizer"
+                )
+            sequences.append([*ids, *end])
         return cls(sequences)
 
     def decode(

@@ -1,11 +1,14 @@
-"""The contract between checkpoint, exporter, bundle and runtime: one tree of frozen dataclasses.
+"""The contract between exporter, bundle and runtime: a model as a composition, all of it data.
 
-A checkpoint's configuration yields a :class:`ModelConfig`; the exporter writes it into a bundle's
-``manifest.json``; the runtime reads every constant from there and defines none of its own. Defaults
-are the values of the paper's full-size model (TinyGiantALM, Interspeech 2026) and of the public
-encoders it names; whatever the paper leaves open is marked *ours*.
+A model is a tuple of encoders, a projector, a decoder, a prompt and the form of its answers, with a
+clock of its own. The exporter writes a :class:`ModelConfig` into a bundle's ``manifest.json``; the
+runtime takes every constant from there and knows no model by name. What happens inside a graph is
+the exporter's business and is not here.
 
-Sizes in docstrings: ``N`` audio tokens a chunk, ``D`` decoder hidden size, ``T`` sequence length.
+Growing the contract: a new field needs a default that means what files without it mean
+(:func:`config_from_dict`).
+
+Sizes in docstrings: ``N`` audio rows of a chunk, ``D`` decoder hidden size, ``T`` sequence length.
 """
 
 from __future__ import annotations
@@ -14,282 +17,405 @@ import dataclasses
 import math
 import types
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from .errors import BundleError
 
 __all__ = [
+    "AnswerForm",
     "AudioContext",
-    "ClapFeatures",
     "DecoderConfig",
-    "EventStream",
+    "EncoderConfig",
+    "EncoderOutput",
     "KvType",
+    "LogMel",
+    "MelNorm",
+    "MelScale",
     "ModelConfig",
     "ProjectorConfig",
+    "ProjectorInput",
     "PromptConfig",
-    "TemporalStream",
-    "WhisperFeatures",
+    "PromptPart",
+    "Role",
+    "ThoughtForm",
     "config_from_dict",
     "config_to_dict",
 ]
 
 AudioContext = Literal["full", "clip"]
 KvType = Literal["fp32", "int8"]
+MelNorm = Literal["slaney", "none"]
+MelScale = Literal["slaney", "htk"]
+Role = Literal["encoder", "projector", "decoder"]
 
 
 @dataclass(frozen=True)
-class WhisperFeatures:
-    """Log-mel features of the temporal stream (``WhisperFeatureExtractor``, transformers)."""
+class LogMel:
+    """Log-mel features of one encoder; :func:`~tinygiant.runtime.features.log_mel` computes them.
 
+    Attributes:
+        sampling_rate_hz: rate of the samples that are transformed.
+        n_fft: samples of one frame, all of them under a periodic Hann window.
+        hop_length: samples from one frame to the next.
+        n_mels: mel bands.
+        f_min_hz: lower edge of the lowest band.
+        f_max_hz: upper edge of the highest band.
+        mel_scale: ``slaney`` or ``htk``.
+        mel_norm: ``slaney``, each band has area 1, or ``none``, each has peak 1.
+        log: ``whisper``, (log10 + 4) / 4, or ``db``, 10 log10; the power is at least 1e-10.
+        dynamic_range: how far below the loudest value the lowest may lie, before ``whisper``
+            scales it: 8 (decades) for Whisper, top_db for ``db``; None for no limit.
+        last_frame: whether the frame centred on the end of the window belongs to the features.
+        padding: what fills a window: ``zeros``; ``repeat``, the clip as often as it fits whole,
+            then zeros; ``tile``, the clip again and again, cut at the end.
+        layout: ``mels_frames``, the graph takes ``(1, n_mels, n_frames)``; ``image``,
+            ``(1, 1, n_frames, n_mels)``.
+        resampler: ``soxr``, or ``sinc``, torchaudio's windowed sinc.
+        through_hz: rates on the way to ``sampling_rate_hz``. The clip as a whole is resampled to
+            the first rate and cut into windows; the rest of the way is gone window by window.
+    """
+
+    kind: Literal["log_mel"] = "log_mel"
     sampling_rate_hz: int = 16_000
-    n_fft: int = 400  # 25 ms
-    hop_length: int = 160  # 10 ms a frame
+    n_fft: int = 400
+    hop_length: int = 160
     n_mels: int = 128
     f_min_hz: float = 0.0
     f_max_hz: float = 8_000.0
-    window_s: float = 30.0
+    mel_scale: MelScale = "slaney"
+    mel_norm: MelNorm = "slaney"
+    log: Literal["whisper", "db"] = "whisper"
+    dynamic_range: float | None = 8.0
+    last_frame: bool = False
+    padding: Literal["zeros", "repeat", "tile"] = "zeros"
+    layout: Literal["mels_frames", "image"] = "mels_frames"
+    resampler: Literal["soxr", "sinc"] = "soxr"
+    through_hz: tuple[int, ...] = ()
 
-    @property
-    def n_samples(self) -> int:
-        """Samples in a whole window: 480,000."""
-        return round(self.window_s * self.sampling_rate_hz)
+    def n_frames(self, duration_s: float) -> int:
+        """Frames of ``duration_s`` seconds."""
+        return round(duration_s * self.sampling_rate_hz) // self.hop_length + self.last_frame
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """One output of an encoder graph.
+
+    Attributes:
+        name: as the graph calls it.
+        kind: ``rows``, ``(1, rows, size)`` over time, or ``vector``, ``(1, size)``.
+        size: features.
+        rows: rows of a whole window; None for a vector.
+    """
+
+    name: str
+    kind: Literal["rows", "vector"]
+    size: int
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """One encoder: a graph from the features of a window of sound to ``outputs``.
+
+    Windows of ``window_s`` seconds tile a chunk; those without sound are not run. Where
+    ``variable_length``, the graph takes fewer frames too and gives as many rows as they hold.
+    """
+
+    graph: str
+    features: LogMel
+    window_s: float
+    outputs: tuple[EncoderOutput, ...]
+    variable_length: bool = False
+    input: str = "input_features"
 
     @property
     def n_frames(self) -> int:
-        """Frames in a whole window: 3,000."""
-        return self.n_samples // self.hop_length
+        """Feature frames of a whole window."""
+        return self.features.n_frames(self.window_s)
 
 
 @dataclass(frozen=True)
-class ClapFeatures:
-    """Log-mel features of HTS-AT and CLAP (``ClapFeatureExtractor``: rand_trunc, repeatpad).
+class ProjectorInput:
+    """What the projector takes under ``name``: encoder outputs, their features side by side.
 
-    The original HTS-AT checkpoints use 32 kHz and hop 320, which gives the same frame geometry.
+    ``parts`` are outputs as ``graph.output``, all rows or all vectors. Rows of a chunk's windows
+    follow one another, zeros where there is no sound, and are averaged to ``rows`` rows a chunk;
+    vectors are averaged over the windows with sound.
     """
 
-    sampling_rate_hz: int = 48_000
-    n_fft: int = 1_024
-    hop_length: int = 480  # 10 ms a frame
-    n_mels: int = 64
-    f_min_hz: float = 50.0
-    f_max_hz: float = 14_000.0
-    window_s: float = 10.0
-
-    @property
-    def n_samples(self) -> int:
-        """Samples in a whole window: 480,000."""
-        return round(self.window_s * self.sampling_rate_hz)
-
-    @property
-    def n_frames(self) -> int:
-        """Frames in a whole window, both edges included: 1,001."""
-        return self.n_samples // self.hop_length + 1
-
-
-@dataclass(frozen=True)
-class TemporalStream:
-    """Fine-grained temporal stream: the encoder of a Whisper checkpoint.
-
-    Graph ``whisper_encoder``: ``input_features (1, n_mels, n_frames)`` ->
-    ``temporal (1, n_frames / frames_per_token, hidden_size)``, already average-pooled to audio
-    tokens.
-    """
-
-    features: WhisperFeatures = field(default_factory=WhisperFeatures)
-    hidden_size: int = 1_280
-    frames_per_step: int = 2  # the second convolution's stride
-
-
-@dataclass(frozen=True)
-class EventStream:
-    """Event-level stream (HTS-AT) and global anchor (CLAP).
-
-    Graph ``htsat_encoder``: ``input_features (1, 1, n_frames, n_mels)`` -> ``events
-    (1, steps_per_window, hidden_size)``, frequency already averaged. Graph ``clap_encoder``: the
-    same features -> ``anchor (1, anchor_size)``. With ``shared_tower`` there is one graph,
-    ``htsat_encoder``, with both outputs, run once.
-    """
-
-    features: ClapFeatures = field(default_factory=ClapFeatures)
-    anchor_features: ClapFeatures = field(default_factory=ClapFeatures)
-    hidden_size: int = 768
-    steps_per_window: int = 32
-    anchor_size: int = 1_024
-    shared_tower: bool = False
+    name: str
+    parts: tuple[str, ...]
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Query-guided E-Branchformer projector (paper, section 2).
+    """The graph from encoder outputs to rows of the decoder's input.
 
-    Graph ``projector``: ``streams (1, N, temporal + event)``, ``anchor (1, anchor_size)``,
-    ``instruction_embeds (1, L, D)``, ``instruction_mask (1, L)`` -> ``audio_embeds (1, N, D)``,
-    ``intent_attention (1, N)`` (mean over heads) and ``gate (1, D)``. Ablated parts leave their
-    inputs and outputs out of the graph.
+    It takes ``inputs`` and, where it ``reads_question``, ``instruction_embeds (1, L, D)`` and
+    ``instruction_mask (1, L) int64``. It gives ``audio_embeds (1, N, D)`` and what else stands in
+    ``outputs``: ``intent_attention (1, N)``, ``gate (1, D)``.
     """
 
-    hidden_size: int = 1_024
-    n_layers: int = 2
-    n_heads: int = 16  # ours
-    cgmlp_size: int = 4_096  # ours; halved by the gate
-    kernel_size: int = 17
-    intent_query: bool = True
-    semantic_gate: bool = True
+    inputs: tuple[ProjectorInput, ...]
+    reads_question: bool = False
+    outputs: tuple[str, ...] = ("audio_embeds",)
+    graph: str = "projector"
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Qwen3 decoder.
+    """The language model: sizes that the runtime works with.
 
-    Graph ``decoder_model``: ``inputs_embeds (1, T, D)``, ``seqlens_k (1,) int32`` (positions valid
-    after this step, minus one), ``total_sequence_length () int32``, ``logits_positions (K,) int64``
+    Its graph takes ``inputs_embeds (1, T, D)``, ``seqlens_k (1,) int32`` (positions valid after
+    this step, minus one), ``total_sequence_length () int32``, ``logits_positions (K,) int64``
     (which of the T positions get logits), ``past_key_values.{i}.{key,value}
-    (1, n_kv_heads, capacity, head_dim)`` -> ``logits (1, K, vocab_size)`` and
+    (1, n_kv_heads, capacity, head_dim)``; it gives ``logits (1, K, vocab_size)`` and
     ``present.{i}.{key,value}``, which share the past's buffers. These are float32, or int8
     where the bundle's ``kv_cache`` says so; the graph then holds their scales.
+
+    ``stop_token_ids`` end a text; the first is the one that a whole text ends with.
     """
 
-    vocab_size: int = 151_936
-    hidden_size: int = 1_024
-    n_layers: int = 28
-    n_heads: int = 16
-    n_kv_heads: int = 8
-    head_dim: int = 128
-    ffn_size: int = 3_072
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
-    max_positions: int = 40_960
-    eos_token_ids: tuple[int, ...] = (151_645, 151_643)
-    think_end_token_id: int = 151_668
+    vocab_size: int
+    hidden_size: int
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    max_positions: int
+    stop_token_ids: tuple[int, ...]
+    graph: str = "decoder_model"
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers the KV cache holds for one position: 57,344 at full size."""
+        """Numbers the KV cache holds for one position: 57,344 for Qwen3-0.6B."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim
 
     def kv_token_bytes(self, kv_type: KvType) -> int:
-        """Bytes of the keys and values of one position: 224 or 56 KiB at full size."""
+        """Bytes of the keys and values of one position: 224 or 56 KiB for Qwen3-0.6B."""
         return self.kv_values_per_token * {"fp32": 4, "int8": 1}[kv_type]
 
 
 @dataclass(frozen=True)
-class PromptConfig:
-    """The text around a question (ChatML, as Qwen3 reads it). All of it is *ours*."""
+class PromptPart:
+    """A piece of the prompt.
 
-    system: str = (
-        "You are an audio assistant. Listen to the audio, think step by step, then answer."
-    )
-    audio_marker: str = "<audio>"
-    choices_header: str = "Choices:"
-    choice_prefix: str = "- "
+    Attributes:
+        kind: ``text``, fixed text with control tokens in it; ``tokens``, fixed ids; ``audio``, the
+            audio rows of the clip; ``question``, the user's text. Several ``audio`` parts all hold
+            the clip.
+        text: of ``text``.
+        token_ids: of ``tokens``.
+    """
+
+    kind: Literal["text", "tokens", "audio", "question"]
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What the decoder reads, and how the user's text is written in it.
+
+    Attributes:
+        parts: the template; at least one audio part and exactly one question.
+        choices_header: what comes between question and choices.
+        choice_format: each choice, with ``{choice}`` and, if wanted, ``{letter}`` (a, b, ...).
+        lower_case: the user's text is lower-cased.
+        max_tokens: longest text of a user.
+        too_long: a longer one is ``refused`` or ``cut`` at its end.
+        padding_id: a shorter one is filled up to ``max_tokens`` with this token, which the decoder
+            reads like any other; None: it is not filled up.
+    """
+
+    parts: tuple[PromptPart, ...]
+    choices_header: str = "\nChoices:"
+    choice_format: str = "\n- {choice}"
+    lower_case: bool = False
+    max_tokens: int = 2_048
+    too_long: Literal["refused", "cut"] = "refused"
+    padding_id: int | None = None
+
+
+@dataclass(frozen=True)
+class ThoughtForm:
+    """A thought before the answer.
+
+    Attributes:
+        close: the control token that ends it.
+        close_id: its id.
+        empty: ends the prompt where the model is not to think.
+        empty_end: follows ``empty`` where the answer is written freely. A choice brings what it
+            begins with itself, as it had it in training.
+        tags: of the thought's parts, in their order, as ``<TAG>`` and ``</TAG>`` around each.
+        open: what the model writes before a thought.
+    """
+
+    close: str
+    close_id: int
+    empty: str = ""
+    empty_end: str = ""
+    tags: tuple[str, ...] = ()
+    open: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """How a model writes: ``[thought] response_open answer response_close``, then a stop token.
+
+    All empty: the text up to the stop token is the answer. ``choice_format`` is how a choice is
+    written as an answer; ``hidden_token_ids`` are tokens that are no text of the answer.
+    """
+
+    thought: ThoughtForm | None = None
+    response_open: str = ""
+    response_close: str = ""
+    choice_format: str = "{choice}"
+    hidden_token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the whole text is the answer."""
+        return self.thought is None and not self.response_open
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole TinyGiantALM.
+    """A whole model.
 
-    ``tokens_per_chunk`` audio tokens stand for ``chunk_s`` seconds. ``audio_context`` says how the
-    model was trained to see a clip shorter than a chunk: ``full`` (the paper's), the encoder sees a
-    whole window and all N rows reach the decoder; ``clip`` (*ours*), the encoder sees the clip plus
-    ``clip_margin_s`` of silence and only the rows that hold audio reach the decoder.
+    Its clock: ``rows_per_chunk`` rows of the decoder's input stand for ``chunk_s`` seconds. What a
+    clip has beyond them becomes further ``chunks``, or is ``dropped`` and reported. With
+    ``audio_context`` ``full``, every chunk has all its rows; with ``clip``, encoders of variable
+    length see the clip plus ``clip_margin_s`` of silence, and only rows that hold sound reach the
+    decoder.
     """
 
-    name: str = "tinygiant-full"
-    tokens_per_chunk: int = 300
+    name: str
+    chunk_s: float
+    rows_per_chunk: int
+    encoders: tuple[EncoderConfig, ...]
+    projector: ProjectorConfig
+    decoder: DecoderConfig
+    prompt: PromptConfig
+    answer: AnswerForm = AnswerForm()
+    beyond_chunk: Literal["chunks", "dropped"] = "chunks"
     audio_context: AudioContext = "full"
     clip_margin_s: float = 1.0
-    temporal: TemporalStream = field(default_factory=TemporalStream)
-    event: EventStream = field(default_factory=EventStream)
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
 
     def __post_init__(self) -> None:
-        problems = _number_problems(self, "")
-        if problems:  # the checks below divide by these numbers
-            raise BundleError(f"model config of {self.name!r:.80}: " + "; ".join(problems[:5]))
-        features = self.temporal.features
-        if self.audio_context not in typing.get_args(AudioContext):
-            problems.append(f"audio_context is {self.audio_context!r}, not 'full' or 'clip'")
-        if features.n_frames % (self.tokens_per_chunk * self.temporal.frames_per_step):
-            problems.append(
-                f"{self.tokens_per_chunk} audio tokens do not divide the encoder's "
-                f"{features.n_frames // self.temporal.frames_per_step} steps"
-            )
-        if features.window_s % self.event.features.window_s:
-            problems.append("the event window does not divide the temporal window")
-        if self.projector.hidden_size != self.decoder.hidden_size:
-            problems.append(
-                f"the projector gives {self.projector.hidden_size} features, "
-                f"the decoder takes {self.decoder.hidden_size}"
-            )
-        if self.decoder.n_heads % self.decoder.n_kv_heads:
-            problems.append("n_heads is not a multiple of n_kv_heads")
+        problems = list(_number_problems(self, ""))
+        if not problems:  # the checks below divide by these numbers
+            problems = list(_composition_problems(self))
         if problems:
-            raise BundleError(f"model config of {self.name!r:.80}: " + "; ".join(problems))
+            raise BundleError(f"model config of {self.name!r:.80}: " + "; ".join(problems[:5]))
 
     @property
-    def chunk_s(self) -> float:
-        """Seconds of audio one chunk of audio tokens stands for: 30."""
-        return self.temporal.features.window_s
+    def graphs(self) -> dict[str, Role]:
+        """Every graph of the model and its role, in the order in which they run."""
+        roles: dict[str, Role] = {encoder.graph: "encoder" for encoder in self.encoders}
+        return roles | {self.projector.graph: "projector", self.decoder.graph: "decoder"}
 
     @property
-    def token_s(self) -> float:
-        """Seconds of audio one audio token stands for: 0.1."""
-        return self.chunk_s / self.tokens_per_chunk
+    def outputs(self) -> dict[str, tuple[EncoderConfig, EncoderOutput]]:
+        """Every encoder output by the name that projector inputs use, ``graph.output``."""
+        return {
+            f"{encoder.graph}.{output.name}": (encoder, output)
+            for encoder in self.encoders
+            for output in encoder.outputs
+        }
 
     @property
-    def frames_per_token(self) -> int:
-        """Temporal feature frames averaged into one audio token: 10."""
-        return self.temporal.features.n_frames // self.tokens_per_chunk
+    def distinct_encoders(self) -> tuple[EncoderConfig, ...]:
+        """The first encoder of each kind of features and window: what there is to see or time."""
+        found = {(e.features, e.window_s): e for e in reversed(self.encoders)}
+        return tuple(reversed(found.values()))
 
     @property
-    def event_windows_per_chunk(self) -> int:
-        """Event windows that cover a chunk: 3."""
-        return round(self.chunk_s / self.event.features.window_s)
+    def row_s(self) -> float:
+        """Seconds of sound that one audio row stands for."""
+        return self.chunk_s / self.rows_per_chunk
 
-    @property
-    def stream_size(self) -> int:
-        """Features of the concatenated temporal and event streams: 2,048."""
-        return self.temporal.hidden_size + self.event.hidden_size
-
-    def audio_tokens(self, duration_s: float) -> int:
-        """Audio tokens of a chunk that holds ``duration_s`` seconds (at most ``chunk_s``)."""
+    def audio_rows(self, duration_s: float) -> int:
+        """Audio rows of a chunk that holds ``duration_s`` seconds (at most ``chunk_s``)."""
         if self.audio_context == "full":
-            return self.tokens_per_chunk
-        # A clip of 1.2 s is 12 tokens although 1.2 / 0.1 is a hair above 12 in floating point.
-        n_tokens = math.ceil(round(duration_s / self.token_s, 6))
-        return min(max(n_tokens, 1), self.tokens_per_chunk)
+            return self.rows_per_chunk
+        return min(max(self._rows_above(duration_s), 1), self.rows_per_chunk)
 
-    def temporal_frames(self, duration_s: float) -> int:
-        """Feature frames the temporal encoder sees for ``duration_s`` seconds of a chunk."""
-        if self.audio_context == "full":
-            return self.temporal.features.n_frames
-        margin_tokens = math.ceil(round(self.clip_margin_s / self.token_s, 6))
-        n_tokens = min(self.audio_tokens(duration_s) + margin_tokens, self.tokens_per_chunk)
-        return n_tokens * self.frames_per_token
+    def frames(self, encoder: EncoderConfig, duration_s: float) -> int:
+        """Feature frames that ``encoder`` sees of a window in a chunk of ``duration_s`` seconds."""
+        if self.audio_context == "full" or not encoder.variable_length:
+            return encoder.n_frames
+        n_rows = self.audio_rows(duration_s) + self._rows_above(self.clip_margin_s)
+        return min(n_rows, self.rows_per_chunk) * (encoder.n_frames // self.rows_per_chunk)
+
+    def _rows_above(self, duration_s: float) -> int:
+        # Rounded first: a chunk's remainder in floating point, 30.1 - 30 = 0.1000000000000014,
+        # would have a row too many.
+        return math.ceil(round(duration_s / self.row_s, 6))
 
 
-_MAY_BE_ZERO = ("f_min_hz", "clip_margin_s", "eos_token_ids", "think_end_token_id")
+def _composition_problems(config: ModelConfig) -> Iterator[str]:
+    """Parts that do not fit together."""
+    if len(config.graphs) != len(config.encoders) + 2:
+        yield "two graphs have the same name"
+    for encoder in config.encoders:
+        if not encoder.outputs:
+            yield f"{encoder.graph} has no outputs"
+        windows = config.chunk_s / encoder.window_s
+        if abs(windows - round(windows)) > 1e-9 or windows < 1:
+            yield f"the window of {encoder.graph} does not divide a chunk"
+        for output in encoder.outputs:
+            if (output.kind == "rows") != (output.rows is not None):
+                yield f"{encoder.graph}.{output.name}: rows have a number, vectors have none"
+            elif encoder.variable_length and output.rows not in (None, config.rows_per_chunk):
+                yield f"{encoder.graph}.{output.name}: variable length needs one row an audio row"
+        if encoder.variable_length and (
+            windows != 1 or encoder.n_frames % config.rows_per_chunk or encoder.features.last_frame
+        ):
+            yield (
+                f"{config.rows_per_chunk} audio rows do not divide the {encoder.n_frames} frames "
+                f"of {encoder.graph}"
+            )
+    for wanted in config.projector.inputs:
+        kinds = {config.outputs[part][1].kind for part in wanted.parts if part in config.outputs}
+        if unknown := sorted(set(wanted.parts) - set(config.outputs)):
+            yield f"projector input {wanted.name!r:.40} reads {unknown!r:.80}, which no encoder has"
+        elif len(kinds) != 1:
+            yield f"projector input {wanted.name!r:.40} needs outputs of one kind"
+        elif (kinds == {"rows"}) != (wanted.rows is not None):
+            yield f"projector input {wanted.name!r:.40}: rows have a number, vectors have none"
+    if "audio_embeds" not in config.projector.outputs:
+        yield "the projector has no output audio_embeds"
+    kinds_of_parts = [part.kind for part in config.prompt.parts]
+    if kinds_of_parts.count("question") != 1 or "audio" not in kinds_of_parts:
+        yield "the prompt needs one question and at least one audio part"
+    for text in (config.prompt.choice_format, config.answer.choice_format):
+        if "{choice}" not in text:
+            yield f"{text!r:.40} has no {{choice}}"
+    if not config.decoder.stop_token_ids:
+        yield "the decoder has no stop token"
+
+
+_TOKENS = ("stop_token_ids", "token_ids", "close_id", "padding_id", "hidden_token_ids")
+_MAY_BE_ZERO = frozenset(("f_min_hz", "clip_margin_s", *_TOKENS))
 _SMALLEST, _LARGEST = 1e-12, 2**31 - 1
 
 
-def _number_problems(config: Any, where: str) -> list[str]:
+def _number_problems(config: Any, where: str) -> Iterator[str]:
     """Every number of a config that cannot be meant: zero, negative, enormous, NaN."""
-    problems = []
     for item in dataclasses.fields(config):
-        value, name = getattr(config, item.name), where + item.name
-        if dataclasses.is_dataclass(value):
-            problems += _number_problems(value, f"{name}.")
-            continue
+        found, name = getattr(config, item.name), where + item.name
         least = 0 if item.name in _MAY_BE_ZERO else _SMALLEST
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, bool) or not isinstance(number, int | float):
+        for value in found if isinstance(found, tuple) else (found,):
+            if dataclasses.is_dataclass(value):
+                yield from _number_problems(value, f"{name}.")
+            elif isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not least <= number <= _LARGEST:
-                problems.append(f"{name} is {number!r:.40}, expected a positive number")
-    return problems
+            elif not least <= value <= _LARGEST:
+                yield f"{name} is {value!r:.40}, expected a positive number"
 
 
 _Config = TypeVar("_Config")

@@ -2,7 +2,7 @@
 
 :meth:`~tinygiant.runtime.pipeline.TinyGiant.stream` yields, in this order: one :class:`AudioRead`,
 one :class:`StreamsReady`, one :class:`PromptRead`, any number of :class:`TextPiece`, one
-:class:`Finished`.
+:class:`Finished`. Where there is nothing to hear the model is not asked: times and counts are 0.
 """
 
 from __future__ import annotations

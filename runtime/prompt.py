@@ -1,102 +1,143 @@
-r"""The prompt: ChatML around the audio, the question and the choices. Training uses it too.
+r"""The prompt: the model's template filled with the question and the choices. Training uses it too.
 
-What the decoder reads, with the audio embeddings between ``prefix_ids`` and ``suffix_ids``::
+The template is data (:class:`~tinygiant.runtime.config.PromptConfig`). TinyGiantALM's is ChatML::
 
-    <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n        prefix_ids (constant)
-    <audio>                                                              N rows a chunk
-    \n{question}[\n{choices_header}\n{choice_prefix}{choice} ...]     instruction_ids, after \n
-    <|im_end|>\n<|im_start|>assistant\n                                end of suffix_ids
+    <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n        text
+    <audio>                                                              audio: N rows a chunk
+    \n                                                                  text
+    {question}[\nChoices:\n- {choice} ...]                             question
+    <|im_end|>\n<|im_start|>assistant\n                                text
 
-The user's text is the instruction, whose token embeddings are the projector's intent query (M_user
-in the paper). It is encoded by itself as plain text: control tokens in it stay text, and the ids
-the projector sees are exactly those the decoder sees.
+The user's text is the instruction, whose token embeddings a projector may read. It is encoded by
+itself as plain text: control tokens in it stay text, and the ids that a projector sees are exactly
+those that the decoder sees.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .config import PromptConfig
 from .errors import QuestionError
 from .tokenizer import Tokenizer
 
 __all__ = [
-    "IM_END",
-    "IM_START",
     "MAX_CHOICES",
     "MAX_QUESTION_CHARS",
-    "MAX_QUESTION_TOKENS",
-    "THINK_END",
     "Prompt",
     "build_prompt",
     "check_choices",
     "check_question",
+    "compose",
+    "format_choice",
     "user_text",
 ]
 
-MAX_QUESTION_TOKENS = 2_048  # question and choices together; the paper's limit of text tokens
 MAX_QUESTION_CHARS = 16_384  # checked first, so that an enormous question costs nothing
 MAX_CHOICES = 26
-
-IM_START, IM_END, THINK_END = "<|im_start|>", "<|im_end|>", "</think>"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids before and after the audio, and those of the user's text within ``suffix_ids``."""
+    """A filled template.
 
-    prefix_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
+    Attributes:
+        parts: token ids, or None where the audio rows stand.
+        instruction_ids: those of the user's text within ``parts``, without what fills it up.
+    """
+
+    parts: tuple[tuple[int, ...] | None, ...]
     instruction_ids: tuple[int, ...]
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Token ids before the first audio rows."""
+        before = self.parts[: self.parts.index(None)]
+        return tuple(token for ids in before for token in ids or ())
+
+    @property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """Token ids after the first audio rows; for templates with one audio part."""
+        after = self.parts[self.parts.index(None) + 1 :]
+        return tuple(token for ids in after for token in ids or ())
+
+    def followed_by(self, token_ids: Iterable[int]) -> Prompt:
+        """The prompt with more tokens at its end."""
+        return dataclasses.replace(self, parts=(*self.parts, tuple(token_ids)))
 
 
 def build_prompt(
     question: str, choices: Sequence[str] | None, tokenizer: Tokenizer, config: PromptConfig
 ) -> Prompt:
-    """Token ids of the whole prompt of one question, ``choices`` listed if there are any.
+    """The whole prompt of one question, ``choices`` listed if there are any.
 
     Raises:
-        QuestionError: a question or choices that cannot be asked; see :func:`check_question`,
-            :func:`check_choices`; or more than 2,048 tokens of text.
+        QuestionError: a question or choices that cannot be asked, see :func:`check_question` and
+            :func:`check_choices`; or more tokens than the model takes, where it does not cut them.
     """
-    instruction_ids = tokenizer.encode(user_text(question, choices, config))
-    if len(instruction_ids) > MAX_QUESTION_TOKENS:
-        raise QuestionError(
-            f"the question has {len(instruction_ids)} tokens, at most {MAX_QUESTION_TOKENS} fit; "
-            "shorten it"
-        )
-    im_start, im_end = tokenizer.token_id(IM_START), tokenizer.token_id(IM_END)
-    newline = tokenizer.encode("\n")
-    system_ids: list[int] = []
-    if config.system:
-        system_ids = [im_start, *tokenizer.encode(f"system\n{config.system}"), im_end, *newline]
-    return Prompt(
-        prefix_ids=(*system_ids, im_start, *tokenizer.encode("user\n")),
-        suffix_ids=(
-            *newline,
-            *instruction_ids,
-            im_end,
-            *newline,
-            im_start,
-            *tokenizer.encode("assistant\n"),
-        ),
-        instruction_ids=tuple(instruction_ids),
-    )
+    ids = tokenizer.encode(user_text(question, choices, config))
+    if len(ids) > config.max_tokens:
+        if config.too_long == "refused":
+            raise QuestionError(
+                f"the question has {len(ids)} tokens, at most {config.max_tokens} fit; shorten it"
+            )
+        ids = ids[: config.max_tokens]
+    padding = () if config.padding_id is None else (config.padding_id,)
+    parts: list[tuple[int, ...] | None] = []
+    for part in config.parts:
+        if part.kind == "audio":
+            parts.append(None)
+        elif part.kind == "question":
+            parts.append((*ids, *padding * (config.max_tokens - len(ids))))
+        elif part.kind == "tokens":
+            parts.append(part.token_ids)
+        else:
+            parts.append(tuple(tokenizer.encode_markup(part.text)))
+    return Prompt(tuple(parts), tuple(ids))
+
+
+def compose(
+    prompt: Prompt,
+    audio_rows: Sequence[NDArray[np.float32]],
+    lookup: Callable[[Sequence[int]], NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """What the decoder reads, ``(1, T, D)``.
+
+    Args:
+        prompt: the filled template.
+        audio_rows: ``(1, N, D)`` of each chunk of the clip, in order.
+        lookup: token embeddings, ``n`` ids -> ``(n, D)``.
+    """
+    rows: list[NDArray[np.float32]] = []
+    for ids in prompt.parts:
+        rows += audio_rows if ids is None else [lookup(ids)[None]] if ids else []
+    return np.concatenate(rows, axis=1)
 
 
 def user_text(question: str, choices: Sequence[str] | None, config: PromptConfig) -> str:
-    """The user's text after checking: the question and, on lines of their own, the choices.
+    """The user's text after checking: the question and the choices.
 
     Raises:
         QuestionError: a question or choices that cannot be asked.
     """
-    lines = [check_question(question)]
+    text = check_question(question)
     if choices is not None:
-        checked = check_choices(choices)
-        lines += [config.choices_header, *(config.choice_prefix + choice for choice in checked)]
-    return "\n".join(lines)
+        listed = enumerate(check_choices(choices))
+        text += config.choices_header
+        text += "".join(format_choice(config.choice_format, number, one) for number, one in listed)
+    return text.lower() if config.lower_case else text
+
+
+def format_choice(template: str, index: int, choice: str) -> str:
+    """``{choice}`` and ``{letter}`` of a template filled in."""
+    return template.replace("{letter}", string.ascii_lowercase[index]).replace("{choice}", choice)
 
 
 def check_question(question: str) -> str:

@@ -45,8 +45,9 @@ class Tokenizer:
         ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         if len(set(ids.values())) != len(ids):
             raise BundleError("two tokens have the same id; export the tokenizer again")
-        if missing := len(_BYTE_OF_CHARACTER.keys() - ids.keys()):
-            raise BundleError(f"{missing} of the 256 bytes have no token: byte-level is expected")
+        missing = _BYTE_OF_CHARACTER.keys() - ids.keys()
+        if needed := {_BYTE_OF_CHARACTER[character] for character in missing} - _RARE_BYTES:
+            raise BundleError(f"{len(needed)} bytes of text have no token: byte-level is expected")
         self._max_id = max(ids.values())
         added = tokenizer.get_added_tokens_decoder()
         self._added_ids: dict[str, int] = {
@@ -80,6 +81,11 @@ class Tokenizer:
     def max_id(self) -> int:
         """The largest token id."""
         return self._max_id
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens."""
+        return frozenset(self._added_ids.values())
 
     def token_id(self, content: str) -> int:
         """The id of the control token spelled ``content``.
@@ -173,3 +179,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_alphabet()
+# No question holds these: control characters, and bytes of UTF-8 that begin no assigned character.
+# A vocabulary learned from text, such as SmolLM2's, may lack some of them.
+_RARE_BYTES = {*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF4, 0x100)} - {0x09, 0x0A}

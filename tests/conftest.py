@@ -22,7 +22,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
-from tinygiant.runtime.config import ProjectorConfig, PromptConfig
 from tinygiant.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def tiny_config() -> TinyGiantConfig:
     """Nano's architecture at sizes that run in milliseconds."""
-    from tinygiant.models.config import preset
+    from tinygiant.models.config import ChatPrompt, EBranchformerConfig, preset
 
     nano = preset("nano")
     return dataclasses.replace(
@@ -94,8 +93,8 @@ def tiny_config() -> TinyGiantConfig:
             "head_dim": 32,
             "intermediate_size": 64,
         },
-        projector=ProjectorConfig(hidden_size=48, n_layers=1, n_heads=4, cgmlp_size=64),
-        prompt=PromptConfig(system="Listen, think, then answer."),
+        projector=EBranchformerConfig(hidden_size=48, n_layers=1, n_heads=4, cgmlp_size=64),
+        prompt=ChatPrompt(system="Listen, think, then answer."),
     )
 
 
@@ -145,6 +144,7 @@ def _export_digest() -> str:
     sources = [
         *root.glob("export/*.py"),
         *root.glob("models/*.py"),
+        *root.glob("quantize/*.py"),
         *(root / "runtime" / name for name in ("bundle.py", "config.py")),
         root / "models" / "training" / "tokenizer.py",
         Path(__file__),
@@ -183,65 +183,12 @@ def tone() -> Callable[[float, int], NDArray[np.float32]]:
 
 
 def write_bundle(model: TinyGiantALM, tokenizer_file: Path, root: Path) -> Path:
-    """Export every part of ``model`` in fp32 and write the manifest."""
-    import onnx
-    import onnx_ir as ir
+    """``model`` as an fp32 bundle, written by the exporter and not verified."""
+    from tinygiant.export.exporter import write_bundle as write
+    from tinygiant.quantize import recipe
 
-    from tinygiant.export.decoder import build_decoder
-    from tinygiant.export.encoders import (
-        export_anchor_encoder,
-        export_event_encoder,
-        export_temporal_encoder,
-    )
-    from tinygiant.export.projector import export_projector
-    from tinygiant.runtime import bundle as b
+    from .model_stub import MemorySource
 
-    config = model.config.runtime
-    onnx_folder = root / "onnx"
-    onnx_folder.mkdir(parents=True)
-    graphs = {
-        "whisper_encoder": export_temporal_encoder(model.whisper, config),
-        "htsat_encoder": export_event_encoder(model.htsat, config),
-        "projector": export_projector(model.projector, config),
-    }
-    if model.clap is not None:
-        graphs["clap_encoder"] = export_anchor_encoder(model.clap, config)
-    for name, graph in graphs.items():
-        ir.save(graph, onnx_folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
-    state = {name: tensor.numpy() for name, tensor in model.decoder.state_dict().items()}
-    build_decoder(config.decoder, state, onnx_folder / "decoder_model.onnx")
-    np.save(root / "embed_tokens.npy", state["model.embed_tokens.weight"].astype(np.float32))
-    shutil.copyfile(tokenizer_file, root / "tokenizer.json")
-    names = [*graphs, "decoder_model"]
-    external = {
-        name: tuple(
-            path.relative_to(root).as_posix()
-            for path in sorted(onnx_folder.glob(f"{name}*"))
-            if path.suffix != ".onnx"
-        )
-        for name in names
-    }
-    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-
-    def operators(name: str) -> tuple[str, ...]:
-        graph = onnx.load(onnx_folder / f"{name}.onnx", load_external_data=False).graph
-        return tuple(sorted({f"{node.domain or 'ai.onnx'}:{node.op_type}" for node in graph.node}))
-
-    manifest = b.Manifest(
-        model=config,
-        graphs={
-            name: b.GraphEntry(f"onnx/{name}.onnx", external[name], "fp32", operators(name))
-            for name in names
-        },
-        embeddings=b.EmbeddingsEntry("embed_tokens.npy", "fp32", None),
-        tokenizer="tokenizer.json",
-        recipe=b.RecipeEntry("fp32", {}),
-        opset=21,
-        min_onnxruntime="1.20.0",
-        source=b.SourceEntry("tiny", "0" * 64, "seeded-random", 7),
-        created={},
-        verification={},
-        files=tuple(b.describe_file(root, path) for path in files),
-    )
-    (root / b.MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    root.mkdir(parents=True)
+    write(MemorySource(model, tokenizer_file), root, recipe("fp32"))
     return root

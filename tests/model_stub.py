@@ -1,18 +1,27 @@
-"""A small decoder of transformers, and graphs that need not be traced again."""
+"""Small models: a decoder of transformers, one in memory to export, graphs not traced again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
+from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tinygiant.export.decoder import DecoderSpec
+from tinygiant.models.config import TinyGiantConfig, preset
+from tinygiant.models.family import Part
+from tinygiant.models.sources import TinyGiantSource
+from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.quantize import load_graph
-from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.bundle import SourceEntry
+
+FULL = preset("full").runtime
 
 
-def small_qwen3(config: DecoderConfig, *, tied: bool = True) -> Qwen3ForCausalLM:
+def small_qwen3(config: DecoderSpec, *, tied: bool = True) -> Qwen3ForCausalLM:
     """transformers' Qwen3 of a decoder's dimensions, with weights of torch's generator."""
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -34,17 +43,38 @@ def small_qwen3(config: DecoderConfig, *, tied: bool = True) -> Qwen3ForCausalLM
     ).eval()
 
 
+class MemorySource(TinyGiantSource):
+    """A model that is in memory already."""
+
+    def __init__(self, model: TinyGiantALM, tokenizer_file: Path) -> None:
+        self._model, self._tokenizer = model, tokenizer_file
+
+    @property
+    def details(self) -> TinyGiantConfig:
+        return self._model.config
+
+    def component(self, name: str) -> nn.Module | None:
+        module: nn.Module | None = getattr(self._model, name)
+        return module
+
+    def tokenizer(self) -> str:
+        return self._tokenizer.read_text(encoding="utf-8")
+
+    def entry(self) -> SourceEntry:
+        return SourceEntry("tiny", "0" * 64, "seeded-random", 7)
+
+
 def use_traced_graphs(
     monkeypatch: pytest.MonkeyPatch, bundle: Path, modules: Iterable[object]
 ) -> None:
     """``modules`` take the graphs of encoders and projector from ``bundle``: no tracing again."""
-    graphs = {
-        "export_temporal_encoder": "whisper_encoder",
-        "export_event_encoder": "htsat_encoder",
-        "export_projector": "projector",
-    }
-    for function, name in graphs.items():
-        path = bundle / "onnx" / f"{name}.onnx"
-        for module in modules:
-            replacement = lambda *_, path=path: load_graph(path)  # noqa: E731
-            monkeypatch.setattr(module, function, replacement, raising=False)
+
+    def traced(part: Part) -> ir.Model:
+        name = next(name for name, outputs in _OUTPUTS.items() if outputs == part.outputs[0])
+        return load_graph(bundle / "onnx" / f"{name}.onnx")
+
+    for module in modules:
+        monkeypatch.setattr(module, "trace", traced)
+
+
+_OUTPUTS = {"whisper_encoder": "temporal", "htsat_encoder": "events", "projector": "audio_embeds"}

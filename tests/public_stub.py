@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import tokenizers
 import torch
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits
+from tokenizers.pre_tokenizers import Sequence as Sequence_
 from torch import Tensor
 from transformers import ClapAudioConfig, LlamaConfig
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from tinygiant.models.ced import CedConfig
 from tinygiant.models.mellow import Mellow, MellowConfig
@@ -111,3 +116,21 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 MODELS = {"mizar": lambda: Mizar(small_mizar()), "mellow": lambda: Mellow(small_mellow())}
 MARKS = {"mizar": "audio_encoder.base.ced.", "mellow": "audio_encoder.base.htsat."}
+
+
+def small_tokenizer(added: Sequence[str] = ()) -> str:
+    """A tokenizer of SmolLM2's kind: 17 control tokens, then bytes, digits one by one, no NFC.
+
+    As SmolLM2's, it has no tokens for bytes that its texts never held.
+    """
+    control = ["<|endoftext|>", *(f"<control-{index}>" for index in range(1, 17))]
+    rare = {bytes_to_unicode()[byte] for byte in (0x04, 0xC0, 0xC1, 0xF1, 0xF5, 0xFF)}
+    alphabet = sorted(set(bytes_to_unicode().values()) - rare)
+    vocabulary = {token: index for index, token in enumerate([*control, *alphabet, *added])}
+    while len(vocabulary) < VOCABULARY:
+        vocabulary[f"unused{len(vocabulary)}"] = len(vocabulary)
+    tokenizer = tokenizers.Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = Sequence_([Digits(individual_digits=True), ByteLevel(False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(control)
+    return str(tokenizer.to_str())

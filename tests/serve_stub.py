@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import threading
@@ -15,10 +16,11 @@ from typing import Any
 import httpx
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
+from tests.shipped import NANO
 from tinygiant.runtime.answer import AnswerParser
 from tinygiant.runtime.audio import read_audio
-from tinygiant.runtime.config import ModelConfig
 from tinygiant.runtime.events import (
     Answer,
     AudioAccount,
@@ -43,6 +45,12 @@ THOUGHT = (
     "<REASONING>Barking is a dog's.</REASONING><SUMMARY> A dog. </SUMMARY></think>\n<RESPONSE>\n"
 )
 
+# Intent attention and gate.
+LISTENING: tuple[NDArray[np.float32] | None, NDArray[np.float32] | None] = (
+    np.array([0.1, 0.2, 0.7], np.float32),
+    np.array([[0.25, 0.5]], np.float32),
+)
+
 
 class FakeModel:
     """Answers every question with the same thought; ``tick`` is called before each token.
@@ -52,9 +60,10 @@ class FakeModel:
     """
 
     def __init__(self, tick: Callable[[], object] = lambda: None, text: str | None = None) -> None:
-        self.config = ModelConfig(name="fake")
+        self.config = dataclasses.replace(NANO, name="fake")
         self.tick = tick
         self.text = text
+        self.listening = LISTENING
         self.started: list[str] = []
         self.finished: list[str] = []
         self.closed: list[str] = []
@@ -96,8 +105,7 @@ class FakeModel:
             )
             yield AudioRead(account)
             yield StreamsReady(False, 0.25)
-            attention = np.array([0.1, 0.2, 0.7], np.float32)
-            yield PromptRead(20, attention, np.array([[0.25, 0.5]], np.float32))
+            yield PromptRead(20, *self.listening)
             answer = "a dog" if choices is None else choices[-1]
             text = self.text or f"{THOUGHT}{answer}</RESPONSE>"
             tokens = [text[i : i + 5] for i in range(0, len(text), 5)][:max_new_tokens]

@@ -18,11 +18,10 @@ from benchmarks.report import read_results, write_result
 from benchmarks.scoring import wilson_interval
 from tests.model_stub import use_traced_graphs
 from tinygiant.export import exporter
-from tinygiant.export.source import CheckpointSource
 from tinygiant.models import TinyGiantALM, save
+from tinygiant.models.sources import CheckpointSource
 from tinygiant.quantize import RECIPES, quantize_graph
 from tinygiant.runtime.errors import CheckpointError, StorageError, UsageError
-from tinygiant.runtime.ort import sessions
 from tinygiant.runtime.ort.sessions import SessionSettings
 
 Run = Callable[..., tuple[str, dict[str, Any]]]
@@ -102,10 +101,9 @@ def test_today_s_variants_are_what_the_recipes_ship() -> None:
     decoders, encoders = recipes.VARIANTS["decoder"], recipes.VARIANTS["encoder"]
     int4 = RECIPES["int4"]
     today = recipes.TODAY["decoder"]
-    assert decoders[today] == recipes.Variant(int4.graphs["decoder_model"], int4.kv_cache)
-    assert decoders["int8-b32"].scheme == RECIPES["int8"].graphs["decoder_model"]
-    for graph in ("whisper_encoder", "htsat_encoder", "clap_encoder"):
-        assert encoders[recipes.TODAY["encoder"]].scheme == int4.graphs[graph]
+    assert decoders[today] == recipes.Variant(int4.graphs["decoder"], int4.kv_cache)
+    assert decoders["int8-b32"].scheme == RECIPES["int8"].graphs["decoder"]
+    assert encoders[recipes.TODAY["encoder"]].scheme == int4.graphs["encoder"]
     for of_task in recipes.VARIANTS.values():
         assert of_task["fp32"].scheme == RECIPES["fp32"].graphs["projector"]
         assert len(set(of_task.values())) == len(of_task)
@@ -123,17 +121,12 @@ def test_a_bundle_s_recipe_has_the_variant_where_it_belongs() -> None:
     int8 = RECIPES["int8"]
     decoder = recipes.recipe_of("decoder", "int4-b128-head8-kv8")
     changed = {g for g in int8.graphs if decoder.graphs[g] != int8.graphs[g]}
-    assert (changed, decoder.kv_cache) == ({"decoder_model"}, "int8")
-    assert decoder.graphs["decoder_model"].block_size == 128
+    assert (changed, decoder.kv_cache) == ({"decoder"}, "int8")
+    assert decoder.graphs["decoder"].block_size == 128
     encoder = recipes.recipe_of("encoder", "int8-8bit-tensor")
     changed = {g for g in int8.graphs if encoder.graphs[g] != int8.graphs[g]}
-    assert changed == {"whisper_encoder", "htsat_encoder", "clap_encoder"}
+    assert changed == {"encoder"}
     assert (encoder.embeddings, encoder.kv_cache) == ("int8", "fp32")
-
-
-def test_graphs_are_loaded_as_the_runtime_loads_them() -> None:
-    timed = {graph for of_task in recipes._GRAPHS.values() for graph in of_task}
-    assert timed & sessions._NOT_PACKED == {recipes._NOT_PACKED}
 
 
 # Figures.
@@ -194,6 +187,7 @@ def test_the_encoders_hear_a_window_full_of_sound(
     model = CheckpointSource(checkpoint)
     whisper = recipes.EncoderTrial(model, tmp_path / "whisper_encoder.onnx", SETTINGS)
     htsat = recipes.EncoderTrial(model, tmp_path / "htsat_encoder.onnx", SETTINGS)
+    assert (whisper.pack, htsat.pack) == (True, False)  # as the runtime loads them
     (features,) = (inputs["input_features"] for inputs in whisper._inputs)
     assert features.shape == (1, 128, 3_000)
     assert [inputs["input_features"].shape for inputs in htsat._inputs] == 3 * [(1, 1, 1_001, 64)]

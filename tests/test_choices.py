@@ -11,12 +11,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.shipped import FORM
 from tinygiant.runtime.choices import ChoiceTrie, probabilities
+from tinygiant.runtime.config import AnswerForm
 from tinygiant.runtime.errors import BundleError, QuestionError
 from tinygiant.runtime.prompt import check_choices
 from tinygiant.runtime.tokenizer import Tokenizer
 
 VOCAB = 512
+STOP = 2
 TRICKY = st.sampled_from(
     ["a dog", "a dog barks", "a dog.", "a", "ab", "1", "10", "1.5", " 2", "yes", "Yes", "YES!",
      "<RESPONSE>", "</think>", "<|im_end|>", "- a dog", "caf\u00e9", "\u97f3", "\u97f3\u58f0",
@@ -55,10 +58,14 @@ def decode(trie: ChoiceTrie, model: Model, unread: list[int]) -> tuple[list[int]
             return tokens, end.value
 
 
+def trie_of(choices: Sequence[str], tokenizer: Tokenizer, form: AnswerForm = FORM) -> ChoiceTrie:
+    return ChoiceTrie.of_choices(choices, tokenizer, form, STOP)
+
+
 def asked(choices: list[str], tokenizer: Tokenizer) -> tuple[str, ...]:
     try:
         checked = check_choices(choices)
-        ChoiceTrie.of_choices(choices, tokenizer)
+        trie_of(choices, tokenizer)
     except QuestionError:
         assume(False)
     return checked
@@ -69,7 +76,7 @@ def test_the_answer_is_exactly_one_choice(
     choices: list[str], seed: int, tokenizer: Tokenizer
 ) -> None:
     checked = asked(choices, tokenizer)
-    tokens, index = decode(ChoiceTrie.of_choices(choices, tokenizer), Model(seed), [4])
+    tokens, index = decode(trie_of(choices, tokenizer), Model(seed), [4])
     assert tokenizer.decode(tokens) == f"\n<RESPONSE>\n{checked[index]}</RESPONSE>"
 
 
@@ -79,7 +86,7 @@ def test_it_is_the_greedy_path_among_the_choices(
 ) -> None:
     checked = asked(choices, tokenizer)
     model = Model(seed)
-    tokens, index = decode(ChoiceTrie.of_choices(choices, tokenizer), Model(seed), [4])
+    tokens, index = decode(trie_of(choices, tokenizer), Model(seed), [4])
     # The same, without a trie: keep the sequences that agree, token by token.
     sequences = [tokenizer.encode(f"\n<RESPONSE>\n{choice}</RESPONSE>") for choice in checked]
     left = list(range(len(sequences)))
@@ -97,7 +104,7 @@ def test_the_model_runs_at_forks_only(choices: list[str], seed: int, tokenizer: 
     checked = asked(choices, tokenizer)
     sequences = [tokenizer.encode(f"\n<RESPONSE>\n{choice}</RESPONSE>") for choice in checked]
     model = Model(seed)
-    tokens, _ = decode(ChoiceTrie.of_choices(choices, tokenizer), model, [4])
+    tokens, _ = decode(trie_of(choices, tokenizer), model, [4])
     forks = sum(
         len({s[i] for s in sequences if s[:i] == tokens[:i] and len(s) > i}) > 1
         for i in range(len(tokens))
@@ -126,7 +133,7 @@ def test_scores_are_those_of_each_choice_by_itself(
     choices: list[str], seed: int, tokenizer: Tokenizer
 ) -> None:
     asked(choices, tokenizer)
-    trie = ChoiceTrie.of_choices(choices, tokenizer)
+    trie = trie_of(choices, tokenizer)
     model, prompt = Scorer(seed), [4, 7]
     logits = model.step(prompt)[-1]
     found = trie.log_likelihoods(model, logits)  # type: ignore[arg-type]
@@ -140,7 +147,7 @@ def test_scores_are_those_of_each_choice_by_itself(
 
 
 def test_what_choices_share_is_read_once(tokenizer: Tokenizer) -> None:
-    trie = ChoiceTrie.of_choices(["a dog barks", "a dog growls", "a dog"], tokenizer)
+    trie = trie_of(["a dog barks", "a dog growls", "a dog"], tokenizer)
     model = Scorer(1)
     trie.log_likelihoods(model, model.logits([]))  # type: ignore[arg-type]
     shared = 0
@@ -157,7 +164,7 @@ def test_likelihoods_become_probabilities() -> None:
 
 def test_every_choice_can_win(tokenizer: Tokenizer) -> None:
     choices = [f"{letter} sound" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    trie = ChoiceTrie.of_choices(choices, tokenizer)
+    trie = trie_of(choices, tokenizer)
     for index, choice in enumerate(choices):
         wanted = tokenizer.encode(f"\n<RESPONSE>\n{choice}</RESPONSE>")
 
@@ -177,21 +184,21 @@ def test_every_choice_can_win(tokenizer: Tokenizer) -> None:
 
 
 def test_a_prefix_of_another_choice_can_win(tokenizer: Tokenizer) -> None:
-    trie = ChoiceTrie.of_choices(["a dog barks", "a dog"], tokenizer)
+    trie = trie_of(["a dog barks", "a dog"], tokenizer)
     found = {decode(trie, Model(seed), [4])[1] for seed in range(20)}
     assert found == {0, 1}
 
 
 def test_composed_and_decomposed_spelling_is_one_choice(tokenizer: Tokenizer) -> None:
     choices = ["cafe\u0301", "tea"]
-    tokens, index = decode(ChoiceTrie.of_choices(choices, tokenizer), Model(1), [4])
+    tokens, index = decode(trie_of(choices, tokenizer), Model(1), [4])
     assert unicodedata.normalize("NFC", choices[index]) in tokenizer.decode(tokens)
 
 
 def test_choices_that_contain_the_closing_tag_cannot_be_told_apart(tokenizer: Tokenizer) -> None:
     for choices in (["a", "a</RESPONSE>"], ["a</RESPONSE>", "a"]):
         with pytest.raises(QuestionError, match="cannot be told apart"):
-            ChoiceTrie.of_choices(choices, tokenizer)
+            trie_of(choices, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -215,18 +222,27 @@ def test_a_choice_the_tokenizer_cannot_spell_is_refused(tokenizer: Tokenizer) ->
             return tokenizer.decode(token_ids)  # type: ignore[arg-type]
 
     with pytest.raises(QuestionError, match="choice 2 cannot be spelled"):
-        ChoiceTrie.of_choices(["a", "zebra"], Lossy())
+        trie_of(["a", "zebra"], Lossy())
 
 
 @pytest.mark.parametrize("choices", [["a"], ["a", "a"], ["a", ""], ["a", "b\n"]])
 def test_choices_are_checked_first(choices: list[str], tokenizer: Tokenizer) -> None:
     with pytest.raises(QuestionError):
-        ChoiceTrie.of_choices(choices, tokenizer)
+        trie_of(choices, tokenizer)
 
 
 def test_not_a_number_is_an_error(tokenizer: Tokenizer) -> None:
-    trie = ChoiceTrie.of_choices(["a", "b"], tokenizer)
+    trie = trie_of(["a", "b"], tokenizer)
     with pytest.raises(BundleError, match="NaN"):
         list(trie.decode(lambda _: np.full(VOCAB, np.nan, np.float32), [4]))
     with pytest.raises(BundleError, match="NaN"):
         trie.log_likelihoods(Scorer(1), np.full(VOCAB, np.nan, np.float32))  # type: ignore[arg-type]
+
+
+def test_a_plain_answer_ends_with_the_stop_token(tokenizer: Tokenizer) -> None:
+    """Without a closing tag "a dog" would be the beginning of "a dog barks": it needs its end."""
+    choices = ["a dog barks", "a dog"]
+    trie = trie_of(choices, tokenizer, AnswerForm(choice_format="{letter}) {choice}"))
+    assert [tokenizer.decode(ids[:-1]) for ids in trie.sequences] == ["a) a dog barks", "b) a dog"]
+    assert {ids[-1] for ids in trie.sequences} == {STOP}
+    assert decode(trie, Model(3), [4])[1] in (0, 1)

@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 from transformers import Qwen3ForCausalLM
 
 from tests.model_stub import small_qwen3
-from tinygiant.export.decoder import build_decoder
+from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.runtime import decoder as engine
-from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.decoder import Decoder, greedy
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import BundleError, UsageError
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 
-CONFIG = DecoderConfig(
+CONFIG = DecoderSpec(
     vocab_size=97,
     hidden_size=48,
     n_layers=3,
@@ -30,8 +29,10 @@ CONFIG = DecoderConfig(
     head_dim=32,
     ffn_size=80,
     max_positions=64,
-    eos_token_ids=(1,),
-    think_end_token_id=2,
+    stop_token_ids=(1,),
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    qk_norm=True,
 )
 CAPACITY = 60
 IDS = st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=20)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import DynamicCache, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from tests.model_stub import small_qwen3
-from tinygiant.export.decoder import build_decoder
+from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.runtime.config import DecoderConfig
+from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.errors import CheckpointError
+from tinygiant.runtime.ort.sessions import Graph
 
-CONFIG = DecoderConfig(
+CONFIG = DecoderSpec(
     vocab_size=97,
     hidden_size=48,
     n_layers=3,
@@ -25,8 +34,10 @@ CONFIG = DecoderConfig(
     head_dim=32,
     ffn_size=80,
     max_positions=64,
-    eos_token_ids=(1,),
-    think_end_token_id=2,
+    stop_token_ids=(1,),
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    qk_norm=True,
 )
 CAPACITY = 40
 TOLERANCE = 1e-4
@@ -159,6 +170,52 @@ def test_structure(graph: Path) -> None:
     names = {t.name for t in model.graph.initializer}
     matmuls = [node for node in model.graph.node if node.op_type == "MatMul"]
     assert all(node.input[1] in names for node in matmuls)
+
+
+def test_a_llama_of_smollm2s_shape(tmp_path: Path) -> None:
+    """Another family: no norms of queries and keys, three query heads to one of keys."""
+    torch.manual_seed(3)
+    upstream = LlamaConfig(
+        vocab_size=97, hidden_size=144, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=9, num_key_value_heads=3, head_dim=16, max_position_embeddings=64,
+        rope_theta=100_000.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(upstream).eval()
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+    sizes = DecoderConfig(97, 144, 2, 3, 16, 64, (0,))
+    spec = DecoderSpec.of(sizes, upstream)
+    assert (spec.qk_norm, spec.rope_theta, spec.n_heads) == (False, 100_000.0, 9)
+    state = {name: tensor.numpy() for name, tensor in llama.state_dict().items()}
+    del state["lm_head.weight"]
+    build_decoder(spec, state, tmp_path / "decoder.onnx")
+    embeds = np.random.default_rng(5).standard_normal((1, 12, 144)).astype(np.float32)
+    with torch.no_grad():
+        wanted = llama(inputs_embeds=torch.from_numpy(embeds)).logits.numpy()
+    decoder = Decoder(Graph(tmp_path / "decoder.onnx"), Untouched(), sizes, 12)
+    found = [decoder.prefill(embeds[:, :11]), decoder.prefill(embeds[:, 11:])]
+    assert relative_error(np.stack(found), wanted[0, [10, 11]]) <= TOLERANCE
+
+
+class Untouched:
+    def lookup(self, token_ids: object) -> np.ndarray:
+        raise AssertionError("no token was to be read")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"attention_bias": True}, "attention has biases"),
+        ({"hidden_act": "gelu"}, "its activation is gelu"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rotary positions are scaled"),
+    ],
+)
+def test_what_the_graph_has_not_is_refused(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(CheckpointError, match=what):
+        DecoderSpec.of(CONFIG, LlamaConfig(**changes))
+    with pytest.raises(CheckpointError, match="the family gpt2"):
+        DecoderSpec.of(CONFIG, GPT2Config())
 
 
 def test_missing_and_unknown_tensors_are_named_at_once(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from tinygiant.export.encoders import export_anchor_encoder, export_event_encoder
-from tinygiant.export.projector import export_projector
-from tinygiant.export.source import RandomSource, byte_tokenizer
+from tinygiant.export.tracing import trace
 from tinygiant.models.config import TinyGiantConfig, preset
+from tinygiant.models.graphs import projector_part, tower_part
+from tinygiant.models.sources import RandomSource, byte_tokenizer
 from tinygiant.models.tinygiant import TinyGiantALM, build_component, encode_event
 from tinygiant.quantize.graph import save_graph
 from tinygiant.runtime.tokenizer import Tokenizer
@@ -71,12 +71,12 @@ def test_events_and_anchor_of_a_shared_tower(tiny_model: TinyGiantALM, tiny_bund
 def test_projector_at_any_length(
     tiny_model: TinyGiantALM, tiny_bundle: Path, n_tokens: int, n_instruction: int
 ) -> None:
-    config = tiny_model.config.runtime
+    config = tiny_model.config
     torch.manual_seed(n_tokens)
     inputs = {
         "streams": torch.randn(1, n_tokens, config.stream_size),
-        "anchor": torch.randn(1, config.event.anchor_size),
-        "instruction_embeds": torch.randn(1, n_instruction, config.decoder.hidden_size),
+        "anchor": torch.randn(1, config.anchor_size),
+        "instruction_embeds": torch.randn(1, n_instruction, config.projector.hidden_size),
         "instruction_mask": torch.ones(1, n_instruction, dtype=torch.int64),
     }
     inputs["instruction_mask"][:, n_instruction // 2 + 1 :] = 0
@@ -134,8 +134,9 @@ def test_separate_towers(tiny_config: TinyGiantConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny_config, clap=clap)
     towers = {name: build_component(config, name, 3) for name in ("htsat", "clap")}
     features = torch.randn(1, 1, 1001, 64, generator=torch.Generator().manual_seed(2))
-    save_graph(export_event_encoder(towers["htsat"], config.runtime), tmp_path / "htsat.onnx")
-    save_graph(export_anchor_encoder(towers["clap"], config.runtime), tmp_path / "clap.onnx")
+    for name, tower in towers.items():
+        part = tower_part(tower, config, f"{name}_encoder")
+        save_graph(trace(part), tmp_path / f"{name}.onnx")
     with torch.no_grad():
         wanted = {
             "htsat": {"events": encode_event(towers["htsat"], features)[0]},
@@ -154,11 +155,11 @@ def test_an_ablated_projector_has_no_unused_inputs(
     sizes = dataclasses.replace(tiny_config.projector, intent_query=False, semantic_gate=False)
     config = dataclasses.replace(tiny_config, projector=sizes)
     projector = build_component(config, "projector", 4)
-    save_graph(export_projector(projector, config.runtime), tmp_path / "projector.onnx")
+    save_graph(trace(projector_part(projector, config)), tmp_path / "projector.onnx")
     graph = session(tmp_path / "projector.onnx")
     assert [value.name for value in graph.get_inputs()] == ["streams"]
     assert [value.name for value in graph.get_outputs()] == ["audio_embeds"]
-    streams = torch.randn(1, 11, config.runtime.stream_size)
+    streams = torch.randn(1, 11, config.stream_size)
     (found,) = graph.run(None, {"streams": streams.numpy()})
     assert relative_error(found, projector(streams, None, None, None).audio_embeds) <= TOLERANCE
 

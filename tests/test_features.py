@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from functools import cache
@@ -13,12 +14,15 @@ import soxr
 import transformers.audio_utils
 from transformers import ClapFeatureExtractor, WhisperFeatureExtractor
 
+from tinygiant.models.config import preset
+from tinygiant.models.features import WHISPER, ClapFeatures
 from tinygiant.runtime.audio import read_audio
-from tinygiant.runtime.chunks import split_chunks
-from tinygiant.runtime.config import ClapFeatures, ModelConfig, WhisperFeatures
+from tinygiant.runtime.config import LogMel
 from tinygiant.runtime.errors import AudioError, UsageError
-from tinygiant.runtime.features import clap_log_mel, mel_filter_bank, whisper_log_mel
+from tinygiant.runtime.features import log_mel, mel_filter_bank
+from tinygiant.runtime.preprocess import preprocess
 
+FULL = preset("full").runtime
 WHISPER_TOLERANCE = 1e-4
 CLAP_TOLERANCE_DB = 1e-3
 
@@ -27,6 +31,14 @@ RATES_HZ = (8_000, 16_000, 22_050, 44_100, 48_000, 96_000)
 LEVELS = ("silence", "full scale")
 WHISPER_BANK = (400, 128, 0.0, 8_000.0, 16_000)
 CLAP_BANK = (1_024, 64, 50.0, 14_000.0, 48_000)
+
+
+def whisper_log_mel(samples: np.ndarray, n_frames: int = 3_000) -> np.ndarray:
+    return log_mel(samples, WHISPER, n_frames)
+
+
+def clap_log_mel(samples: np.ndarray, config: ClapFeatures = ClapFeatures()) -> np.ndarray:  # noqa: B008
+    return log_mel(samples, config.log_mel, 1_001)
 
 
 @cache
@@ -87,15 +99,15 @@ def worst_errors(
 ) -> tuple[float, float]:
     """Largest differences from transformers over all chunks and windows: Whisper, CLAP (dB)."""
     frames = clip(duration_s, rate_hz, n_channels, level)
-    chunks = split_chunks(read_audio((frames, rate_hz)), ModelConfig())
+    chunks = preprocess(read_audio((frames, rate_hz)), FULL)
     mono = frames.mean(axis=1)
     at_16k = independent_resample(mono, rate_hz, 16_000)
     at_48k = independent_resample(mono, rate_hz, 48_000)
     whisper_windows = [at_16k[i : i + 480_000] for i in range(0, at_16k.size, 480_000)]
     clap_windows = [at_48k[i : i + 480_000] for i in range(0, at_48k.size, 480_000)]
 
-    whisper_ours = [chunk.temporal_features for chunk in chunks]
-    clap_ours = [features for chunk in chunks for features in chunk.event_features]
+    whisper_ours = [chunk.windows["whisper_encoder"][0][0] for chunk in chunks]
+    clap_ours = [window[0, 0] for chunk in chunks for window in chunk.windows["clap_encoder"]]
     assert len(whisper_ours) == len(whisper_windows)
     assert len(clap_ours) == len(clap_windows)
     return (
@@ -261,19 +273,16 @@ def test_silence_is_finite() -> None:
 def test_misuse_is_refused_in_one_line() -> None:
     with pytest.raises(AudioError, match="no samples"):
         clap_log_mel(np.zeros(0, dtype=np.float32))
-    with pytest.raises(UsageError, match=r"480001 samples are more than .* 480000"):
-        clap_log_mel(np.zeros(480_001, dtype=np.float32))
     with pytest.raises(UsageError, match="1 feature frames are too few"):
         whisper_log_mel(np.zeros(100, dtype=np.float32), n_frames=1)
 
 
-def test_defaults_are_those_of_the_extractors() -> None:
-    whisper, clap = WhisperFeatures(), ClapFeatures()
-    assert (whisper.n_samples, whisper.n_frames) == (480_000, 3_000)
-    assert (clap.n_samples, clap.n_frames) == (480_000, 1_001)
-    assert whisper_extractor().n_samples == whisper.n_samples
-    assert whisper_extractor().nb_max_frames == whisper.n_frames
-    assert clap_extractor().nb_max_samples == clap.n_samples
+def test_windows_are_those_of_the_extractors() -> None:
+    clap = ClapFeatures()
+    assert WHISPER.n_frames(30.0) == whisper_extractor().nb_max_frames == 3_000
+    assert whisper_extractor().n_samples == 30 * WHISPER.sampling_rate_hz
+    assert clap.log_mel.n_frames(clap.window_s) == 1_001
+    assert clap_extractor().nb_max_samples == round(clap.window_s * clap.sampling_rate_hz)
 
 
 @pytest.mark.parametrize("norm", [None, "slaney"])
@@ -296,3 +305,45 @@ def test_htk_filter_bank_equals_transformers_and_librosa(
     ).T
     np.testing.assert_allclose(found, by_transformers, atol=1e-12)
     np.testing.assert_allclose(found, by_librosa, atol=1e-6 if norm is None else 1e-8)
+
+
+def test_a_loudness_range_is_torchaudios_top_db() -> None:
+    """HTK bands of peak 1 in dB, at most 120 dB below the loudest: Mizar's features, by librosa."""
+    features = LogMel(
+        n_fft=512,
+        hop_length=160,
+        n_mels=64,
+        mel_scale="htk",
+        mel_norm="none",
+        log="db",
+        dynamic_range=120.0,
+        last_frame=True,
+        layout="mels_frames",
+    )
+    samples = np.zeros(32_000, dtype=np.float32)
+    samples[:8_000] = 900 * clip(0.5, 16_000, 1, "full scale")[:, 0]
+    power = librosa.feature.melspectrogram(
+        y=samples.astype(np.float64), sr=16_000, n_fft=512, hop_length=160, n_mels=64, htk=True,
+        norm=None, pad_mode="reflect",
+    )  # fmt: skip
+    expected = librosa.power_to_db(power, amin=1e-10, top_db=120.0)
+    found = log_mel(samples[:8_000], features, 201)
+    assert found.shape == expected.shape == (64, 201)
+    assert np.abs(found - expected).max() <= 1e-2
+    assert found.min() == pytest.approx(found.max() - 120.0)
+    unlimited = log_mel(samples[:8_000], dataclasses.replace(features, dynamic_range=None), 201)
+    assert unlimited.min() == pytest.approx(-100.0)
+
+
+def test_a_short_clip_fills_its_window_by_the_features_rule() -> None:
+    """Zeros, whole repeats and then zeros, or the clip again and again to the last sample."""
+    samples = np.random.default_rng(9).uniform(-1, 1, 7_000).astype(np.float32)
+    features = ClapFeatures(sampling_rate_hz=16_000, hop_length=160).log_mel
+    once = np.pad(samples, (0, 9_000))
+    twice = np.pad(np.tile(samples, 2), (0, 2_000))
+    tiled = np.concatenate([samples, samples, samples[:2_000]])
+    for padding, whole in (("zeros", once), ("repeat", twice), ("tile", tiled)):
+        changed = dataclasses.replace(features, padding=padding)
+        np.testing.assert_array_equal(
+            log_mel(samples, changed, 101), log_mel(whole, features, 101), err_msg=padding
+        )

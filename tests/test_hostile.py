@@ -19,10 +19,11 @@ import pytest
 
 from tests.fuzz import run as fuzz
 from tests.fuzz.targets import TARGETS, Target, damaged, tokenizer_json
+from tests.shipped import NANO, PROMPT
 from tinygiant.models.tensors import open_tensors, read_json
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.bundle import Bundle
-from tinygiant.runtime.config import ModelConfig, PromptConfig, config_from_dict, config_to_dict
+from tinygiant.runtime.config import ModelConfig, config_from_dict, config_to_dict
 from tinygiant.runtime.errors import AudioError, BundleError, CheckpointError, QuestionError
 from tinygiant.runtime.ort.sessions import Graph
 from tinygiant.runtime.prompt import MAX_QUESTION_CHARS, build_prompt
@@ -105,26 +106,27 @@ def test_deeply_nested_json_is_refused(tmp_path: Path, opening: str) -> None:
 )
 def test_numbers_that_cannot_be_meant(value: float) -> None:
     """Each number of a model's config in turn; where 0 or a tiny number makes sense it may stay."""
-    good = config_to_dict(ModelConfig())
+    good = json.loads(json.dumps(config_to_dict(NANO)))
 
     def check(part: dict[str, Any], name: str) -> None:
         kept = part[name]
-        part[name] = [value] if isinstance(kept, tuple) else value
+        part[name] = [value] if isinstance(kept, list) else value
         try:
             config_from_dict(ModelConfig, good)
         except BundleError as error:
             assert name in str(error)
         else:
-            assert name in ("f_min_hz", "clip_margin_s", "eos_token_ids", "think_end_token_id")
+            assert name in ("f_min_hz", "clip_margin_s", "stop_token_ids", "close_id")
             assert value in (0, 1e-300)
         part[name] = kept
 
     def walk(part: dict[str, Any]) -> None:
         for name, item in part.items():
-            if isinstance(item, dict):
-                walk(item)
-            elif isinstance(item, int | float | tuple) and not isinstance(item, bool):
-                check(part, name)
+            for inner in item if isinstance(item, list) else [item]:
+                if isinstance(inner, dict):
+                    walk(inner)
+                elif isinstance(inner, int | float) and not isinstance(inner, bool):
+                    check(part, name)
 
     walk(good)
 
@@ -157,7 +159,7 @@ def test_no_text_takes_long_or_reaches_a_control_token(unit: str, tokenizer: Tok
     question = ("?" + unit * MAX_QUESTION_CHARS)[:MAX_QUESTION_CHARS]
     start = time.process_time()
     try:
-        prompt = build_prompt(question, None, tokenizer, PromptConfig())
+        prompt = build_prompt(question, None, tokenizer, PROMPT)
     except QuestionError:
         prompt = None  # more tokens than fit
     assert time.process_time() - start < 5.0

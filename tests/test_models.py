@@ -27,10 +27,10 @@ from tinygiant.models import (
     preset,
     save,
 )
+from tinygiant.models.config import EBranchformerConfig
 from tinygiant.models.tinygiant import encode_event, encode_temporal
 from tinygiant.models.training.tokenizer import train_tokenizer
 from tinygiant.runtime.audio import read_audio
-from tinygiant.runtime.config import ProjectorConfig
 from tinygiant.runtime.errors import CheckpointError
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -66,9 +66,14 @@ def test_full_size_has_the_published_parameter_counts() -> None:
 
 def test_full_size_contract_has_the_published_shapes() -> None:
     runtime = preset("full").runtime
-    assert (runtime.tokens_per_chunk, runtime.stream_size) == (300, 2048)
-    assert runtime.event.steps_per_window == 32
-    assert runtime.event.anchor_size == 1024
+    assert (runtime.chunk_s, runtime.rows_per_chunk) == (30.0, 300)
+    assert preset("full").stream_size == 2048
+    outputs = {name: (output.rows, output.size) for name, (_, output) in runtime.outputs.items()}
+    assert outputs == {
+        "whisper_encoder.temporal": (300, 1280),
+        "htsat_encoder.events": (32, 768),
+        "clap_encoder.anchor": (None, 1024),
+    }
     assert runtime.decoder.kv_values_per_token == 57_344
     assert runtime.audio_context == "full"
 
@@ -91,7 +96,7 @@ def test_event_stream_is_the_tower_averaged_over_frequency() -> None:
     with torch.no_grad():
         output = tower(features)
         events, anchor = encode_event(tower, features)
-    assert events.shape == (2, NANO.runtime.event.steps_per_window, 192)
+    assert events.shape == (2, NANO.runtime.outputs["htsat_encoder.events"][1].rows, 192)
     # The pooled output is the mean over both axes, so the events' mean over time is the anchor.
     torch.testing.assert_close(events.mean(1), output.pooler_output, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(anchor, output.pooler_output)
@@ -109,7 +114,7 @@ def _projector_inputs(n_tokens: int) -> tuple[torch.Tensor, ...]:
 
 def _projector(**switches: bool) -> Projector:
     torch.manual_seed(0)
-    config = ProjectorConfig(hidden_size=32, n_heads=4, cgmlp_size=64, **switches)
+    config = EBranchformerConfig(hidden_size=32, n_heads=4, cgmlp_size=64, **switches)
     projector = Projector(config, stream_size=24, anchor_size=8).eval()
     for block in projector.blocks:  # the gate starts as a pass-through, which would hide mistakes
         torch.nn.init.normal_(block.cgmlp.conv.weight, std=0.3)
@@ -184,7 +189,7 @@ def test_ablations_ignore_what_they_leave_out(intent: bool, gate: bool) -> None:
 def test_a_new_cgmlp_gate_passes_its_input_through() -> None:
     """Reference E-Branchformer: the gating convolution starts at about 0 with bias 1."""
     torch.manual_seed(0)
-    config = ProjectorConfig(hidden_size=32, n_heads=4, cgmlp_size=64)
+    config = EBranchformerConfig(hidden_size=32, n_heads=4, cgmlp_size=64)
     block = Projector(config, 24, 8).blocks[0]
     x = torch.randn(1, 30, 32)
     with torch.no_grad():

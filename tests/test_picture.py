@@ -14,11 +14,12 @@ import soundfile
 from numpy.typing import NDArray
 
 from tinygiant.runtime import Finished, PromptRead, TinyGiant, pipeline, read_audio
-from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.cli import main as cli
 from tinygiant.runtime.cli.picture import draw, save
+from tinygiant.runtime.preprocess import preprocess
 
 Tone = Callable[[float, int], NDArray[np.float32]]
+MELS = ("whisper_encoder", "htsat_encoder")
 Drawn = tuple[Any, Any, PromptRead, Any]
 
 
@@ -39,8 +40,8 @@ def panels(figure: Any) -> dict[str, Any]:
 def test_the_panels(drawn: Drawn) -> None:
     figure, audio, _, answer = drawn
     found = panels(figure)
-    assert [*found] == ["waveform", "temporal", "event", "attention", "gate", "answer"]
-    for name in ("waveform", "temporal", "event", "attention"):
+    assert [*found] == ["waveform", *MELS, "attention", "gate", "answer"]
+    for name in ("waveform", *MELS, "attention"):
         assert found[name].get_xlim() == (0.0, audio.used_s)
     [text] = found["answer"].texts
     assert text.get_text().splitlines()[0] == "Question: What costs $5 or $6?"
@@ -57,17 +58,19 @@ def test_the_waveform_spans_its_extremes(drawn: Drawn) -> None:
 
 def test_spectrograms_are_the_encoders_inputs(drawn: Drawn, tiny: TinyGiant) -> None:
     figure, audio, _, _ = drawn
-    chunks = split_chunks(audio, tiny.config)
-    temporal, event = panels(figure)["temporal"].images, panels(figure)["event"].images
-    assert len(temporal) == len(event) == len(chunks) == 2
-    for index, chunk in enumerate(chunks):
-        np.testing.assert_array_equal(temporal[index].get_array(), chunk.temporal_features)
-        joined = np.concatenate(chunk.event_features).T  # windows follow one another in time
-        np.testing.assert_array_equal(event[index].get_array(), joined)
-        assert temporal[index].get_extent()[0] == event[index].get_extent()[0] == 30.0 * index
+    chunks = preprocess(audio, tiny.config)
+    temporal, event = (panels(figure)[name].images for name in MELS)
+    seen = [chunk.windows["whisper_encoder"][0][0] for chunk in chunks]
+    heard = [window[0, 0].T for chunk in chunks for window in chunk.windows["htsat_encoder"]]
+    for images, mels in ((temporal, seen), (event, heard)):
+        for image, mel in zip(images, mels, strict=True):
+            np.testing.assert_array_equal(image.get_array(), mel)
+    assert [image.get_extent()[0] for image in temporal] == [0.0, 30.0]
     # the second chunk's 4 s: one window of 10 s, and the frames that hold audio and the margin
-    assert event[1].get_extent()[1] == pytest.approx(40.0)
-    n_frames = chunks[1].temporal_features.shape[1]
+    assert [image.get_extent()[:2] for image in event] == [
+        pytest.approx((start, start + 10.0)) for start in (0.0, 10.0, 20.0, 30.0)
+    ]
+    n_frames = seen[1].shape[1]
     assert temporal[1].get_extent()[1] == pytest.approx(30.0 + n_frames * 0.01)
 
 
@@ -94,7 +97,7 @@ def test_ablated_parts_have_no_panel(drawn: Drawn, tiny: TinyGiant, tone: Tone) 
     _, _, seen, answer = drawn
     audio = read_audio((tone(1.0, 16_000), 16_000))
     figure = draw(audio, tiny.config, PromptRead(seen.n_tokens, None, None), answer, "What?")
-    assert [*panels(figure)] == ["waveform", "temporal", "event", "answer"]
+    assert [*panels(figure)] == ["waveform", *MELS, "answer"]
 
 
 def test_the_command_writes_a_png(

@@ -230,16 +230,21 @@ def test_a_thought_closed_by_the_model_ends_there(
     thought = greedy(tiny_model, embeds, 30)
     # Let a token this model writes stand for </think>, then for the end of its text.
     length = next(n for n in range(2, 30) if thought[n] not in thought[:n])
-    decoder = model.config.decoder
-    for changed in (
-        dataclasses.replace(decoder, think_end_token_id=thought[length]),
-        dataclasses.replace(decoder, eos_token_ids=(thought[length],)),
+    config = model.config
+    assert config.answer.thought is not None
+    closed = dataclasses.replace(config.answer.thought, close_id=thought[length])
+    ended = dataclasses.replace(config.decoder, stop_token_ids=(thought[length],))
+    for model.config, end_id in (
+        (
+            dataclasses.replace(config, answer=dataclasses.replace(config.answer, thought=closed)),
+            closed.close_id,
+        ),
+        (dataclasses.replace(config, decoder=ended), config.answer.thought.close_id),
     ):
-        model.config = dataclasses.replace(model.config, decoder=changed)
         answer = model.ask(audio, "What is heard?", CHOICES, max_new_tokens=30)
         assert answer.finish_reason == "stop"
         assert answer.text in CHOICES
-        end = [*thought[:length], changed.think_end_token_id]
+        end = [*thought[:length], end_id]
         assert answer.raw_text == (f"{tokenizer.decode(end)}\n<RESPONSE>\n{answer.text}</RESPONSE>")
 
 
@@ -252,7 +257,7 @@ def test_an_open_answer_ends_with_the_text(
     embeds = input_embeddings(tiny_model, encoded, "What is heard?", None, tokenizer)
     tokens = greedy(tiny_model, embeds, 30)
     length = next(n for n in range(2, 30) if tokens[n] not in tokens[:n])
-    decoder = dataclasses.replace(model.config.decoder, eos_token_ids=(tokens[length],))
+    decoder = dataclasses.replace(model.config.decoder, stop_token_ids=(tokens[length],))
     model.config = dataclasses.replace(model.config, decoder=decoder)
     answer = model.ask(audio, "What is heard?", max_new_tokens=30)
     assert answer.finish_reason == "stop"

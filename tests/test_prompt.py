@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygiant.runtime.config import PromptConfig
+from tests.shipped import PROMPT
+from tinygiant.models.config import ChatPrompt
+from tinygiant.runtime.config import PromptConfig, PromptPart
 from tinygiant.runtime.errors import QuestionError
 from tinygiant.runtime.prompt import (
     MAX_QUESTION_CHARS,
     build_prompt,
     check_choices,
     check_question,
+    compose,
 )
 from tinygiant.runtime.tokenizer import Tokenizer
 
-CONFIG = PromptConfig(system="Listen, then answer.")
+CONFIG = PROMPT
 # Qwen3's chat template, reduced to what a single turn uses.
 CHATML = (
     "{% for m in messages %}"
@@ -42,7 +46,7 @@ def refusal(question: str = "What?", choices: list[str] | None = None) -> str:
 def test_the_prompt_is_chatml(tokenizer: Tokenizer, choices: list[str] | None, system: str) -> None:
     import jinja2
 
-    prompt = build_prompt("What is heard?", choices, tokenizer, PromptConfig(system=system))
+    prompt = build_prompt("What is heard?", choices, tokenizer, ChatPrompt(system=system).template)
     user = "<audio>\nWhat is heard?"
     if choices:
         user += "\nChoices:\n- a dog\n- a siren"
@@ -167,3 +171,39 @@ def test_any_question_is_refused_or_asked(question: str, tokenizer: Tokenizer) -
         return
     expected = unicodedata.normalize("NFC", question).strip()
     assert tokenizer.decode(prompt.instruction_ids) == expected
+
+
+def test_another_models_template_is_data(tokenizer: Tokenizer) -> None:
+    """Mellow's: the clip twice, a separator after each, lower-cased text of a fixed length."""
+    config = PromptConfig(
+        parts=(
+            PromptPart("audio"),
+            PromptPart("tokens", token_ids=(0,)),
+            PromptPart("audio"),
+            PromptPart("tokens", token_ids=(0,)),
+            PromptPart("question"),
+        ),
+        choices_header="",
+        choice_format=" {letter}) {choice}",
+        lower_case=True,
+        max_tokens=24,
+        too_long="cut",
+        padding_id=17,
+    )
+    prompt = build_prompt("Which Sound?", ["A dog", "{letter}"], tokenizer, config)
+    text = tokenizer.encode("which sound? a) a dog b) {letter}")
+    assert list(prompt.instruction_ids) == text[:24]
+    [_, first, _, second, question] = prompt.parts
+    assert first == second == (0,)
+    assert question is not None
+    assert list(question) == [*text[:24], *[17] * (24 - len(text))]
+    assert prompt.prefix_ids == ()
+    long = build_prompt("what? " * 30, None, tokenizer, config)
+    assert list(long.parts[-1] or ()) == tokenizer.encode(("what? " * 30).strip())[:24]
+
+    rows = [np.full((1, 3, 2), value, np.float32) for value in (1.0, 2.0)]  # two chunks
+    embeds = compose(prompt, rows, lambda ids: np.stack([np.full(2, -x, np.float32) for x in ids]))
+    assert embeds.shape == (1, 2 * (6 + 1) + 24, 2)
+    np.testing.assert_array_equal(embeds[0, :7, 0], [1, 1, 1, 2, 2, 2, 0])
+    np.testing.assert_array_equal(embeds[0, 7:14], embeds[0, :7])
+    np.testing.assert_array_equal(embeds[0, 14:, 0], [-x for x in question])

@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tinygiant.runtime import TinyGiant, load
-from tinygiant.runtime.bundle import GRAPH_NAMES
 from tinygiant.runtime.cli.main import main
+from tinygiant.runtime.config import Role
 from tinygiant.runtime.errors import TinyGiantError, UsageError
 from tinygiant.runtime.ort import sessions
 from tinygiant.runtime.ort.providers import PROVIDERS, assign, available_names, require_available
@@ -30,8 +30,17 @@ ORT_CPU, ORT_CUDA, ORT_TENSORRT = (
 )
 
 
+GRAPHS: dict[str, Role] = {
+    "whisper_encoder": "encoder",
+    "htsat_encoder": "encoder",
+    "clap_encoder": "encoder",
+    "projector": "projector",
+    "decoder_model": "decoder",
+}
+
+
 def names(wanted: str) -> dict[str, str]:
-    return {graph: provider.name for graph, provider in assign(wanted, GRAPH_NAMES).items()}
+    return {graph: provider.name for graph, provider in assign(wanted, GRAPHS).items()}
 
 
 # --- what was asked for
@@ -39,7 +48,7 @@ def names(wanted: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_one_name_is_for_everything(name: str) -> None:
-    assert names(name) == dict.fromkeys(GRAPH_NAMES, name)
+    assert names(name) == dict.fromkeys(GRAPHS, name)
     assert names(name.upper()) == names(name)
 
 
@@ -79,7 +88,7 @@ def test_parts_are_given_to_providers(
 )
 def test_what_cannot_be_meant(wanted: str, problem: str) -> None:
     with pytest.raises(UsageError) as caught:
-        assign(wanted, GRAPH_NAMES)
+        assign(wanted, GRAPHS)
     assert problem in str(caught.value)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 300

@@ -20,7 +20,6 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from tinygiant.models.config import TinyGiantConfig
 from tinygiant.quantize import RECIPES, Scheme, quantize_graph, quantize_rows, recipe
 from tinygiant.quantize.weight_only import dequantize_blocks, quantize_blocks
-from tinygiant.runtime.bundle import GRAPH_NAMES
 from tinygiant.runtime.errors import UsageError
 
 GRAPHS = ("whisper_encoder", "htsat_encoder", "projector", "decoder_model")
@@ -163,7 +162,7 @@ def test_report_accounts_for_every_product(
 def test_decoder_structure(
     tiny_bundle: Path, tiny_config: TinyGiantConfig, tmp_path: Path, recipe_name: str
 ) -> None:
-    scheme = RECIPES[recipe_name].graphs["decoder_model"]
+    scheme = RECIPES[recipe_name].graphs["decoder"]
     target = tmp_path / "decoder_model.onnx"
     quantize_graph(source(tiny_bundle, "decoder_model"), target, scheme)
     quantized = {node.name: node for node in nodes(target, "MatMulNBits")}
@@ -252,8 +251,8 @@ def test_rows_of_embeddings() -> None:
 def test_recipes_are_complete_and_frozen() -> None:
     for name, found in RECIPES.items():
         assert found.name == name
-        assert set(found.graphs) == set(GRAPH_NAMES)
-        assert set(found.limits) == {*GRAPH_NAMES, "embed_tokens"}
+        assert set(found.graphs) == {"encoder", "projector", "decoder"}
+        assert set(found.limits) == {"encoder", "projector", "decoder", "embed_tokens"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["int4"].embeddings = "fp32"  # type: ignore[misc]
     with pytest.raises(UsageError, match="'int5' is unknown; expected one of fp32, int8, int4"):

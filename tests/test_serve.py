@@ -123,7 +123,7 @@ def test_openai_client_streams_a_choice(client: openai.OpenAI, tiny: TinyGiant) 
     extras = [extra for c in chunks if (extra := (c.model_extra or {}).get("tinygiant"))]
     (seen,) = [extra for extra in extras if extra.get("event") == "prompt_read"]
     assert len(seen["intent_attention"]) == expected.tokens.audio
-    assert seen["token_s"] == pytest.approx(tiny.config.token_s)
+    assert seen["token_s"] == pytest.approx(tiny.config.row_s)
     assert len(seen["gate"]) == 1
     assert extras[-1]["choice_index"] == expected.choice_index
 

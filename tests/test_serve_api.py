@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -190,6 +191,14 @@ def test_base64_as_programs_write_it(part: dict[str, Any]) -> None:
         assert asked.audio == base64.b64decode(clip())
 
 
+def test_base64_that_a_shell_put_into_the_json() -> None:
+    """``"data": "$(base64 clip.wav)"``: line breaks inside a string, which JSON does not have."""
+    raw = json.dumps(chat(data="CLIP")).replace("CLIP", wrapped(clip()))
+    assert parse_chat(raw.encode(), "fake", 2_048).audio == base64.b64decode(clip())
+    with pytest.raises(ApiError, match="not JSON"):
+        parse_chat(raw.encode(), "fake", 2_048, strict=True)
+
+
 def test_no_url_is_fetched() -> None:
     part = {"type": "audio_url", "audio_url": {"url": "http://127.0.0.1:1/clip.wav"}}
     with pytest.raises(ApiError, match="fetches nothing"):
@@ -280,6 +289,82 @@ def test_a_schema_that_the_answer_does_not_have_is_refused(
     assert response.status_code == 400
     error = response.json()["error"]
     assert words in error["message"] and error["param"] == "response_format"
+
+
+# --- transcriptions ----------------------------------------------------------------------------
+
+
+def file(kind: str = "WAV") -> tuple[str, bytes]:
+    return f"clip.{kind.lower()}", base64.b64decode(clip(kind=kind))
+
+
+def test_openai_client_transcribes(client: openai.OpenAI, model: FakeModel) -> None:
+    transcriptions = client.audio.transcriptions
+    assert transcriptions.create(model="fake", file=file()).text == "a dog"
+    assert model.started[-1] == "What is said?"
+    as_text = transcriptions.create(model="whisper-1", file=file("MP3"), response_format="text")
+    assert as_text == "a dog\n"
+    verbose = transcriptions.create(
+        model="fake", file=file("FLAC"), response_format="verbose_json", language="en"
+    )
+    assert (verbose.text, verbose.language, verbose.duration) == ("a dog", "en", 0.5)
+    assert verbose.segments is not None
+    assert [(s.start, s.end, s.text) for s in verbose.segments] == [(0.0, 0.5, "a dog")]
+
+
+def test_a_transcription_can_be_streamed(client: openai.OpenAI) -> None:
+    events = list(client.audio.transcriptions.create(model="fake", file=file(), stream=True))
+    assert {event.type for event in events[:-1]} == {"transcript.text.delta"}
+    assert "".join(getattr(event, "delta", "") for event in events) == "a dog"
+    assert events[-1].type == "transcript.text.done" and events[-1].text == "a dog"
+
+
+def test_another_question_is_set_and_told() -> None:
+    model = FakeModel()
+    options = HttpOptions(transcription_question="Which words are spoken?")
+    with live(model, options=options) as running:
+        url = f"{running.url}/v1/audio/transcriptions"
+        assert httpx.post(url, files={"file": file()}).json()["text"] == "a dog"
+        httpx.post(url, files={"file": file()}, data={"question": "And who speaks?"})
+        assert model.started == ["Which words are spoken?", "And who speaks?"]
+        told = httpx.get(f"{running.url}/v1/models").json()["data"][0]["tinygiant"]
+        assert told == {"transcription_question": "Which words are spoken?"}
+
+
+def test_what_a_transcription_cannot_have_is_told_or_refused(server: Live) -> None:
+    url = f"{server.url}/v1/audio/transcriptions"
+    habits = {"prompt": "names", "temperature": "0", "model": "whisper-1", "language": "en"}
+    told = httpx.post(url, files={"file": file()}, data=habits)
+    assert set(told.headers["x-tinygiant-ignored"].split(", ")) == {"prompt", "model"}
+    with live(FakeModel(), options=HttpOptions(strict=True)) as strict:
+        refused = httpx.post(
+            f"{strict.url}/v1/audio/transcriptions", files={"file": file()}, data=habits
+        )
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "model"
+    for data, files, words in (
+        ({"response_format": "srt"}, {"file": file()}, "expected json, text, verbose_json"),
+        ({"stream": "maybe"}, {"file": file()}, "stream must be"),
+        ({}, {"clip": file()}, "field file"),
+    ):
+        response = httpx.post(url, files=files, data=data)
+        assert response.status_code == 400 and words in response.json()["error"]["message"]
+    assert httpx.post(url, files={"file": ("a.wav", b"no audio")}).status_code == 422
+    assert httpx.post(url, json={}).status_code == 415
+    for kind in ("multipart/form-data", "multipart/form-data; boundary=x"):
+        broken = httpx.post(url, content=b"--y\r\n", headers={"Content-Type": kind})
+        assert broken.status_code == 400, broken.text
+
+
+def test_no_clip_of_a_form_is_written_to_disk(
+    server: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starlette moves files of more than a MiB to a temporary file."""
+    rolled = []
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", lambda self: rolled.append(self))
+    large = {"file": ("clip.wav", base64.b64decode(clip(60.0)))}
+    url = f"{server.url}/v1/audio/transcriptions"
+    assert httpx.post(url, files=large, timeout=30).json()["text"] == "a dog"
+    assert not rolled
 
 
 # --- from elsewhere ----------------------------------------------------------------------------

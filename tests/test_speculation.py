@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tinygiant.export.decoder import build_decoder
+from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.quantize import RECIPES, KvPeaks, kv_peaks, quantize_graph
 from tinygiant.quantize.kv_cache import LONGEST_STEP
 from tinygiant.runtime import TinyGiant, load
-from tinygiant.runtime.config import DecoderConfig, KvType
+from tinygiant.runtime.config import KvType
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, Drafter, NgramIndex, Speculation, lead
 
-CONFIG = DecoderConfig(
+CONFIG = DecoderSpec(
     vocab_size=24,
     hidden_size=32,
     n_layers=2,
@@ -31,8 +31,10 @@ CONFIG = DecoderConfig(
     head_dim=32,
     ffn_size=64,
     max_positions=128,
-    eos_token_ids=(1,),
-    think_end_token_id=2,
+    stop_token_ids=(1,),
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    qk_norm=True,
 )
 CAPACITY = 120
 

@@ -29,10 +29,10 @@ from tests.model_stub import use_traced_graphs
 from tinygiant.export import exporter
 from tinygiant.export.bundle import staged_folder
 from tinygiant.export.cli import main
-from tinygiant.export.source import _settle
 from tinygiant.export.verify import Verification, output_error
 from tinygiant.models.checkpoint import save
 from tinygiant.models.config import TinyGiantConfig
+from tinygiant.models.sources import _settle
 from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.quantize import RECIPES, load_graph, quantize_graph
 from tinygiant.runtime import Bundle, load
@@ -142,7 +142,7 @@ def test_public_checkpoints_become_a_bundle(public_parts: dict[str, Path], tmp_p
     assert run(*options, "-o", tmp_path / "bundle", "--recipe", "int8") == 0
     manifest = Bundle.open(tmp_path / "bundle").manifest
     assert "clap_encoder" in manifest.graphs
-    assert manifest.model.event.anchor_size == 96
+    assert manifest.model.outputs["clap_encoder.anchor"][1].size == 96
     assert manifest.source.weights == "seeded-random"  # the projector's are
 
 

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import torch
 
 from tinygiant.runtime.audio import Audio, read_audio
-from tinygiant.runtime.chunks import split_chunks
 from tinygiant.runtime.errors import CheckpointError, TinyGiantError, UsageError
+from tinygiant.runtime.preprocess import preprocess
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -55,6 +55,7 @@ class CotaSet:
         max_text_tokens: int,
     ) -> None:
         self._model = model
+        self._runtime = model.config.runtime
         self._tokenizer = tokenizer
         self._max_text_tokens = max_text_tokens
         self._files = [_open(path) for path in paths]
@@ -92,10 +93,10 @@ class CotaSet:
         row = self._row(index)
         try:
             audio = _audio(row["audio"])
-            chunk = split_chunks(audio, self._model.config.runtime)[0]
-            self.cut_audio += audio.used_s > self._model.config.runtime.chunk_s
+            chunk = preprocess(audio, self._runtime)[0]
+            self.cut_audio += audio.used_s > self._runtime.chunk_s
             question = str(row["user"]).replace(self._model.config.prompt.audio_marker, "", 1)
-            prompt = build_prompt(question, None, self._tokenizer, self._model.config.prompt)
+            prompt = build_prompt(question, None, self._tokenizer, self._runtime.prompt)
         except TinyGiantError as error:
             raise type(error)(f"row {index}: {error}") from error
         # CoTA writes <THINK>; the decoder's vocabulary has <think> as one token.

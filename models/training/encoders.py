@@ -135,17 +135,16 @@ def pretrain_encoder(
     seed: int,
 ) -> nn.Module:
     """Train ``encoder`` on tags, through new heads; the run's state stays in ``folder``."""
-    runtime = config.runtime
     weights = _WEIGHTS[task.component]
     temporal = task.component == "whisper"
-    size = runtime.temporal.hidden_size if temporal else runtime.event.hidden_size
+    size = config.whisper_config.d_model if temporal else config.htsat_config.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = Heads(size, train_set.frame_labels(0).shape[1], train_set.clip_labels(0).shape[0])
     encoder.to(device).train()
     heads.to(device)
-    steps_per_token = runtime.frames_per_token // runtime.temporal.frames_per_step
-    window_tokens = round(runtime.event.features.window_s / runtime.token_s)
+    steps_per_token = config.steps_per_row
+    window_tokens = round(config.event_features.window_s / config.runtime.row_s)
 
     def encode(batch: EncoderBatch) -> tuple[Tensor, Tensor]:
         """Rows ``(B, N, size)`` and the pooled clip ``(B, size)``."""

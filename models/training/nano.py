@@ -118,7 +118,7 @@ def train_nano(run: NanoRun) -> Path:
         )
     tokenizer = Tokenizer.from_file(tokenizer_path)
     arguments = {
-        split: (dataset, streams[split], tokenizer, config.prompt)
+        split: (dataset, streams[split], tokenizer, config.runtime.prompt)
         for split, dataset in (("train", train_set), ("validation", validation_set))
     }
     validation = WorldReasoningSet(*arguments["validation"])

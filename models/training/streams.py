@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tinygiant.runtime.chunks import Chunk
 from tinygiant.runtime.config import ModelConfig
+from tinygiant.runtime.preprocess import Chunk
 
+from ..config import EVENT, TEMPORAL
 from ..tinygiant import TinyGiantALM
 from ..world.dataset import WorldDataset
 
@@ -93,14 +94,14 @@ def _chunk(dataset: WorldDataset, index: int, config: ModelConfig) -> Chunk:
     """A clip's stored features as the encoders see them."""
     whisper, clap = dataset.features(index)
     n_tokens = len(dataset.frame_labels(index))
-    duration_s = n_tokens * config.token_s
-    n_frames = config.temporal_frames(duration_s)
+    duration_s = n_tokens * config.row_s
+    encoder = next(encoder for encoder in config.encoders if encoder.graph == TEMPORAL)
+    n_frames = config.frames(encoder, duration_s)
     temporal = np.full((whisper.shape[0], n_frames), float(whisper.min()), dtype=np.float32)
     width = min(n_frames, whisper.shape[1])
     temporal[:, :width] = whisper[:, :width]
     return Chunk(
         duration_s=duration_s,
-        n_tokens=config.audio_tokens(duration_s),
-        temporal_features=temporal,
-        event_features=(clap.astype(np.float32),),
+        n_rows=config.audio_rows(duration_s),
+        windows={TEMPORAL: (temporal[None],), EVENT: (clap.astype(np.float32)[None, None],)},
     )

@@ -11,6 +11,7 @@ from tinygiant.runtime.config import PromptConfig
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
 
+from ..config import ChatPrompt
 from ..world.dataset import WorldDataset
 from ..world.questions import QUESTION_TYPES, ask
 from ..world.thought import format_response
@@ -101,7 +102,7 @@ DRILL_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 0.5) | {
 }
 
 
-def training_texts(dataset: WorldDataset, prompt: PromptConfig) -> list[str]:
+def training_texts(dataset: WorldDataset, prompt: ChatPrompt) -> list[str]:
     """All text a tokenizer should write well: questions, choices and responses of a split."""
     texts = [f"system\n{prompt.system}", "user\n", "assistant\n"] * 100
     for clip in range(len(dataset)):

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from tinygiant.runtime.audio import resample
 from tinygiant.runtime.errors import StorageError
-from tinygiant.runtime.features import clap_log_mel, whisper_log_mel
+from tinygiant.runtime.features import log_mel
 
+from ..features import WHISPER, ClapFeatures
 from .dsp import RATE_HZ, Audio
 from .engines import Banks, load_banks
 from .labels import CLIP_TAGS, FRAME_TAGS, clip_labels, frame_labels, n_rows
@@ -60,8 +61,10 @@ def clip_features(samples: Audio, scene: Scene) -> tuple[NDArray[np.float16], ND
     ``n_frames = 10 * (n_rows(scene) + 10)``: the clip and 1 s of zeros.
     """
     n_frames = _FRAMES_PER_ROW * (n_rows(scene) + MARGIN_ROWS)
-    whisper = whisper_log_mel(resample(samples, RATE_HZ, 16_000), n_frames)
-    return whisper.T.astype(np.float16), clap_log_mel(samples).astype(np.float16)
+    whisper = log_mel(resample(samples, RATE_HZ, WHISPER.sampling_rate_hz), WHISPER, n_frames)
+    clap = ClapFeatures()
+    events = log_mel(samples, clap.log_mel, clap.log_mel.n_frames(clap.window_s))
+    return whisper.T.astype(np.float16), events.astype(np.float16)
 
 
 def build(

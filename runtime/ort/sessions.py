@@ -26,7 +26,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
-from ..config import KvType
+from ..config import KvType, ModelConfig
 from ..errors import BundleError, TinyGiantError, UsageError
 from ..text import one_line, printable
 from .providers import CPU, PROVIDERS, Provider, assign, require_available
@@ -41,6 +41,7 @@ __all__ = [
     "Graph",
     "GraphPool",
     "SessionSettings",
+    "not_packed",
     "onnxruntime_version",
     "physical_cores",
     "release_free_memory",
@@ -50,9 +51,6 @@ __all__ = [
 
 _FATAL = 4
 _KV_TYPES: Mapping[KvType, str] = {"fp32": "tensor(float)", "int8": "tensor(int8)"}
-# Encoders of the windows of 10 s: products of their unpacked weights take 5 % longer, which is
-# 0.3 % of a question, and 105 MB of copies are not made.
-_NOT_PACKED = frozenset({"htsat_encoder", "clap_encoder"})
 _LARGE_INPUT_BYTES = 2**20
 # Below this, looking for pages to let go of costs more time than the pages are worth.
 _LARGE_BUNDLE_BYTES = 64 * 2**20
@@ -275,7 +273,7 @@ class GraphPool:
             UsageError: an unknown provider, or one that this onnxruntime does not have.
         """
         require_onnxruntime(bundle.manifest.min_onnxruntime)
-        self._assigned = assign(provider, bundle.manifest.graphs)
+        self._assigned = assign(provider, bundle.config.graphs)
         require_available(self._assigned.values(), onnxruntime.get_available_providers())
         self.providers: dict[str, tuple[str, ...]] = {
             name: (assigned.name,) for name, assigned in self._assigned.items()
@@ -283,6 +281,7 @@ class GraphPool:
         self._bundle = bundle
         self._settings = settings
         self._keep = keep
+        self._not_packed = not_packed(bundle.config)
         self._graphs: dict[str, Graph] = {}
         self._unchanged: frozenset[tuple[int, int]] | None = None
 
@@ -329,7 +328,7 @@ class GraphPool:
             if name not in self._graphs:
                 self._graphs[name] = self._load(name)
             yield self._graphs[name]
-            if name in _NOT_PACKED:
+            if name in self._not_packed:
                 self.release()
             return
         graph = self._load(name)
@@ -349,12 +348,21 @@ class GraphPool:
             self._settings,
             content=self._bundle.read_graph(name),
             provider=self._assigned[name],
-            pack=name not in _NOT_PACKED,
+            pack=name not in self._not_packed,
         )
         self.providers[name] = graph.providers
         _require_kv_type(graph, self._bundle.manifest.kv_cache)
         self._bundle.require_unchanged()  # after loading, so that there is no moment in between
         return graph
+
+
+def not_packed(model: ModelConfig) -> frozenset[str]:
+    """Graphs whose weights stay in their mapped files: encoders of a part of a chunk.
+
+    Products of their unpacked weights take 5 % longer, which is 0.3 % of a question at full size,
+    and 105 MB of copies are not made.
+    """
+    return frozenset(e.graph for e in model.encoders if e.window_s < model.chunk_s)
 
 
 def _require_kv_type(graph: Graph, kv_type: KvType) -> None:

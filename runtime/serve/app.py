@@ -42,6 +42,7 @@ from .http import (
 from .metrics import CONTENT_TYPE
 from .replies import ReplyWriter
 from .service import Service
+from .transcriptions import TranscriptionWriter, parse_transcription
 
 __all__ = ["HttpOptions", "create_app"]
 
@@ -58,6 +59,7 @@ class HttpOptions:
         root_path: prefix that the paths of requests may have, without a slash at its end.
         cors_origins: origins whose pages may ask; ``*`` stands for all.
         strict: refuse requests of which something would be left out.
+        transcription_question: what the text of a transcription answers.
     """
 
     token: str | None = None
@@ -65,6 +67,7 @@ class HttpOptions:
     root_path: str = ""
     cors_origins: tuple[str, ...] = ()
     strict: bool = False
+    transcription_question: str = "What is said?"
 
 
 def create_app(
@@ -84,11 +87,15 @@ def create_app(
         lifespan: runs around the application.
     """
     page, policy = _page()
+    clip = importlib.resources.files(__package__).joinpath("example.mp3").read_bytes()
     token = options.token
 
     async def index(request: Request) -> Response:
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
         return Response(page, media_type="text/html", headers=headers)
+
+    async def example(request: Request) -> Response:
+        return Response(clip, media_type="audio/mpeg", headers={"Cache-Control": "no-cache"})
 
     async def health(request: Request) -> Response:
         if service.engine.deadline is not None:
@@ -103,6 +110,7 @@ def create_app(
         authorize(request, token)
         name = service.model.config.name
         entry = {"id": name, "object": "model", "created": 0, "owned_by": "tinygiant"}
+        entry |= {"tinygiant": {"transcription_question": options.transcription_question}}
         asked = request.path_params.get("model")
         if asked is None:
             return json_response({"object": "list", "data": [entry]})
@@ -110,13 +118,16 @@ def create_app(
         return json_response(entry)
 
     chat = _Endpoint(service, token, "application/json", _chat(service, strict=options.strict))
+    transcribe = _Endpoint(service, token, "multipart/form-data", _transcribe(service, options))
     routes = [
         Route("/", index),
+        Route("/example.mp3", example),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{model}", models),
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/audio/transcriptions", transcribe, methods=["POST"]),
     ]
     cors = Middleware(
         CORSMiddleware,
@@ -232,6 +243,25 @@ def _chat(service: Service, *, strict: bool) -> Callable[[Request, bytearray], A
         chat = parse_chat(body, config.name, service.limits.max_new_tokens, strict=strict)
         start = service.start(chat.audio, chat.question, chat.choices, chat.max_new_tokens)
         return Asked(start, ReplyWriter(config, chat.form), chat.stream, chat.form.ignored)
+
+    return take
+
+
+def _transcribe(
+    service: Service, options: HttpOptions
+) -> Callable[[Request, bytearray], Awaitable[Asked]]:
+    """Takes apart ``POST /v1/audio/transcriptions``."""
+
+    async def take(request: Request, body: bytearray) -> Asked:
+        asked = await parse_transcription(
+            request.headers,
+            body,
+            service.model.config.name,
+            options.transcription_question,
+            strict=options.strict,
+        )
+        start = service.start(asked.audio, asked.question)
+        return Asked(start, TranscriptionWriter(asked), asked.stream, asked.ignored)
 
     return take
 

@@ -21,16 +21,16 @@ Pure functions of bytes; what they allocate is bounded by the body.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import ApiError
+from .ignored import Ignored
 from .parts import decode_clip
 from .replies import ReplyForm
 from .schemas import answer_fields
 
-__all__ = ["ALIAS", "ChatRequest", "Ignored", "check_model", "parse_chat"]
+__all__ = ["ALIAS", "ChatRequest", "check_model", "parse_chat"]
 
 ALIAS = "tinygiant"  # a model name that every server answers to
 MAX_N = 128
@@ -122,27 +122,6 @@ class ChatRequest:
     form: ReplyForm
 
 
-class Ignored:
-    """Collects what is left out of a request; when ``strict``, that is an error instead."""
-
-    MOST = 32
-
-    def __init__(self, *, strict: bool = False) -> None:
-        """Nothing is left out yet."""
-        self.strict = strict
-        self._why: dict[str, str] = {}
-
-    def add(self, field: str, why: str) -> None:
-        """Leave ``field`` out."""
-        name = re.sub(r"[^\w.\[\]-]", "?", field[:60], flags=re.ASCII)
-        if len(self._why) < self.MOST:
-            self._why.setdefault(name, why)
-
-    def lines(self) -> tuple[str, ...]:
-        """What was left out, a line each: ``field: why``."""
-        return tuple(f"{name}: {why}" for name, why in self._why.items())
-
-
 def parse_chat(
     body: bytes | bytearray, model: str, max_new_tokens: int, *, strict: bool = False
 ) -> ChatRequest:
@@ -157,7 +136,7 @@ def parse_chat(
     Raises:
         ApiError: 400 with the field's name; 404 for another model.
     """
-    data = _object(_parse_json(body), "the body", None)
+    data = _object(_parse_json(body, strict=strict), "the body", None)
     ignored = Ignored(strict=strict)
     for key in sorted(set(data) - _KNOWN - _WITHOUT_EFFECT):
         _check_extra(key, data[key], ignored)
@@ -192,10 +171,14 @@ def parse_chat(
     return ChatRequest(audio, question, choices, limit, stream, form)
 
 
-def _parse_json(body: bytes | bytearray) -> Any:
+def _parse_json(body: bytes | bytearray, *, strict: bool) -> Any:
+    """JSON; unless ``strict``, strings may have line breaks, as shells put ``$(base64 clip)``."""
     try:
         return json.loads(
-            body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            body.decode("utf-8"),
+            strict=strict,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
         )
     except RecursionError as error:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from error

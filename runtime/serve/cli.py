@@ -19,18 +19,19 @@ from collections.abc import Sequence
 from ..cli.options import OneLineParser
 from ..cli.watching import watched
 from ..errors import MissingDependencyError, TinyGiantError, UsageError
+from ..prompt import check_question
 from ..text import one_line
 
 __all__ = ["main"]
 
 TOKEN_VARIABLE = "TINYGIANT_TOKEN"
 DEBUG_VARIABLE = "TINYGIANT_DEBUG"
-REQUIRED = {"starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
+REQUIRED = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
 
 _DESCRIPTION = """\
-Serve the model with OpenAI's chat API (POST /v1/chat/completions with input_audio), a page to try
-it (/), /v1/models, /health and /metrics. Reached from this computer alone unless --host says
-otherwise."""
+Serve the model with OpenAI's API (POST /v1/chat/completions with input_audio, and
+/v1/audio/transcriptions), a page to try it (/), /v1/models, /health and /metrics. Reached from this
+computer alone unless --host says otherwise."""
 
 _EPILOG = """\
 examples:
@@ -71,7 +72,7 @@ def _main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     token = _check(options)
-    require(REQUIRED)
+    require(dict.fromkeys(REQUIRED, "serve"))
     if options.wyoming_port is not None:
         require({"wyoming": "wyoming"})
     listener = listen(options.host, options.port)
@@ -114,6 +115,7 @@ def _run(options: argparse.Namespace) -> int:
             root_path=options.root_path.rstrip("/"),
             cors_origins=tuple(options.cors_origin),
             strict=options.strict,
+            transcription_question=options.transcription_question,
         ),
         wyoming=wyoming,
     )
@@ -133,6 +135,7 @@ def _check(options: argparse.Namespace) -> str | None:
     for name, port in (("--port", options.port), ("--wyoming-port", options.wyoming_port or 0)):
         if not 0 <= port <= 65_535:
             raise UsageError(f"{name} is {port}, expected a number from 0 to 65535")
+    check_question(options.transcription_question)
     for name in options.allowed_host:
         if not name.isascii() or not name or set(name) & set("/:* "):
             raise UsageError(
@@ -248,6 +251,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--no-memory-check", action="store_true",
         help="load the model even where there cannot be enough memory for it",
+    )  # fmt: skip
+    add(
+        "--transcription-question", default="What is said?", metavar="Q",
+        help="what the text of /v1/audio/transcriptions answers (%(default)s)",
     )  # fmt: skip
     add(
         "--strict", action="store_true",

@@ -18,7 +18,15 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_PATHS = ("/", "/health", "/metrics", "/v1/chat/completions", "/v1/models")
+_PATHS = (
+    "/",
+    "/example.mp3",
+    "/health",
+    "/metrics",
+    "/v1/audio/transcriptions",
+    "/v1/chat/completions",
+    "/v1/models",
+)
 
 
 class Metrics:

@@ -212,7 +212,7 @@ class ReplyWriter:
         return {
             "intent_attention": _numbers(event.intent_attention),
             "gate": _numbers(event.gate),
-            "token_s": self._config.token_s,
+            "token_s": self._config.row_s,
         }
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.shipped import NANO
+
 __all__ = ["TARGETS", "Target"]
 
 LIMIT_S = 5.0
@@ -134,12 +136,11 @@ def check_wav_header(data: bytes) -> None:
 
 def manifest_seeds() -> list[bytes]:
     from tinygiant.runtime import bundle as b
-    from tinygiant.runtime.config import ModelConfig
 
-    names = b.required_graphs(ModelConfig())
+    names = tuple(NANO.graphs)
     paths = ["embed_tokens.npy", "tokenizer.json", *(f"onnx/{name}.onnx" for name in names)]
     manifest = b.Manifest(
-        model=ModelConfig(),
+        model=NANO,
         graphs={name: b.GraphEntry(f"onnx/{name}.onnx", (), "fp32", ()) for name in names},
         embeddings=b.EmbeddingsEntry("embed_tokens.npy", "fp32", None),
         tokenizer="tokenizer.json",
@@ -165,7 +166,7 @@ def check_manifest(data: bytes) -> None:
             assert re.fullmatch(r"[A-Za-z0-9._/-]+", entry.path)
             assert ".." not in entry.path.split("/")
             assert not entry.path.startswith("/")
-        assert json.loads(manifest.to_json())["format_version"] == 1
+        assert json.loads(manifest.to_json())["format_version"] == 2
 
 
 def embedding_seeds() -> list[bytes]:
@@ -295,11 +296,10 @@ def prompt_seeds() -> list[bytes]:
 def check_prompt(data: bytes) -> None:
     import unicodedata
 
-    from tinygiant.runtime.config import PromptConfig
     from tinygiant.runtime.errors import QuestionError
     from tinygiant.runtime.prompt import build_prompt, user_text
 
-    tokenizer, config = small_tokenizer(), PromptConfig()
+    tokenizer, config = small_tokenizer(), NANO.prompt
     question, *choices = data.decode("utf-8", "surrogateescape").split("\0")
     given = choices or None
     prompt = refused(QuestionError, lambda: build_prompt(question, given, tokenizer, config))

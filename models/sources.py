@@ -1,128 +1,164 @@
-"""Where a model comes from: a checkpoint, public parts on disk, or seeded random weights.
+"""Where a TinyGiantALM comes from: a checkpoint, public parts on disk, or seeded random weights.
 
-The contract: a :class:`ModelSource` hands out one component at a time, so that no more than one
-has to be in memory.
+Each source is a :class:`~tinygiant.models.family.Model`, and hands out one component at a time, so
+that no more than one has to be in memory.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import Qwen3ForCausalLM
 
-from tinygiant.models.checkpoint import (
+from tinygiant.runtime.bundle import SourceEntry
+from tinygiant.runtime.config import AudioContext, ModelConfig, config_to_dict
+from tinygiant.runtime.errors import CheckpointError
+
+from .checkpoint import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     load_component,
     load_config,
 )
-from tinygiant.models.config import TinyGiantConfig, preset
-from tinygiant.models.parts import Parts, load_part, parts_config
-from tinygiant.models.tinygiant import build_component
-from tinygiant.runtime.bundle import SourceEntry
-from tinygiant.runtime.config import AudioContext, config_to_dict
-from tinygiant.runtime.errors import CheckpointError
+from .config import TinyGiantConfig, preset
+from .family import Part
+from .graphs import graph_part
+from .parts import Parts, load_part, parts_config
+from .tinygiant import build_component
 
-__all__ = ["CheckpointSource", "ModelSource", "PartsSource", "RandomSource", "byte_tokenizer"]
+__all__ = [
+    "CheckpointSource",
+    "PartsSource",
+    "RandomSource",
+    "TinyGiantSource",
+    "byte_tokenizer",
+    "open_checkpoint",
+]
 
 # In a checkpoint's folder, optional: what the model was trained on, what it hears and what not.
 NOTES_FILE = "notes.md"
 _BLOCK_BYTES = 1 << 20
 
 
-class ModelSource(Protocol):
-    """A model that can be exported."""
+class TinyGiantSource(abc.ABC):
+    """What the sources share: components of a :class:`TinyGiantConfig` as parts to export."""
 
     @property
-    def config(self) -> TinyGiantConfig:
-        """The model's configuration."""
-        ...
+    @abc.abstractmethod
+    def details(self) -> TinyGiantConfig:
+        """The configuration in PyTorch's terms."""
 
+    @abc.abstractmethod
     def component(self, name: str) -> nn.Module | None:
-        """One component in evaluation mode; None if the model has none of that name."""
-        ...
+        """One component in evaluation mode; None if the model has none of that name.
 
-    def tokenizer(self) -> str:
-        """The content of ``tokenizer.json``."""
-        ...
+        Raises:
+            CheckpointError: tensors that do not fit.
+        """
 
-    def entry(self) -> SourceEntry:
-        """What the manifest says of the source."""
-        ...
+    @property
+    def config(self) -> ModelConfig:
+        """See :class:`~tinygiant.models.family.Model`."""
+        return self.details.runtime
+
+    def part(self, graph: str) -> Part:
+        """See :class:`~tinygiant.models.family.Model`."""
+        return graph_part(self.details, graph, self._needed)
+
+    def decoder(self) -> nn.Module:
+        """See :class:`~tinygiant.models.family.Model`."""
+        return self._needed("decoder")
 
     def notes(self) -> str:
-        """What its makers say of it, Markdown for the bundle's card; empty if nothing."""
-        ...
+        """See :class:`~tinygiant.models.family.Model`."""
+        return ""
+
+    def _needed(self, name: str) -> nn.Module:
+        module = self.component(name)
+        if module is None:
+            raise CheckpointError(f"the model has no {name}, which its configuration needs")
+        return module
 
 
-class CheckpointSource:
+def open_checkpoint(path: Path) -> CheckpointSource:
+    """The checkpoint folder ``path``; raises CheckpointError if it is none."""
+    return CheckpointSource(path)
+
+
+class CheckpointSource(TinyGiantSource):
     """A checkpoint folder of this project."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError if ``path`` is not a checkpoint."""
         self._path = path
-        self.config = load_config(path)
+        self._details = load_config(path)
+
+    @property
+    def details(self) -> TinyGiantConfig:
+        """See :class:`TinyGiantSource`."""
+        return self._details
 
     def component(self, name: str) -> nn.Module | None:
-        """See :class:`ModelSource`; raises CheckpointError for tensors that do not fit."""
+        """See :class:`TinyGiantSource`; raises CheckpointError for tensors that do not fit."""
         return load_component(self._path, name)
 
     def tokenizer(self) -> str:
-        """See :class:`ModelSource`."""
+        """See :class:`TinyGiantSource`."""
         return _read_text(self._path / TOKENIZER_FILE)
 
     def entry(self) -> SourceEntry:
-        """See :class:`ModelSource`; reads the whole weights file."""
+        """See :class:`TinyGiantSource`; reads the whole weights file."""
         digest = _sha256([self._path / WEIGHTS_FILE])
         return SourceEntry(self._path.resolve().name, digest, "trained", None)
 
     def notes(self) -> str:
-        """See :class:`ModelSource`: the checkpoint's ``NOTES_FILE``."""
+        """See :class:`TinyGiantSource`: the checkpoint's ``NOTES_FILE``."""
         path = self._path / NOTES_FILE
         return _read_text(path) if path.is_file() else ""
 
 
-class PartsSource:
+class PartsSource(TinyGiantSource):
     """Public checkpoints on disk, with a projector file or a seeded random projector."""
 
     def __init__(self, parts: Parts, seed: int) -> None:
         """Raises CheckpointError if the parts are not what they should be."""
         self._parts = parts
         self._seed = seed
-        self.config = parts_config(parts)
+        self._details = parts_config(parts)
+
+    @property
+    def details(self) -> TinyGiantConfig:
+        """See :class:`TinyGiantSource`."""
+        return self._details
 
     def component(self, name: str) -> nn.Module | None:
-        """See :class:`ModelSource`; raises CheckpointError for tensors that do not fit."""
-        return load_part(self._parts, self.config, name, seed=self._seed)
+        """See :class:`TinyGiantSource`; raises CheckpointError for tensors that do not fit."""
+        return load_part(self._parts, self._details, name, seed=self._seed)
 
     def tokenizer(self) -> str:
-        """See :class:`ModelSource`."""
+        """See :class:`TinyGiantSource`."""
         return _read_text(self._parts.qwen3 / TOKENIZER_FILE)
 
     def entry(self) -> SourceEntry:
-        """See :class:`ModelSource`; reads every weights file."""
+        """See :class:`TinyGiantSource`; reads every weights file."""
         parts = self._parts
         paths = (parts.whisper, parts.htsat, parts.clap, parts.qwen3, parts.projector)
         digest = _sha256([file for path in paths if path for file in _weight_files(path)])
         if parts.projector is None:
-            return SourceEntry(self.config.name, digest, "seeded-random", self._seed)
-        return SourceEntry(self.config.name, digest, "trained", None)
-
-    def notes(self) -> str:
-        """See :class:`ModelSource`."""
-        return ""
+            return SourceEntry(self.details.name, digest, "seeded-random", self._seed)
+        return SourceEntry(self.details.name, digest, "trained", None)
 
 
 @dataclass(frozen=True)
-class RandomSource:
+class RandomSource(TinyGiantSource):
     """A preset with seeded random weights: for measuring, not for answers.
 
     Decoder weights are made so that greedy decoding does not hang on rounding; see :func:`_settle`.
@@ -135,7 +171,7 @@ class RandomSource:
     audio_context: AudioContext | None = None
 
     @property
-    def config(self) -> TinyGiantConfig:
+    def details(self) -> TinyGiantConfig:
         """The preset, with another audio context if one is named."""
         config = preset(self.preset_name)
         if self.audio_context is None:
@@ -143,27 +179,23 @@ class RandomSource:
         return dataclasses.replace(config, audio_context=self.audio_context)
 
     def component(self, name: str) -> nn.Module | None:
-        """See :class:`ModelSource`."""
-        module = build_component(self.config, name, self.seed)
+        """See :class:`TinyGiantSource`."""
+        module = build_component(self.details, name, self.seed)
         if isinstance(module, Qwen3ForCausalLM):
             _settle(module)
         return module
 
     def tokenizer(self) -> str:
-        """See :class:`ModelSource`."""
+        """See :class:`TinyGiantSource`."""
         if self.tokenizer_file is not None:
             return _read_text(self.tokenizer_file)
-        return byte_tokenizer(self.config)
+        return byte_tokenizer(self.details)
 
     def entry(self) -> SourceEntry:
-        """See :class:`ModelSource`; the hash is that of configuration and seed."""
-        made_from = json.dumps([config_to_dict(self.config), self.seed], sort_keys=True)
+        """See :class:`TinyGiantSource`; the hash is that of configuration and seed."""
+        made_from = json.dumps([config_to_dict(self.details), self.seed], sort_keys=True)
         digest = hashlib.sha256(made_from.encode("utf-8")).hexdigest()
-        return SourceEntry(self.config.name, digest, "seeded-random", self.seed)
-
-    def notes(self) -> str:
-        """See :class:`ModelSource`."""
-        return ""
+        return SourceEntry(self.details.name, digest, "seeded-random", self.seed)
 
 
 @torch.no_grad()

@@ -1,0 +1,111 @@
+"""A question on its way to the decoder: the caller's options, and what it becomes once checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from .audio import MAX_AUDIO_S
+from .choices import ChoiceTrie
+from .config import ModelConfig
+from .errors import UsageError
+from .prompt import Prompt, build_prompt
+from .tokenizer import Tokenizer
+
+__all__ = ["MAX_NEW_TOKENS", "AskKeywords", "AskOptions", "Asked", "check"]
+
+MAX_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """How a question is to be answered.
+
+    Attributes:
+        think: whether the model thinks first. If not, an empty thought ends the prompt, and either
+            the answer is written at once or, with choices, each choice is scored and the likeliest
+            taken, with their probabilities in the answer. A model that knows no thought answers so
+            in any case.
+        max_new_tokens: how much the model may write. With choices this bounds the thought; the
+            answer itself comes on top.
+        max_audio_s: longest clip to read; an :class:`~tinygiant.runtime.audio.Audio` has been read
+            already.
+    """
+
+    think: bool = True
+    max_new_tokens: int = MAX_NEW_TOKENS
+    max_audio_s: float = MAX_AUDIO_S
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+
+
+class AskKeywords(TypedDict, total=False):
+    """:class:`AskOptions` as keyword arguments."""
+
+    think: bool
+    max_new_tokens: int
+    max_audio_s: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question, checked and ready for the decoder.
+
+    Attributes:
+        prompt: the filled template, ended by an empty thought where the model is not to think.
+        choices: as they were given, or None.
+        trie: the answers that ``choices`` allow.
+        thinks: whether a thought comes first.
+        prefilled: the beginning of the model's text that the prompt ends in.
+        options: what the caller chose.
+    """
+
+    prompt: Prompt
+    choices: Sequence[str] | None
+    trie: ChoiceTrie | None
+    thinks: bool
+    prefilled: str
+    options: AskOptions
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether choices are scored instead of written."""
+        return self.trie is not None and not self.thinks
+
+    @property
+    def max_written(self) -> int:
+        """Tokens that may follow the prompt: the free ones, the thought's end and the choice."""
+        free = self.options.max_new_tokens
+        if self.trie is None:
+            return free
+        return self.trie.max_tokens + (free + 1 if self.thinks else 0)
+
+
+def check(
+    question: str,
+    choices: Sequence[str] | None,
+    options: AskOptions,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+) -> Asked:
+    """Check a question and put it in the model's words.
+
+    Raises:
+        QuestionError: the question or the choices cannot be asked.
+    """
+    form = config.answer
+    prompt = build_prompt(question, choices, tokenizer, config.prompt)
+    trie = None
+    if choices is not None:
+        stop_id = config.decoder.stop_token_ids[0]
+        trie = ChoiceTrie.of_choices(choices, tokenizer, form, stop_id)
+    prefilled = ""
+    if form.thought is not None and not options.think:
+        prefilled = form.thought.empty
+        text = prefilled + (form.thought.empty_end if trie is None else "")
+        prompt = prompt.followed_by(tokenizer.encode_markup(text))
+    thinks = form.thought is not None and options.think
+    return Asked(prompt, choices, trie, thinks, prefilled, options)

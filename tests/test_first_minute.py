@@ -1,0 +1,101 @@
+"""A newcomer's first minute with the model inside: their question, their recording, one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from tinygiant.runtime import TinyGiant, load
+from tinygiant.runtime.cli.main import main
+from tinygiant.runtime.cli.records import event_record
+
+CLIP = Path(__file__).resolve().parents[1] / "examples" / "tiger-and-birds.flac"
+SOUND, RATE_HZ = soundfile.read(CLIP, dtype="float32")
+QUESTION, CHOICES = "What animal is heard in the speech?", ["monkey", "tiger", "spider", "rabbit"]
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyGiant:
+    return load(CLIP.parents[1] / "runtime" / "bundles" / "nano", threads=1)
+
+
+@pytest.fixture
+def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """``tg-run`` on samples written to a file: its standard output and error."""
+
+    def run(samples: NDArray[np.float32], question: str, *options: str) -> tuple[str, str]:
+        path = tmp_path / "clip.wav"
+        soundfile.write(path, samples, RATE_HZ, subtype="PCM_16")
+        assert main([str(path), question, *options]) == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("samples", "why"),
+    [
+        (np.zeros(3 * RATE_HZ), "silent"),
+        (np.full(3 * RATE_HZ, 0.05), "silent"),
+        (np.full(1, 0.5), "too short"),
+        (np.zeros((RATE_HZ, 2)), "silent"),
+    ],
+    ids=["zeros", "offset", "one-sample", "stereo"],
+)
+def test_of_silence_the_model_is_not_asked(ask, samples: NDArray[np.float32], why: str) -> None:
+    """It answered "a woman says elephant", without a word about the clip."""
+    out, err = ask(samples, "What is heard?")
+    assert out == f"Answer:\nNothing is heard: the clip is {why}.\n"
+    assert f"tg-run: note: {why}" in err
+    assert "listened" not in err and "tokens" not in err
+    out, _ = ask(samples, "What is heard?", "--json", "--choices", "a dog", "nothing", "a siren")
+    answer = json.loads(out)
+    assert (answer["text"], answer["choice_index"]) == ("nothing", 1)
+    assert answer["tokens"]["prompt"] == answer["tokens"]["generated"] == 0
+    assert any(note.startswith(why) for note in answer["audio"]["notes"])
+
+
+def test_choices_that_do_not_name_silence_are_still_chosen_from(ask) -> None:
+    out, _ = ask(np.zeros(RATE_HZ), QUESTION, "--json", "--choices", *CHOICES)
+    answer = json.loads(out)
+    assert answer["text"] == CHOICES[answer["choice_index"]]
+    assert answer["audio"]["notes"] == [
+        "silent: no sample is above -70 dBFS",
+        "one of the choices must be given: the model guesses",
+    ]
+
+
+def test_silence_goes_through_the_same_events(model: TinyGiant) -> None:
+    events = list(model.stream((np.zeros(RATE_HZ, np.float32), RATE_HZ), "What is heard?"))
+    kinds = [event_record(event)["event"] for event in events]
+    assert kinds == ["audio_read", "streams_ready", "prompt_read", "text", "answer"]
+
+
+def test_a_cable_in_reverse_is_heard(ask) -> None:
+    """The mean of the channels is silence."""
+    out, err = ask(np.stack([SOUND, -SOUND], axis=1), QUESTION, "--choices", *CHOICES)
+    mono, _ = ask(SOUND, QUESTION, "--choices", *CHOICES)
+    assert out == mono and out.endswith("Answer:\ntiger\n")
+    assert "note: the channels cancel each other" in err
+    assert "channel 1 was used" in err
+
+
+def test_an_offset_changes_nothing_but_the_notes(ask) -> None:
+    """5 % of full scale became "Background hum"."""
+    out, err = ask(0.9 * SOUND + 0.05, QUESTION, "--choices", *CHOICES)
+    mono, quiet_err = ask(0.9 * SOUND, QUESTION, "--choices", *CHOICES)
+    assert out == mono
+    assert "note: an offset of 5 % of full scale was removed" in err
+    assert "note" not in quiet_err
+
+
+def test_a_recording_sixty_decibels_down_is_asked_about_with_a_note(ask) -> None:
+    out, err = ask(0.001 * SOUND / np.abs(SOUND).max(), QUESTION, "--choices", *CHOICES)
+    assert out.splitlines()[-1] in CHOICES
+    assert "note: very quiet: it peaks at -60 dBFS" in err
