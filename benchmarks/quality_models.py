@@ -50,6 +50,7 @@ _LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_F32 = 0  # ggml's type
 _CONTROL = 3  # gguf's type of a token that no text holds
 
 
@@ -217,6 +218,7 @@ def score(file: Path, tokens: Path, output: Path) -> None:
     )
     parameters = library.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = length
+    parameters.type_k = parameters.type_v = _F32  # its float16 keys would not be float32's
     parameters.n_threads = parameters.n_threads_batch = len(os.sched_getaffinity(0))
     context = model and library.llama_init_from_model(model, parameters)
     if not context:
