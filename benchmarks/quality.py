@@ -182,8 +182,8 @@ class Copy:
             self.wanted[index] = logits
         self.greedy_ids = self._write(graph, self._float_rows, "fp32")
         self.greedy_text = self._decode(self.greedy_ids)
-        self._calibration = self._draw(graph)
         graph.close()
+        self._calibration: list[list[int]] = []
         self._moments: dict[str, Array] = {}
         self._peaks: list[KvPeaks] = []
 
@@ -224,28 +224,31 @@ class Copy:
         stop_ids = self.spec.stop_token_ids
         return [*decoder.generate(logits, max_new_tokens=_GREEDY_TOKENS, stop_ids=stop_ids)]
 
-    def _draw(self, graph: Graph) -> list[list[int]]:
+    def _own_texts(self) -> list[list[int]]:
         """Texts that the model writes from nothing, each token drawn at temperature 1."""
-        rng, texts = np.random.default_rng(0), []
+        if self._calibration:
+            return self._calibration
+        graph, rng = Graph(self.graph, self._settings), np.random.default_rng(0)
         for _ in range(_N_CALIBRATION):
             decoder = Decoder(graph, self._float_rows, self.spec, _CALIBRATION_LENGTH)
             text = [0]  # <|endoftext|>
             while len(text) < _CALIBRATION_LENGTH:
                 weights = np.exp(log_softmax(decoder.step(text[-1:])[-1]).astype(np.float64))
                 text.append(int(rng.choice(len(weights), p=weights / weights.sum())))
-            texts.append(text)
-        return texts
+            self._calibration.append(text)
+        graph.close()
+        return self._calibration
 
     def _input_moments(self) -> dict[str, Array]:
         if not self._moments:
-            embeds = [self._float_rows.lookup(text) for text in self._calibration]
+            embeds = [self._float_rows.lookup(text) for text in self._own_texts()]
             self._moments = input_moments(self.graph, embeds, self._settings)
         return self._moments
 
     def _kv_peaks(self) -> list[KvPeaks]:
         if not self._peaks:
-            graph = Graph(self.graph, self._settings)
-            for text in self._calibration:
+            texts, graph = self._own_texts(), Graph(self.graph, self._settings)
+            for text in texts:
                 decoder = Decoder(graph, self._float_rows, self.spec, len(text))
                 decoder.read(text)
                 found = [kv_peaks(key[0], value[0]) for _, key, value in decoder.cache.buffers()]
