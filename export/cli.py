@@ -48,8 +48,11 @@ examples:
   tg-export --mizar stage3_q4_seed20260905.ckpt --tokenizer SmolLM2-135M -o bundles/mizar
   tg-export --mellow soham97/mellow --allow-download -o bundles/mellow
 
-recipes: fp32 (exact), int8 (8-bit weights), int4 (4-bit decoder with keys
-  and values in 8 bits, 8-bit encoders), int4-b32 (in smaller blocks: closer and slower)
+recipes: fp32 (exact), int8 (8-bit weights), int8-b128 (in larger blocks: faster), int4 (4-bit
+  decoder with keys and values in 8 bits, 8-bit encoders), int4-b32 (in smaller blocks: closer and
+  slower), int4-gptq (4 bits fitted to what the decoder sees, 8 where it hurts); auto: the smallest
+  that suits the decoder's size and passes. What a decoder loses is measured on text that the model
+  itself writes; one that loses too much is not written.
 
 exit codes:
   0 written · 1 unforeseen failure · 2 wrong options, or the folder exists · 6 checkpoint does not
@@ -95,7 +98,7 @@ def _run(options: argparse.Namespace) -> None:
         raise MissingDependencyError(
             f"{error.name or error} is not installed; run: pip install 'tinygiant[export]'"
         ) from error
-    chosen = recipe(options.recipe)
+    chosen = None if options.recipe == "auto" else recipe(options.recipe)
     source = _source(options)
     done = export_bundle(
         source,
@@ -113,7 +116,11 @@ def _run(options: argparse.Namespace) -> None:
             f"tokens: {tokens.agreement:.1%} of {tokens.n_steps} as PyTorch's, "
             f"{tokens.decided_agreement:.1%} of the {tokens.n_decided} that are decided clearly"
         )
-    lines.append(f"{options.output}: {size_bytes / 1e6:.1f} MB, {chosen.name}, verified")
+    if done.verification.quality is not None:
+        proof = "" if done.verification.quality.judged else " (random weights: proves nothing)"
+        lines.append(f"quality: {done.verification.quality.line}{proof}")
+    written = done.manifest.recipe.name
+    lines.append(f"{options.output}: {size_bytes / 1e6:.1f} MB, {written}, verified")
     try:
         print("\n".join(lines), flush=True)
     except OSError as error:
@@ -192,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         default="int8",
         metavar="NAME",
-        help="fp32, int8, int4 or int4-b32 (%(default)s)",
+        help="fp32, int8, int8-b128, int4, int4-b32, int4-gptq or auto (%(default)s)",
     )
     add("--force", action="store_true", help="replace an existing bundle")
     add("--threads", type=int, metavar="N", help="threads of the check; default: physical cores")
