@@ -31,7 +31,8 @@ from tinygiant.runtime import TinyGiantError
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
 from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.events import PromptRead
-from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.pipeline import TinyGiant
 
 __all__ = ["Stage", "main", "measure", "read_smaps"]

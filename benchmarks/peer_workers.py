@@ -130,7 +130,8 @@ class OurEncoder(_Encoder):
 
     def __init__(self, settings: Settings) -> None:
         from tinygiant.runtime.bundle import Bundle
-        from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+        from tinygiant.runtime.ort.pool import GraphPool
+        from tinygiant.runtime.ort.sessions import SessionSettings
 
         bundle = Bundle.open(settings.model, verify=False)
         pool = GraphPool(bundle, SessionSettings(threads=settings.threads))
@@ -277,7 +278,8 @@ class OurDecoder(_Decoder):
         from tinygiant.runtime.bundle import Bundle
         from tinygiant.runtime.decoder import Decoder, greedy
         from tinygiant.runtime.embeddings import TokenEmbeddings
-        from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+        from tinygiant.runtime.ort.pool import GraphPool
+        from tinygiant.runtime.ort.sessions import SessionSettings
 
         bundle = Bundle.open(settings.model, verify=False)
         self._pool = GraphPool(bundle, SessionSettings(threads=settings.threads))

@@ -11,9 +11,11 @@ training does, loads neither onnxruntime nor soundfile.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # a command comes through here before it takes care of interrupts: be quick
 if TYPE_CHECKING:
+    from typing import Any
+
     from .asking import AskOptions
     from .audio import Audio, read_audio, read_pcm
     from .bundle import Bundle

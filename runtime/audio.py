@@ -2,9 +2,7 @@
 
 What comes in is accounted for (:class:`Audio`): seconds received, used and dropped, and a note for
 everything a listener should know, the signal's own faults included. What cannot be used ends in an
-:class:`AudioError` of one line.
-Lengths are checked against the limit from the header, before anything is decoded, and again while
-decoding in blocks, so that a forged header cannot exhaust memory.
+:class:`AudioError` of one line. :mod:`encoded` decodes files, and bounds what it decodes.
 """
 
 from __future__ import annotations
@@ -13,37 +11,38 @@ import io
 import math
 import os
 import re
-import shutil
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
-import soundfile
-import soxr
 from numpy.typing import NDArray
 
-from .errors import AudioError, AudioTooLongError, UsageError
+from .encoded import (
+    Decoded,
+    EncodedFile,
+    checked_channels,
+    checked_rate,
+    decode,
+    limit_frames,
+    resample,
+    too_long,
+)
+from .errors import AudioError, UsageError
 from .signal import Mixdown, mend
 
 __all__ = ["MAX_AUDIO_S", "Audio", "AudioSource", "read_audio", "read_pcm", "resample"]
 
 MAX_AUDIO_S = 300.0
-MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 768_000
-MAX_CHANNELS = 64
 # 40 dB above full scale: not loud but mis-scaled (16-bit values kept in a float file).
 MAX_PEAK = 100.0
 # A stream cannot be searched backwards, so its encoded bytes are held in memory.
 MAX_STREAM_BYTES = 256 << 20
 
-_BLOCK_FRAMES = 16_384
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# Writers that do not know the length yet leave one of the largest sizes a header can hold.
-_OPEN_ENDED_BYTES = 0x7FFF_F000
-_TRUNCATED_CHUNK = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 AudioSource: TypeAlias = (
     str
@@ -54,6 +53,7 @@ AudioSource: TypeAlias = (
     | bytearray
     | memoryview
     | tuple[NDArray[Any], int]
+    | Mapping[str, Any]
 )
 
 
@@ -82,21 +82,17 @@ class Audio:
     notes: tuple[str, ...] = ()
 
 
-def resample(samples: NDArray[np.float32], from_hz: int, to_hz: int) -> NDArray[np.float32]:
-    """Resample mono audio with soxr's high-quality recipe; the input itself if the rates agree."""
-    if from_hz == to_hz:
-        return samples
-    return np.asarray(soxr.resample(samples, from_hz, to_hz, quality="HQ"), dtype=np.float32)
-
-
 def read_audio(source: AudioSource, *, max_audio_s: float = MAX_AUDIO_S) -> Audio:
     """Read a whole clip.
 
     Args:
-        source: a path to any file libsndfile reads (wav, flac, mp3, ogg, ...), the bytes of such a
-            file, a binary stream of them, or ``(array, sampling_rate_hz)`` with an array of shape
-            ``(n_samples,)`` or ``(n_samples, n_channels)``: floats in -1..1, or int16, int32, int8
-            or uint8 at full scale.
+        source: a path to any file that libsndfile reads (wav, flac, mp3, ogg, ...) or, where it is
+            installed, FFmpeg (m4a, mp4, webm, ...); the bytes of such a file; a binary stream of
+            them; ``(array, sampling_rate_hz)`` with an array of shape ``(n_samples,)`` or
+            ``(n_samples, n_channels)``: floats in -1..1, or int16, int32, int8 or uint8 at full
+            scale; or an entry of a data set, a mapping with ``array`` and ``sampling_rate`` (an
+            array of two dimensions with its channels first, as Hugging Face has them), or with
+            ``bytes`` or ``path``.
         max_audio_s: longest clip to accept.
 
     Raises:
@@ -107,13 +103,21 @@ def read_audio(source: AudioSource, *, max_audio_s: float = MAX_AUDIO_S) -> Audi
     _check_limit(max_audio_s)
     if isinstance(source, tuple):
         return _from_array(source, max_audio_s)
+    if isinstance(source, Mapping):
+        return _from_entry(source, max_audio_s)
     if isinstance(source, bytes | bytearray | memoryview):
         return _from_bytes(source, "audio bytes", max_audio_s)
     if isinstance(source, str | os.PathLike):
-        return _from_path(source, max_audio_s)
+        return _undisturbed(lambda: _from_path(source, max_audio_s))
     if hasattr(source, "read"):
         name = _stream_name(source)
-        return _from_bytes(_read_stream(source, name), name, max_audio_s)
+        content = _read_stream(source, name)
+        if not content and _is_at_its_end(source):
+            raise AudioError(
+                f"{name}: was read to its end before, so nothing is left in it; go back to its "
+                "start with seek(0)"
+            )
+        return _from_bytes(content, name, max_audio_s)
     raise AudioError(
         f"audio given as {type(source).__name__}: expected a path, bytes, a binary stream or "
         "(array, sampling_rate_hz); pass one of these"
@@ -121,94 +125,136 @@ def read_audio(source: AudioSource, *, max_audio_s: float = MAX_AUDIO_S) -> Audi
 
 
 def read_pcm(
-    stream: IO[bytes], sampling_rate_hz: int, *, max_audio_s: float = MAX_AUDIO_S
+    source: str | os.PathLike[str] | IO[bytes],
+    sampling_rate_hz: int,
+    *,
+    max_audio_s: float = MAX_AUDIO_S,
 ) -> Audio:
-    """Read raw 16-bit little-endian mono PCM until the stream ends.
+    """Read raw 16-bit little-endian mono PCM to the end of a file or a binary stream.
 
     Raises:
-        AudioTooLongError: the stream holds more than ``max_audio_s``; reading stops there.
-        AudioError: an absurd rate, or no sample in the stream.
+        AudioTooLongError: it holds more than ``max_audio_s``; reading stops there.
+        AudioError: an absurd rate, no sample in it, or a file that cannot be read.
         UsageError: ``max_audio_s`` is not a positive number.
     """
     _check_limit(max_audio_s)
-    name = _stream_name(stream)
-    rate_hz = _checked_rate(sampling_rate_hz, name)
-    limit_bytes = 2 * _limit_frames(max_audio_s, rate_hz)
+    if isinstance(source, str | os.PathLike):
+        with _opened(source) as file:
+            return _read_pcm(file, _path_name(source), sampling_rate_hz, max_audio_s)
+    return _read_pcm(source, _stream_name(source), sampling_rate_hz, max_audio_s)
+
+
+def _read_pcm(stream: IO[bytes], name: str, sampling_rate_hz: int, max_audio_s: float) -> Audio:
+    rate_hz = checked_rate(sampling_rate_hz, name)
+    limit_bytes = 2 * limit_frames(max_audio_s, rate_hz)
     pcm = bytearray()
     while block := _read_block(stream, name):
         pcm += block
         if len(pcm) > limit_bytes:
-            raise _too_long(name, None, max_audio_s)
+            raise too_long(name, None, max_audio_s)
     notes = []
     if len(pcm) % 2:
         notes.append("the last byte is half a 16-bit sample and was left out")
     samples = np.frombuffer(pcm, dtype="<i2", count=len(pcm) // 2).astype(np.float32) / 32_768.0
-    return _audio(samples, rate_hz, name, channels=1, notes=notes)
+    return _audio(Decoded(samples, rate_hz, 1, None, tuple(notes)), name)
+
+
+def _undisturbed(call: Callable[[], Audio]) -> Audio:
+    """The result of ``call``, which runs where no interrupt can strike.
+
+    Decoders call back into Python to read. An exception that an interrupt raised there could not
+    pass through their native code: it would be printed, and lost. Interrupts reach the main thread
+    alone, so decoders work in another, while this one waits.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    results: list[Audio] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    try:
+        worker.start()
+    except RuntimeError:  # no memory for a thread
+        return call()
+    worker.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _from_path(path: str | os.PathLike[str], max_audio_s: float) -> Audio:
-    name = _printable(os.fsdecode(path))
+    name = _path_name(path)
+    with _opened(path) as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return _from_file(file, name, max_audio_s)
+        content = _read_stream(file, name)
+    return _from_bytes(content, name, max_audio_s)
+
+
+def _path_name(path: str | os.PathLike[str]) -> str:
+    return _printable(os.fsdecode(path))
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[EncodedFile]:
+    """The file at ``path``; what the system says against it becomes an AudioError."""
+    name = _path_name(path)
     try:
-        with _EncodedFile(io.FileIO(path)) as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return _from_file(file, name, max_audio_s)
-            encoded = _read_stream(file, name)
+        with EncodedFile(io.FileIO(path)) as file:
+            yield file
+    except AudioError:
+        raise
     except FileNotFoundError as error:
+        if _URL.match(name):
+            raise AudioError(
+                f"{name}: is a URL, and nothing is fetched from the network here; download it "
+                "first (curl -LO URL), then give the file"
+            ) from error
         raise AudioError(f"{name}: no such file; check the path to the audio") from error
     except IsADirectoryError as error:
-        raise AudioError(f"{name}: is a folder, expected one audio file; name a file") from error
+        raise AudioError(
+            f"{name}: is a folder, expected one audio file; name a file in it, or ask about all "
+            "of them with --batch"
+        ) from error
     except PermissionError as error:
         raise AudioError(f"{name}: not readable for this user; change its permissions") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, AudioError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise AudioError(f"{name}: cannot be opened ({reason}); check the path") from error
-    return _from_bytes(encoded, name, max_audio_s)
 
 
-def _from_bytes(encoded: bytes | bytearray | memoryview, name: str, max_audio_s: float) -> Audio:
+def _from_bytes(content: bytes | bytearray | memoryview, name: str, max_audio_s: float) -> Audio:
     # Typeshed asks for a raw stream; at run time any object with readinto and seek will do.
-    return _from_file(_EncodedFile(cast(io.RawIOBase, io.BytesIO(encoded))), name, max_audio_s)
+    file = EncodedFile(cast(io.RawIOBase, io.BytesIO(content)))
+    return _undisturbed(lambda: _from_file(file, name, max_audio_s))
 
 
-def _from_file(file: _EncodedFile, name: str, max_audio_s: float) -> Audio:
-    """Decode an encoded file from a seekable stream."""
-    n_bytes = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    head = file.read(1 << 18)
-    file.seek(0)
-    if n_bytes == 0:
-        raise AudioError(f"{name}: is empty (0 bytes), expected audio; record or copy it again")
-    if head.startswith(_LFS_POINTER):
-        raise AudioError(
-            f"{name}: is a git-lfs pointer, not the audio itself; fetch it with `git lfs pull`"
-        )
-    try:
-        with _ForwardSoundFile(file) as sound:
-            rate_hz = _checked_rate(sound.samplerate, name)
-            channels = _checked_channels(sound.channels, name)
-            announced, notes = _announced_frames(sound, head)
-            # libsndfile's own count: what a truncated file announces beyond its end is not there.
-            held = min(announced or 0, sound.frames)
-            if held > _limit_frames(max_audio_s, rate_hz):
-                raise _too_long(name, held / rate_hz, max_audio_s)
-            mix, fault = _decode(sound, name, max_audio_s)
-            is_mp3 = sound.format == "MP3"
-    except soundfile.LibsndfileError as error:
-        raise AudioError(_unreadable(name, error)) from error
-    if is_mp3 and n_bytes - file.tell() > 4_096:
-        # libsndfile guesses the length of an MP3 without a length header and stops there; from a
-        # pipe it does not guess.
-        with suppress(soundfile.LibsndfileError), _piped(file) as pipe:
-            with _ForwardSoundFile(pipe, closefd=False) as sound:
-                whole, fault = _decode(sound, name, max_audio_s)
-            mix = max(mix, whole, key=lambda found: found.n_frames)
-    samples, mix_notes = mix.finish()
-    notes += mix_notes
-    if fault is not None:
-        notes.append(f"decoding stopped at {samples.size / rate_hz:.2f} s ({fault})")
-    return _audio(samples, rate_hz, name, channels, announced, notes)
+def _from_file(file: EncodedFile, name: str, max_audio_s: float) -> Audio:
+    return _audio(decode(file, name, max_audio_s), name)
+
+
+def _from_entry(entry: Mapping[str, Any], max_audio_s: float) -> Audio:
+    """An entry of a data set, decoded or not."""
+    if entry.get("array") is not None and entry.get("sampling_rate") is not None:
+        array = np.asarray(entry["array"])
+        if array.ndim == 2 and array.shape[0] < array.shape[1]:
+            array = array.T
+        return _from_array((array, entry["sampling_rate"]), max_audio_s)
+    if isinstance(entry.get("bytes"), bytes):
+        return _from_bytes(entry["bytes"], "audio bytes", max_audio_s)
+    if isinstance(entry.get("path"), str):
+        return _from_path(entry["path"], max_audio_s)
+    keys = _printable(", ".join(map(str, entry))) or "nothing"
+    raise AudioError(
+        f"audio given as a mapping with {keys}: expected array and sampling_rate, bytes, or path; "
+        "pass one of these"
+    )
 
 
 def _from_array(source: tuple[Any, ...], max_audio_s: float) -> Audio:
@@ -218,20 +264,20 @@ def _from_array(source: tuple[Any, ...], max_audio_s: float) -> Audio:
             f"{name}: expected (numpy array, sampling_rate_hz), found a tuple of "
             f"{', '.join(type(item).__name__ for item in source) or 'nothing'}; pass those two"
         )
-    array, rate_hz = source[0], _checked_rate(source[1], name)
+    array, rate_hz = source[0], checked_rate(source[1], name)
     if array.ndim not in (1, 2) or (array.ndim == 2 and 0 < array.shape[0] < array.shape[1]):
         raise AudioError(
             f"{name}: shape {array.shape}, expected (n_samples,) or (n_samples, n_channels) with "
             "more samples than channels; reshape or transpose it"
         )
-    channels = _checked_channels(array.shape[1] if array.ndim == 2 else 1, name)
-    if array.shape[0] > _limit_frames(max_audio_s, rate_hz):
-        raise _too_long(name, array.shape[0] / rate_hz, max_audio_s)
+    channels = checked_channels(array.shape[1] if array.ndim == 2 else 1, name)
+    if array.shape[0] > limit_frames(max_audio_s, rate_hz):
+        raise too_long(name, array.shape[0] / rate_hz, max_audio_s)
     samples = _full_scale(array, name)
     mix = Mixdown()
     mix.add(samples.reshape(len(samples), channels))
-    mono, notes = mix.finish()
-    return _audio(mono, rate_hz, name, channels, notes=notes)
+    samples, notes = mix.finish()
+    return _audio(Decoded(samples, rate_hz, channels, None, tuple(notes)), name)
 
 
 def _full_scale(array: NDArray[Any], name: str) -> NDArray[np.float32]:
@@ -250,86 +296,11 @@ def _full_scale(array: NDArray[Any], name: str) -> NDArray[np.float32]:
     )
 
 
-class _EncodedFile(io.BufferedReader):
-    """Encoded bytes as libsndfile's callbacks should meet them."""
-
-    # soundfile would judge the format by the name's ending, where the content decides.
-    name = ""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Stay in place when a damaged header sends the decoder before the start.
-
-        An exception in a callback cannot reach the caller: it would be printed.
-        """
-        try:
-            return super().seek(offset, whence)
-        except (OSError, ValueError):
-            return self.tell()
-
-
-class _ForwardSoundFile(soundfile.SoundFile):  # type: ignore[misc]
-    """A sound file read from start to end only.
-
-    soundfile seeks after each block of a seekable file, which fails where libsndfile does not know
-    the length (a FLAC that was written to a pipe).
-    """
-
-    def seekable(self) -> bool:
-        """Never: nothing here goes back."""
-        return False
-
-
-def _announced_frames(sound: soundfile.SoundFile, head: bytes) -> tuple[int | None, list[str]]:
-    """Frames the header announces (None: it does not say), and notes about the container."""
-    frames = int(sound.frames)
-    notes: list[str] = []
-    if frames >= 1 << 62 or (sound.format == "MP3" and b"Xing" not in head and b"Info" not in head):
-        return None, notes
-    if "lacks an end-of-stream" in sound.extra_info:
-        notes.append("the file ends without its end mark: audio may be missing at the end")
-    chunk = _TRUNCATED_CHUNK.search(sound.extra_info)
-    if chunk is not None:
-        announced_bytes, held_bytes = int(chunk[1]), int(chunk[2])
-        if held_bytes < announced_bytes < _OPEN_ENDED_BYTES:
-            frames = round(frames * announced_bytes / max(held_bytes, 1))
-    return frames, notes
-
-
-def _decode(
-    sound: soundfile.SoundFile, name: str, max_audio_s: float
-) -> tuple[Mixdown, str | None]:
-    """The sound up to the end, the limit or a fault, and the decoder's word on the fault."""
-    limit_frames = _limit_frames(max_audio_s, sound.samplerate)
-    block = np.empty((_BLOCK_FRAMES, sound.channels), dtype=np.float32)
-    mix, fault = Mixdown(), None
-    while fault is None:
-        block.fill(np.nan)
-        try:
-            n_read = len(sound.read(out=block))
-        except soundfile.LibsndfileError as error:
-            # What was decoded before the fault is in the block already: keep it.
-            fault = error.error_string.removeprefix("Error : ").rstrip(".")
-            n_read = int(np.isfinite(block).all(axis=1).sum())
-        if n_read == 0:
-            break
-        mix.add(block[:n_read])
-        if mix.n_frames > limit_frames:
-            raise _too_long(name, None, max_audio_s)
-    return mix, fault
-
-
-def _audio(
-    samples: NDArray[np.float32],
-    rate_hz: int,
-    name: str,
-    channels: int,
-    announced_frames: int | None = None,
-    notes: list[str] | None = None,
-) -> Audio:
+def _audio(decoded: Decoded, name: str) -> Audio:
     """The last checks, and the accounting."""
-    notes = list(notes or [])
+    samples, rate_hz, notes = decoded.samples, decoded.rate_hz, list(decoded.notes)
     used_s = samples.size / rate_hz
-    received_s = max(used_s, (announced_frames or 0) / rate_hz)
+    received_s = max(used_s, (decoded.announced_frames or 0) / rate_hz)
     if samples.size == 0:
         announced = f" although its header announces {received_s:.2f} s" if received_s else ""
         raise AudioError(f"{name}: holds no samples{announced}; record or copy it again")
@@ -361,28 +332,9 @@ def _audio(
         received_s=received_s,
         used_s=used_s,
         dropped_s=received_s - used_s,
-        channels=channels,
+        channels=decoded.channels,
         notes=tuple(notes),
     )
-
-
-@contextmanager
-def _piped(file: _EncodedFile) -> Iterator[int]:
-    """The read end of a pipe through which the file's bytes come."""
-    file.seek(0)
-    read_end, write_end = os.pipe()
-
-    def feed() -> None:
-        with suppress(BrokenPipeError), open(write_end, "wb") as sink:
-            shutil.copyfileobj(file, sink)
-
-    feeder = threading.Thread(target=feed, daemon=True)
-    feeder.start()
-    try:
-        yield read_end
-    finally:
-        os.close(read_end)
-        feeder.join()
 
 
 def _read_stream(stream: IO[bytes], name: str) -> bytes:
@@ -397,6 +349,14 @@ def _read_stream(stream: IO[bytes], name: str) -> bytes:
     return bytes(encoded)
 
 
+def _is_at_its_end(stream: Any) -> bool:
+    """Whether an empty stream is one that holds something in front of its position."""
+    try:
+        return bool(stream.seekable() and stream.tell() > 0)
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
 def _read_block(stream: IO[bytes], name: str) -> bytes:
     try:
         block = stream.read(1 << 16)
@@ -409,56 +369,9 @@ def _read_block(stream: IO[bytes], name: str) -> bytes:
     return block or b""
 
 
-def _unreadable(name: str, error: soundfile.LibsndfileError) -> str:
-    reason = error.error_string.strip().rstrip(".")
-    if "SF_INFO" in reason:
-        return (
-            f"{name}: its header gives no usable sampling rate (0 Hz or out of range), expected "
-            f"{MIN_RATE_HZ}..{MAX_RATE_HZ} Hz; convert it, e.g. with ffmpeg"
-        )
-    return (
-        f"{name}: not audio that can be read, or cut off too early ({reason}); expected wav, "
-        "flac, mp3, ogg or another file libsndfile knows, convert it, e.g. with ffmpeg"
-    )
-
-
-def _checked_rate(rate_hz: Any, name: str) -> int:
-    is_number = isinstance(rate_hz, int | float | np.integer | np.floating)
-    if isinstance(rate_hz, bool) or not is_number or rate_hz != rate_hz or rate_hz % 1:
-        raise AudioError(
-            f"{name}: sampling rate {_printable(repr(rate_hz))}, expected a whole number of Hz"
-        )
-    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
-        raise AudioError(
-            f"{name}: sampling rate {_printable(str(rate_hz))} Hz, expected "
-            f"{MIN_RATE_HZ}..{MAX_RATE_HZ} Hz; check the header or convert the audio"
-        )
-    return int(rate_hz)
-
-
-def _checked_channels(channels: int, name: str) -> int:
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise AudioError(
-            f"{name}: {channels} channels, expected 1..{MAX_CHANNELS}; mix it down first"
-        )
-    return channels
-
-
 def _check_limit(max_audio_s: float) -> None:
     if not (math.isfinite(max_audio_s) and max_audio_s > 0):
         raise UsageError(f"--max-audio {max_audio_s}: expected a positive number of seconds")
-
-
-def _limit_frames(max_audio_s: float, rate_hz: int) -> int:
-    return math.floor(max_audio_s * rate_hz + 1e-6)
-
-
-def _too_long(name: str, duration_s: float | None, max_audio_s: float) -> AudioTooLongError:
-    found = "more" if duration_s is None else f"{duration_s:.10g} s"
-    return AudioTooLongError(
-        f"{name}: holds {found}, the limit is {max_audio_s:g} s; cut the audio, or raise the "
-        "limit with --max-audio"
-    )
 
 
 def _stream_name(stream: Any) -> str:

@@ -34,7 +34,8 @@ from .events import Answer, AudioRead, Event, Finished, StreamsReady, TokenCount
 from .generate import end_ids, generate
 from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
-from .ort.sessions import GraphPool, SessionSettings
+from .ort.pool import GraphPool
+from .ort.sessions import SessionSettings
 from .preprocess import preprocess
 from .prompt import Prompt, compose
 from .signal import silent_choice, why_unheard

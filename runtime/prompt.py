@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from .config import PromptConfig
 from .errors import QuestionError
+from .text import counted
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -167,7 +168,7 @@ def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(choices, str) or not 2 <= len(choices) <= MAX_CHOICES:
         count = 1 if isinstance(choices, str) else len(choices)
-        raise QuestionError(f"{count} choices given, expected 2 to {MAX_CHOICES}")
+        raise QuestionError(f"{counted(count, 'choice')} given, expected 2 to {MAX_CHOICES}")
     if sum(map(len, choices)) > MAX_QUESTION_CHARS:
         raise QuestionError(f"the choices have more than {MAX_QUESTION_CHARS} characters in all")
     first_with: dict[str, int] = {}

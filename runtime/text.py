@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["one_line", "printable"]
+__all__ = ["counted", "one_line", "printable"]
 
 _MAX_MESSAGE_CHARS = 300
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 clip``, ``2 clips``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def printable(text: object, *, keep: str = "") -> str:

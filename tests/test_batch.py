@@ -81,6 +81,42 @@ def test_a_folder_of_clips(run: Run, clips: Path, tmp_path: Path, tiny: TinyGian
     assert "complete" in err
 
 
+def test_a_folder_of_a_phone(run: Run, tmp_path: Path, tone: Tone) -> None:
+    # m4a and aac were skipped without a word; macOS's `._x.wav` was taken for a clip.
+    folder = tmp_path / "phone"
+    (folder / "__MACOSX").mkdir(parents=True)
+    soundfile.write(folder / "x.wav", tone(0.3, 16_000), 16_000)
+    (folder / "._x.wav").write_bytes(b"\0\5\x16\7" + bytes(200))
+    (folder / "__MACOSX" / "._x.m4a").write_bytes(b"\0\5\x16\7" + bytes(200))
+    for name in ("memo.m4a", "call.AAC", "film.mp4", "note.amr"):
+        (folder / name).write_bytes(b"not really")
+    for name in ("cover.jpg", "list.txt"):
+        (folder / name).write_bytes(b"no sound")
+    out = tmp_path / "out.jsonl"
+    code, _, err = run(folder, "-o", out, "--question", "What?")
+    assert code == 11
+    records = {record["id"]: record for record in read(out)}
+    assert [*records] == ["call.AAC", "film.mp4", "memo.m4a", "note.amr", "x.wav"]
+    assert [name for name, record in records.items() if "answer" in record] == ["x.wav"]
+    assert "note: 2 files left out, by name no audio: cover.jpg, list.txt" in err
+
+
+def test_the_output_is_a_file(run: Run, clips: Path) -> None:
+    code, _, err = run(clips, "-o", "-", "--question", "What?")
+    assert code == 2
+    assert "a batch goes on from what its file already holds" in err
+    assert not Path("-").exists()
+
+
+def test_counts_have_their_plural(run: Run, clips: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "one.jsonl", {"audio": str(clips / "a.wav"), "question": "What?"})
+    assert "tg-run: 1 item in 0 s" in run(source, "-o", tmp_path / "one.out")[2]
+    source = write(tmp_path / "bad.jsonl", "{", {"audio": "none.wav", "question": "What?"})
+    err = run(source, "-o", tmp_path / "bad.out")[2]
+    assert "2 items in 0 s" in err
+    assert "2 items could not be answered" in err
+
+
 def test_a_file_of_questions_and_its_bad_items(run: Run, clips: Path, tmp_path: Path) -> None:
     source = write(
         clips / "questions.jsonl",
@@ -115,7 +151,7 @@ def test_a_file_of_questions_and_its_bad_items(run: Run, clips: Path, tmp_path: 
     whole["$defs"]["answer"] = answer
     for record in records.values():
         jsonschema.validate(record, whole, jsonschema.Draft202012Validator)
-    assert "9 of the items could not be answered" in err.splitlines()[-1]
+    assert "9 items could not be answered" in err.splitlines()[-1]
     assert all(line.startswith("tg-run: ") for line in err.splitlines())
 
 
@@ -189,13 +225,13 @@ def test_bad_sources(run: Run, clips: Path, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "out.jsonl")
     for arguments, code, part in (
         ((tmp_path / "missing.jsonl", *out), 2, "cannot be read"),
-        ((tmp_path / "empty", *out, "--question", "What?"), 2, "no clips"),
-        ((none, *out), 2, "no lines"),
+        ((tmp_path / "empty", *out, "--question", "What?"), 2, "has the name of a clip"),
+        ((none, *out), 2, "no line in it"),
         ((twice, *out), 2, "two items have the id c"),
         ((clips, *out), 2, "--question"),
-        ((twice, *out, "--question", "What?"), 2, "go with a folder"),
+        ((twice, *out, "--question", "What?"), 2, "are for a folder"),
         ((clips, *out, "--question", " "), 5, "empty"),
-        ((clips, *out, "--question", "What?", "--choices", "one"), 5, "1 choices"),
+        ((clips, *out, "--question", "What?", "--choices", "one"), 5, "1 choice given"),
         ((clips, "-o", tmp_path / "no" / "out.jsonl", "--question", "What?"), 8, "another output"),
     ):
         found, _, err = run(*arguments)

@@ -234,7 +234,7 @@ def test_a_terminal_is_not_audio(tiny_bundle: Path) -> None:
         ("clip.wav", "What?", "--max-audio", "nan"),
         ("clip.wav", "What?", "--memory", "huge"),
         ("clip.wav", "What?", "--choices"),
-        ("clip.wav", "What?", "--pcm-rate", "16000"),
+        ("--mic", "What?", "--pcm-rate", "16000"),
         ("clip.wav", "What?", "--jso"),
         ("clip.wav", "What?", "two\nlines\x1b"),
     ],

@@ -124,9 +124,21 @@ def test_a_failed_line_does_not_end_the_session(talk: Talk) -> None:
     assert len(out) == 1
     assert code == 2  # of the first failure
     assert all(line.startswith("tg-run: ") and line.isprintable() for line in err.splitlines())
-    for part in (":nonsense is no", "/there.wav: no such file", "name the clip", "1 choices", "U+"):
+    for part in (
+        "no command :nonsense",
+        "/there.wav: no such file",
+        ":load PATH",
+        "1 choice given",
+        "U+",
+    ):
         assert part in err
     assert talk("a\x07b")[0] == 5
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", ":exit", ":quit", ":q", "EXIT"])
+def test_exit_is_no_question(talk: Talk, word: str) -> None:
+    code, out, _ = talk(word, "What is heard?", options=("--json",))
+    assert (code, out) == (0, [])
 
 
 def test_unforeseen_failures_do_not_end_it_either(

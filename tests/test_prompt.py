@@ -122,7 +122,8 @@ def test_too_many_tokens(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("n_choices", [0, 1, 27, 1000])
 def test_number_of_choices(n_choices: int) -> None:
     message = refusal(choices=[f"choice {i}" for i in range(n_choices)])
-    assert f"{n_choices} choices given, expected 2 to 26" in message
+    given = "1 choice" if n_choices == 1 else f"{n_choices} choices"
+    assert f"{given} given, expected 2 to 26" in message
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_choices_that_cannot_be_asked(choices: list[str], what: str) -> None:
 
 
 def test_a_string_is_not_a_list_of_choices() -> None:
-    with pytest.raises(QuestionError, match="1 choices given"):
+    with pytest.raises(QuestionError, match="1 choice given"):
         check_choices("ab")
 
 

@@ -240,7 +240,7 @@ REFUSED: list[tuple[Any, int, str]] = [
     (changed(max_tokens="many"), 400, "from 1 to 2048"),
     (changed(stream="yes"), 400, "stream must be true or false"),
     (changed(tinygiant={"choice": []}), 400, "unknown field 'choice'"),
-    (changed(tinygiant={"choices": ["one"]}), 400, "1 choices given"),
+    (changed(tinygiant={"choices": ["one"]}), 400, "1 choice given"),
     (changed(choices_text=["a", "a"]), 400, "are the same"),
     (changed(choices_text="ab"), 400, "list of strings"),
     (changed(choices_text=["a", "b"], tinygiant={"choices": ["a", "b"]}), 400, "both given"),

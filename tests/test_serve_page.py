@@ -232,7 +232,7 @@ def test_everything_on_show_is_of_one_clip(page: Page, tmp_path: Path) -> None:
     wait_for(page.loaded, 30)
     ask(page)
     ask(page, choices="only one")
-    assert any("1 choices given" in text or "choice" in text for text in page.all(".problem"))
+    assert any("1 choice given" in text or "choice" in text for text in page.all(".problem"))
     page.choose(tone(tmp_path / "tone.wav"))
     wait_for(lambda: page.text("clip").startswith("tone.wav"), 30)
     assert page.all(".turn") == [] and page.all(".bad") == [""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +128,9 @@ def test_it_is_verified_and_quantized_like_any_other(
     assert {*report["graphs"]} == {"ear", "projector", "decoder_model", "embed_tokens"}
     assert report["end_to_end"]["agreement"] == 1.0
     assert report["end_to_end"]["free_running"] == 1.0
-    export_bundle(toy, tmp_path / "int8", recipe("int8"), threads=1)
+    # Random weights decide less clearly than trained ones.
+    int8 = dataclasses.replace(recipe("int8"), token_agreement=0.8)
+    export_bundle(toy, tmp_path / "int8", int8, threads=1)
     graphs = Bundle.open(tmp_path / "int8").manifest.graphs
     assert graphs["projector"].scheme.startswith("dynamic-int8")
     assert graphs["decoder_model"].scheme == "int8-b32"

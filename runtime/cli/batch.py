@@ -29,17 +29,25 @@ from ..errors import (
 )
 from ..events import SCHEMA
 from ..prompt import check_choices, check_question
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .records import error_record, json_line
 from .terminal import Progress, debugging
 
 if TYPE_CHECKING:
+    from ..asking import AskOptions
     from ..events import Answer
     from ..pipeline import TinyGiant
 
-__all__ = ["SUFFIXES", "Item", "Output", "read_items", "run"]
+__all__ = ["SUFFIXES", "Item", "Output", "left_out", "read_items", "run"]
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au", ".caf")
+# By these names files in a folder are clips: of libsndfile, then of FFmpeg.
+SUFFIXES = frozenset({
+    ".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus",
+    ".spx", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf",
+    ".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".aac", ".amr", ".awb", ".wma", ".wmv",
+    ".asf", ".webm", ".weba", ".mkv", ".mka", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv",
+    ".wv", ".ape", ".ac3",
+})  # fmt: skip
 _AUDIO_FIELDS = ("audio", "audio_path")
 
 
@@ -80,7 +88,10 @@ def read_items(
     path = Path(source)
     if path.is_dir():
         if question is None:
-            raise UsageError("a folder of clips needs a question for all of them; add --question")
+            raise UsageError(
+                f"{printable(path)} is a folder, and no question for its clips is given; add "
+                "--question QUESTION"
+            )
         check_question(question)
         if choices is not None:
             check_choices(choices)
@@ -88,12 +99,17 @@ def read_items(
     else:
         if question is not None or choices is not None:
             raise UsageError(
-                "--question and --choices go with a folder; a file has them in each of its lines"
+                f"{printable(path)} is no folder, and --question and --choices are for a folder; "
+                "in a .jsonl file each line has its own"
             )
         items = _lines(path)
     if not items:
-        kind = f"clips ({' '.join(SUFFIXES)})" if path.is_dir() else "lines"
-        raise UsageError(f"{printable(path)}: no {kind} in it; name another source")
+        if path.is_dir():
+            raise UsageError(
+                f"{printable(path)}: no file in it has the name of a clip (.wav, .mp3, .m4a, ...); "
+                "name another folder, or list the files in a .jsonl file"
+            )
+        raise UsageError(f"{printable(path)}: no line in it; expected a question on each line")
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
@@ -154,9 +170,13 @@ class Output:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, and remove it if nothing came of it, as without a model."""
         is_empty = os.fstat(self._file.fileno()).st_size == 0
         self._file.close()
-        if is_empty:  # nothing came of it, as where the model cannot be loaded
+        if is_empty:
             self.path.unlink(missing_ok=True)
 
     def write(self, item: Item, **outcome: dict[str, Any]) -> None:
@@ -182,8 +202,8 @@ class Output:
         """Raise IncompleteBatchError if the output holds errors."""
         if self.n_failed:
             raise IncompleteBatchError(
-                f"{self.n_failed} of the items could not be answered; see the lines with error in "
-                f"{printable(self.path)}, remove them to ask again"
+                f"{counted(self.n_failed, 'item')} could not be answered; the lines with error in "
+                f"{printable(self.path)} say why, remove them to ask again"
             )
 
     def _read(self, items: Sequence[Item]) -> set[str]:
@@ -226,15 +246,7 @@ class Output:
         return UsageError(f"{printable(self.path)}: {found}; name another output with -o")
 
 
-def run(
-    output: Output,
-    model: TinyGiant,
-    progress: Progress,
-    *,
-    think: bool,
-    max_new_tokens: int,
-    max_audio_s: float,
-) -> None:
+def run(output: Output, model: TinyGiant, progress: Progress, options: AskOptions) -> None:
     """Answer what is left of a batch. A bad item gets an error and does not end it.
 
     Raises:
@@ -246,13 +258,7 @@ def run(
         elapsed_s = time.monotonic() - start
         progress.status(_status(n_done, n_items, output.n_failed, elapsed_s, item))
         try:
-            answer = _ask(
-                item,
-                model,
-                think=think,
-                max_new_tokens=max_new_tokens,
-                max_audio_s=max_audio_s,
-            )
+            answer = _ask(item, model, options)
         except (BundleError, StorageError):
             raise
         except Exception as error:
@@ -263,15 +269,17 @@ def run(
         else:
             output.write(item, answer=answer.to_dict())
     elapsed_s = time.monotonic() - start
-    progress.line(f"{n_items} items in {elapsed_s:.0f} s, {printable(output.path)} is complete")
+    progress.line(
+        f"{counted(n_items, 'item')} in {elapsed_s:.0f} s, {printable(output.path)} is complete"
+    )
 
 
-def _ask(item: Item, model: TinyGiant, **options: Any) -> Answer:
+def _ask(item: Item, model: TinyGiant, options: AskOptions) -> Answer:
     if item.problem or item.question is None:
         raise QuestionError(item.problem)
     if item.audio is None:
         raise AudioError("no audio")
-    return model.ask(item.path, item.question, item.choices, **options)
+    return model.ask(item.path, item.question, item.choices, options)
 
 
 def _status(n_done: int, n_items: int, n_failed: int, elapsed_s: float, item: Item) -> str:
@@ -284,10 +292,36 @@ def _status(n_done: int, n_items: int, n_failed: int, elapsed_s: float, item: It
     return f"[{bar:<{width}}] {n_done}/{n_items}{failed}{left}: {printable(item.id)}"
 
 
+def left_out(source: str) -> str:
+    """A line about the files in a folder that are not asked about; empty without any."""
+    folder = Path(source)
+    names = [printable(_name(path, folder)) for path in _files(folder) if not _is_clip(path)]
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (", ..." if names[3:] else "")
+    return f"{counted(len(names), 'file')} left out, by name no audio: {shown}"
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files in ``folder`` and the folders in it, by path.
+
+    Without those that macOS puts beside each file of a foreign disk: ``._clip.wav`` is no sound.
+    """
+    found = sorted(folder.rglob("*"))
+    return [path for path in found if not path.name.startswith("._") and path.is_file()]
+
+
+def _is_clip(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
 def _clips(folder: Path, question: str, choices: Sequence[str] | None) -> tuple[Item, ...]:
-    """An item for each clip in ``folder`` and the folders in it, by path."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
+    paths = [path for path in _files(folder) if _is_clip(path)]
+    names = [_name(path, folder) for path in paths]
     given = None if choices is None else tuple(choices)
     return tuple(
         Item(name, name, question, given, path) for name, path in zip(names, paths, strict=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,12 +25,14 @@ from .interrupt import raise_on_interrupt
 from .terminal import Progress, Style, complain, debugging, show
 
 if TYPE_CHECKING:
+    from ..asking import AskOptions
     from ..audio import Audio
     from ..pipeline import TinyGiant
 
-__all__ = ["Conversation", "history_path", "question_lines"]
+__all__ = ["Conversation", "dropped_path", "history_path", "question_lines"]
 
 _HISTORY_LINES = 1_000
+_LEAVING = {":quit", ":exit", ":q", "quit", "exit"}  # the words are no questions either
 _HELP = """\
 Write a question about the clip, or one of these:
   :load PATH           another clip
@@ -51,9 +54,7 @@ class Conversation:
         *,
         choices: Sequence[str] | None,
         style: Style,
-        think: bool,
-        max_new_tokens: int,
-        max_audio_s: float,
+        options: AskOptions,
     ) -> None:
         """Talk about ``audio``; the other arguments are those of a single question."""
         self.audio = audio
@@ -62,9 +63,7 @@ class Conversation:
         self._plain_style: Style = style if style in ("text", "answer") else "text"
         self._model = model
         self._progress = progress
-        self._think = think
-        self._max_new_tokens = max_new_tokens
-        self._max_audio_s = max_audio_s
+        self._options = options
         self._commands: dict[str, Callable[[str], None]] = {
             ":load": self._load,
             ":mic": self._listen,
@@ -74,7 +73,7 @@ class Conversation:
         }
 
     def run(self, lines: Iterator[str | None]) -> int:
-        """Answer ``lines`` until they end or one says ``:quit``; None stands for an interrupt.
+        """Answer ``lines`` until they end or one of them leaves; None stands for an interrupt.
 
         Returns:
             Exit code of the first line that failed; 0 if none did.
@@ -86,7 +85,7 @@ class Conversation:
         for line in lines:
             if line is None or not line.strip():
                 continue
-            if line.strip() == ":quit":
+            if line.strip().lower() in _LEAVING:
                 break
             try:
                 self.take(line.strip())
@@ -114,32 +113,25 @@ class Conversation:
             return
         name, _, argument = line.partition(" ")
         if name not in self._commands:
-            raise UsageError(f"{name} is no command; :help lists them")
+            raise UsageError(f"there is no command {name}; :help lists them")
         self._commands[name](argument.strip())
 
     def _ask(self, question: str) -> None:
-        events = self._model.stream(
-            self.audio,
-            question,
-            self.choices,
-            think=self._think,
-            max_new_tokens=self._max_new_tokens,
-            max_audio_s=self._max_audio_s,
-        )
+        events = self._model.stream(self.audio, question, self.choices, self._options)
         show(events, self.style, self._progress, self.choices)
 
     def _load(self, path: str) -> None:
         from ..audio import read_audio
 
         if not path:
-            raise UsageError("name the clip: :load PATH")
-        self.audio = read_audio(os.path.expanduser(path), max_audio_s=self._max_audio_s)
+            raise UsageError(":load without a path; say which clip: :load PATH")
+        self.audio = read_audio(dropped_path(path), max_audio_s=self._options.max_audio_s)
         self._progress.line(f"{self.audio.source}: {self.audio.used_s:.2f} s of audio")
 
     def _listen(self, device: str) -> None:
         from .microphone import record
 
-        self.audio = record(device or None, self._progress, max_audio_s=self._max_audio_s)
+        self.audio = record(device or None, self._progress, max_audio_s=self._options.max_audio_s)
 
     def _choose(self, text: str) -> None:
         from ..prompt import check_choices
@@ -178,6 +170,22 @@ def history_path() -> Path:
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()
     return folder / "tinygiant" / "history"
+
+
+def dropped_path(text: str) -> str:
+    """The path in ``text``: as it is, or as shells and terminals write one that is dropped on them.
+
+    That is in quotes, with a backslash before each space, or as a ``file://`` URL.
+    """
+    if os.path.exists(text):
+        return text
+    if text.startswith("file://"):
+        from urllib.parse import unquote, urlsplit
+
+        return unquote(urlsplit(text).path)
+    with suppress(ValueError):  # an apostrophe
+        [text] = shlex.split(text)
+    return os.path.expanduser(text)
 
 
 def _is_terminal() -> bool:

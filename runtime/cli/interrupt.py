@@ -1,9 +1,12 @@
-"""Ctrl-C that ends a command at once, even while native code computes.
+"""Ctrl-C that ends a command with one line and 130, at whatever moment it comes.
 
-Python raises ``KeyboardInterrupt`` only between its own instructions, and one run of a large
-encoder takes seconds. So a thread waits for the signal too and ends the process if the interpreter
-has not done so after a moment. For commands that have nothing to clean up; one that goes on after
-an interrupt, as a conversation does, takes it back.
+``KeyboardInterrupt`` is not enough for that. Inside an import, a finalizer or a callback of native
+code it is turned into another error or printed and lost; and while native code computes, which
+takes seconds, nothing is raised at all. So the signal's handler ends the process itself, after the
+calls that :func:`cleaned_up` holds, and a thread does the same where the handler does not get to
+run. A conversation, which goes on after an interrupt, takes this back.
+
+A command sets this up before it imports anything else, so this module imports as little as it can.
 """
 
 from __future__ import annotations
@@ -11,42 +14,97 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import time
+from contextlib import contextmanager, suppress
 
-__all__ = ["INTERRUPTED", "exit_on_interrupt", "raise_on_interrupt"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = [
+    "INTERRUPTED",
+    "cleaned_up",
+    "exit_from_native_code",
+    "exit_on_interrupt",
+    "raise_on_interrupt",
+]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
 _GRACE_S = 0.3
+_clean_ups: list[Callable[[], object]] = []
+_line: bytes | None = None  # what is said; None while an interrupt is somebody else's business
+_is_leaving = False
 
 
-def exit_on_interrupt(message: str) -> None:
-    """From now on SIGINT ends this process within a moment, with ``message`` on standard error.
+def exit_on_interrupt(program: str) -> None:
+    """From now on SIGINT ends this process with ``program: interrupted`` on standard error.
 
-    Call it from the main thread. ``KeyboardInterrupt`` is still raised where Python can.
+    Call it from the main thread. Nothing changes where SIGINT is ignored, as in a background job,
+    or handled by somebody else.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return  # ignored, as in a background job, or handled by somebody else
+    global _line
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        _line = f"{program}: interrupted\n".encode()
+        signal.signal(signal.SIGINT, lambda *_: _leave())
+
+
+def exit_from_native_code() -> None:
+    """Let SIGINT end this process also while native code keeps the main thread.
+
+    Call it from the main thread, after :func:`exit_on_interrupt` and after any fork.
+    """
+    if _line is None:
+        return
+    import threading
+
     signals, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(signals, message), daemon=True).start()
+    threading.Thread(target=_watch, args=(signals,), daemon=True).start()
 
 
 def raise_on_interrupt() -> None:
-    """Take :func:`exit_on_interrupt` back: SIGINT only raises ``KeyboardInterrupt`` again.
+    """Take both back: SIGINT raises ``KeyboardInterrupt`` again. Call it from the main thread."""
+    global _line
+    if _line is not None:
+        _line = None
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    Call it from the main thread.
-    """
-    signal.set_wakeup_fd(-1)
+
+@contextmanager
+def cleaned_up(call: Callable[[], object]) -> Iterator[None]:
+    """Within, an interrupt that ends the process makes this call first. It has to be short."""
+    _clean_ups.append(call)
+    try:
+        yield
+    finally:
+        _clean_ups.remove(call)
 
 
-def _watch(signals: int, message: str) -> None:
-    main = threading.main_thread()
+def _leave() -> None:
+    global _is_leaving
+    if _is_leaving or _line is None:
+        return
+    _is_leaving = True
+    for clean_up in reversed(_clean_ups):
+        with suppress(BaseException):
+            clean_up()
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), _line)
+    os._exit(INTERRUPTED)
+
+
+def _watch(signals: int) -> None:
+    import time
+
     while os.read(signals, 1) != bytes([signal.SIGINT]):
         pass
     time.sleep(_GRACE_S)
-    if main.is_alive() and not sys.is_finalizing():
-        os.write(2, message.encode())
+    if sys.is_finalizing():
+        return
+    _leave()
+    time.sleep(2 * _GRACE_S)  # the handler is cleaning up
+    if _line is not None:
         os._exit(INTERRUPTED)

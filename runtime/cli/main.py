@@ -7,40 +7,47 @@ error, so that output can be piped. Whatever goes wrong ends in one line and an 
 
 from __future__ import annotations
 
-import argparse
-import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from ..errors import UsageError
-from .interrupt import INTERRUPTED, exit_on_interrupt
-from .options import parse
-from .terminal import Progress, Style, complain, debugging, show
-from .watching import watched
+# Everything else is imported once an interrupt is taken care of.
+from .interrupt import INTERRUPTED, cleaned_up, exit_from_native_code, exit_on_interrupt
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from ..asking import AskOptions
     from ..audio import Audio
     from ..pipeline import TinyGiant
+    from .terminal import Progress, Style
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tg-run`` on ``arguments`` (the process's own if None); returns the exit code."""
-    if arguments is None:
-        return watched("tg-run", _main)
-    return _main(arguments)
+    if arguments is not None:
+        return _main(list(arguments))
+    exit_on_interrupt("tg-run")
+    from .watching import watched
+
+    return watched("tg-run", _process)
 
 
-def _main(arguments: Sequence[str] | None = None) -> int:
-    if arguments is None:
-        exit_on_interrupt("tg-run: interrupted\n")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal can show
+def _process() -> int:
+    """The command in a process of its own."""
+    exit_from_native_code()
+    from .streams import prepare_streams
+
+    prepare_streams()
+    return _main(sys.argv[1:])
+
+
+def _main(words: list[str]) -> int:
     try:
-        return _guarded(sys.argv[1:] if arguments is None else list(arguments))
+        return _guarded(words)
     except KeyboardInterrupt:
         if sys.stderr is not None:
             print("tg-run: interrupted", file=sys.stderr)
@@ -52,6 +59,9 @@ def _main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(words: list[str]) -> int:
+    from .options import parse
+    from .terminal import complain, debugging
+
     try:
         if words[:1] == ["doctor"]:
             from . import doctor
@@ -67,7 +77,13 @@ def _guarded(words: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from .streams import require_output
+    from .terminal import Progress
+
     progress = Progress(silent=options.quiet)
+    if options.batch is not None:
+        return _batch(options, progress)
+    require_output()
     if options.completion:
         from .completion import script
 
@@ -78,16 +94,15 @@ def _run(options: argparse.Namespace) -> int:
 
         print("\n".join(devices()))
         return 0
-    if options.batch is not None:
-        return _batch(options, progress)
     if options.question is None:
         return _converse(options, progress)
     return _ask(options, progress)
 
 
 def _ask(options: argparse.Namespace, progress: Progress) -> int:
-    # Imported here, so that --help is instant and an interrupt while loading is handled.
+    # Imported here, so that --help is instant.
     from ..prompt import check_choices, check_question
+    from .terminal import show
 
     # What is wrong with the input is said before a large model is loaded.
     check_question(options.question)
@@ -99,14 +114,7 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
         picture.check(options.picture)
     audio = _read(options, progress)
     model = _load(options, progress)
-    events = model.stream(
-        audio,
-        options.question,
-        options.choices,
-        think=not options.no_think,
-        max_new_tokens=options.max_new_tokens,
-        max_audio_s=options.max_audio,
-    )
+    events = model.stream(audio, options.question, options.choices, _ask_options(options))
     answer, seen = show(events, _style(options), progress, options.choices)
     if options.picture is not None:
         figure = picture.draw(audio, model.config, seen, answer, options.question)
@@ -127,30 +135,33 @@ def _converse(options: argparse.Namespace, progress: Progress) -> int:
         progress,
         choices=options.choices,
         style=_style(options),
-        think=not options.no_think,
-        max_new_tokens=options.max_new_tokens,
-        max_audio_s=options.max_audio,
+        options=_ask_options(options),
     )
     with question_lines(silent=options.quiet) as lines:
         return conversation.run(lines)
 
 
 def _batch(options: argparse.Namespace, progress: Progress) -> int:
-    from .batch import Output, read_items, run
+    from .batch import Output, left_out, read_items, run
 
     items = read_items(options.batch, options.each, options.choices)
-    with Output.open(options.output, items) as output:
+    with Output.open(options.output, items) as output, cleaned_up(output.close):
+        if others := left_out(options.batch):
+            progress.line(f"note: {others}")
         if output.left:
-            run(
-                output,
-                _load(options, progress),
-                progress,
-                think=not options.no_think,
-                max_new_tokens=options.max_new_tokens,
-                max_audio_s=options.max_audio,
-            )
+            run(output, _load(options, progress), progress, _ask_options(options))
         output.require_complete()
     return 0
+
+
+def _ask_options(options: argparse.Namespace) -> AskOptions:
+    from ..asking import AskOptions
+
+    return AskOptions(
+        think=not options.no_think,
+        max_new_tokens=options.max_new_tokens,
+        max_audio_s=options.max_audio,
+    )
 
 
 def _style(options: argparse.Namespace) -> Style:
@@ -179,19 +190,28 @@ def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
 
 def _read(options: argparse.Namespace, progress: Progress) -> Audio:
     from ..audio import read_audio, read_pcm
+    from ..errors import UsageError
+    from .options import check_words
 
     if options.mic is not None:
         from .microphone import record
 
         return record(options.mic or None, progress, max_audio_s=options.max_audio)
-    if options.clip != "-":
-        return read_audio(options.clip, max_audio_s=options.max_audio)
-    if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("- reads audio from standard input, which is a terminal; pipe audio in")
-    stream = sys.stdin.buffer
+    if options.clip == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            is_what = "closed" if sys.stdin is None else "a terminal"
+            raise UsageError(
+                f"- reads the clip from standard input, which is {is_what}; pipe audio in, or name "
+                "a file"
+            )
+        stream = sys.stdin.buffer
+        if options.pcm_rate is None:
+            return read_audio(stream, max_audio_s=options.max_audio)
+        return read_pcm(stream, options.pcm_rate, max_audio_s=options.max_audio)
+    check_words(options.clip, options.question)
     if options.pcm_rate is None:
-        return read_audio(stream, max_audio_s=options.max_audio)
-    return read_pcm(stream, options.pcm_rate, max_audio_s=options.max_audio)
+        return read_audio(options.clip, max_audio_s=options.max_audio)
+    return read_pcm(options.clip, options.pcm_rate, max_audio_s=options.max_audio)
 
 
 if __name__ == "__main__":

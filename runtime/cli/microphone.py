@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..audio import MAX_AUDIO_S, Audio, resample
 from ..errors import AudioError, MissingDependencyError, UsageError
 from ..signal import mend
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .terminal import Progress
 
 __all__ = [
@@ -210,7 +210,7 @@ def _clip(
     if left_out_s >= BLOCK_S:
         notes.append(f"{left_out_s:.1f} s of silence around the sound were left out")
     if n_lost:
-        notes.append(f"this machine was too busy: sound was lost in {n_lost} places")
+        notes.append(f"this machine was too busy: sound was lost in {counted(n_lost, 'place')}")
     used_s = samples.size / rate_hz
     return Audio(
         samples=samples,

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
+import math
+import os
+import shlex
 from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import UsageError
 
-__all__ = ["SHELLS", "OneLineParser", "make_parser", "parse"]
+__all__ = [
+    "SHELLS",
+    "OneLineParser",
+    "at_least_one",
+    "check_words",
+    "make_parser",
+    "parse",
+    "seconds",
+]
 
 SHELLS = ("bash", "zsh")
 
@@ -31,7 +43,7 @@ examples:
   tg-run street.wav                  ask again and again; :help says what else can be done
   tg-run --mic "What was that?"      listens until the sound ends
   tg-run --batch clips/ --question "Is there an alarm?" --choices yes no -o alarms.jsonl
-  ffmpeg -i film.mkv -f wav - | tg-run - "Who is speaking?" --max-audio 600
+  ffmpeg -i film.mkv -t 60 -f wav - | tg-run - "Who is speaking?"
   arecord -d 5 -f S16_LE -r 16000 -t raw | tg-run - "What was that?" --pcm-rate 16000
   tg-run doctor                      is this machine fit, and if not, what to do?
 
@@ -56,7 +68,41 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with the complaint, and the command that helps."""
+        message = message.removeprefix("argument ")
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            message = self._unknown(unknown.split())
         raise UsageError(f"{message}; see {self.prog} --help")
+
+    def _unknown(self, words: list[str]) -> str:
+        """What is wrong with words that are left over."""
+        word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+        known = [name for action in self._actions for name in action.option_strings]
+        like = difflib.get_close_matches(word, known, n=1)
+        return f"there is no option {word}" + (f", did you mean {like[0]}?" if like else "")
+
+
+def check_words(clip: str, question: str | None) -> None:
+    """Refuse a question that is a file: a second clip, or the first behind its question.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if question is None or not os.path.splitext(question)[1] or not os.path.isfile(question):
+        return
+    if os.path.exists(clip):
+        raise _second_clip(question)
+    raise UsageError(
+        f"the clip comes first, then the question: tg-run {shlex.quote(question)} "
+        f"{shlex.quote(clip)}"
+    )
+
+
+def _second_clip(clip: str) -> UsageError:
+    return UsageError(
+        f"{clip} is a second clip, and a question is about one; ask about many with --batch FOLDER "
+        "--question QUESTION"
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,6 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
         "question", metavar="QUESTION", nargs="?",
         help="what to ask, in plain words; without it, you are asked for questions",
     )  # fmt: skip
+    # Words too many; see _check.
+    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
     _add_asking(parser.add_argument_group("asking"))
     _add_sound(parser.add_argument_group("sound"))
     _add_output(parser.add_argument_group("output"))
@@ -102,7 +150,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         elif options.question is None:
             options.question = word
         else:
-            raise UsageError(f"{word!r} is one word too many; see tg-run --help")
+            options.more.append(word)
     if options.mic is not None and options.question is None:
         options.clip, options.question = None, options.clip
     _check(options)
@@ -118,7 +166,7 @@ def _add_asking(group: argparse._ArgumentGroup) -> None:
         help="answer at once; with --choices, score each by its likelihood and give probabilities",
     )  # fmt: skip
     group.add_argument(
-        "--max-new-tokens", type=_positive, default=512, metavar="N",
+        "--max-new-tokens", type=at_least_one, default=512, metavar="N",
         help="how much the model may write; with --choices, how much it may think (%(default)s)",
     )  # fmt: skip
 
@@ -131,12 +179,12 @@ def _add_sound(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--list-devices", action="store_true", help="list microphones and exit")
     group.add_argument(
-        "--max-audio", type=float, default=300.0, metavar="S",
+        "--max-audio", type=seconds, default=300.0, metavar="S",
         help="longest clip to accept, in seconds (%(default)g)",
     )  # fmt: skip
     group.add_argument(
-        "--pcm-rate", type=_positive, metavar="HZ",
-        help="standard input is raw 16-bit little-endian mono at this rate",
+        "--pcm-rate", type=at_least_one, metavar="HZ",
+        help="the clip is raw samples without a header: 16-bit little-endian mono at this rate",
     )  # fmt: skip
 
 
@@ -173,7 +221,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--bundle", metavar="DIR", help="the model to use; default: the one inside")
     group.add_argument(
         "--threads",
-        type=_positive,
+        type=at_least_one,
         metavar="N",
         help="threads to compute with; default: physical cores",
     )
@@ -209,11 +257,27 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     if options.completion or options.list_devices:
         return
+    if options.more:
+        clips = [word for word in (options.question, *options.more) if os.path.isfile(word)]
+        if clips:
+            raise _second_clip(clips[0])
+        raise UsageError(
+            f"{' '.join(options.more)!r} is left over; put a question of several words in quotes; "
+            "see tg-run --help"
+        )
     if options.batch is not None:
         if options.clip is not None or options.mic is not None:
-            raise UsageError("--batch names the clips; leave out CLIP, QUESTION and --mic")
+            raise UsageError(
+                "--batch SOURCE already says which clips; leave out CLIP, QUESTION and --mic "
+                "(one question for a whole folder goes into --question)"
+            )
         if options.output is None:
-            raise UsageError("--batch needs a place for its answers; add -o OUT.jsonl")
+            raise UsageError("--batch needs a file for its answers; add -o OUT.jsonl")
+        if options.output == "-":
+            raise UsageError(
+                "-o - given, but a batch goes on from what its file already holds, so it needs "
+                "one; add -o OUT.jsonl, and read it while it grows with tail -f"
+            )
         for name in ("json", "jsonl", "picture", "pcm_rate"):
             if getattr(options, name):
                 option = name.replace("_", "-")
@@ -221,25 +285,47 @@ def _check(options: argparse.Namespace) -> None:
         return
     for name, option in (("each", "--question"), ("output", "-o")):
         if getattr(options, name) is not None:
-            raise UsageError(f"{option} goes with --batch; name a clip and a question instead")
+            raise UsageError(f"{option} is for --batch alone; for one clip: tg-run CLIP QUESTION")
     if options.mic is not None and options.clip is not None:
-        raise UsageError("--mic takes the place of CLIP; give a question alone")
+        raise UsageError("--mic is the clip already; give the question alone: --mic QUESTION")
     if options.mic is None and options.clip is None:
-        raise UsageError("no audio; name a clip, or use --mic; see tg-run --help")
+        if options.choices is not None:
+            raise UsageError(
+                f"--choices took all words after it ({', '.join(map(repr, options.choices))}), and "
+                "no clip is left; give the clip and the question first, --choices last"
+            )
+        raise UsageError("no clip given; name an audio file, or use --mic; see tg-run --help")
     if options.clip == "-" and options.question is None:
-        raise UsageError("standard input is the audio, so name the question: tg-run - QUESTION")
+        raise UsageError(
+            "standard input is the clip, so the question has to be given: tg-run - QUESTION"
+        )
     if options.picture is not None and options.question is None:
-        raise UsageError("--picture shows one answer; name the question")
+        raise UsageError("--picture draws one answer, and no question is given; add one")
     if options.picture is not None and not options.picture.lower().endswith(".png"):
-        raise UsageError("--picture writes a PNG file; give it a name that ends in .png")
-    if options.pcm_rate is not None and options.clip != "-":
-        raise UsageError("--pcm-rate describes standard input; name - as the clip")
+        raise UsageError(f"--picture {options.picture}: expected a name that ends in .png")
+    if options.pcm_rate is not None and options.mic is not None:
+        raise UsageError("--pcm-rate is about a file or standard input; leave it out with --mic")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
+def at_least_one(text: str) -> int:
+    """An option's value as a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a whole number of at least 1")
+    return number
+
+
+def seconds(text: str) -> float:
+    """An option's value as a time."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a number of seconds above 0")
     return number
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..errors import MissingDependencyError, StorageError
 from ..preprocess import Chunk, preprocess
 from ..text import printable
+from .interrupt import cleaned_up
 
 if TYPE_CHECKING:
     from ..audio import Audio
@@ -100,7 +101,7 @@ def save(figure: Any, path: str) -> None:
     """
     draft = Path(f"{path}.{os.getpid()}.part")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), cleaned_up(lambda: draft.unlink(missing_ok=True)):
             warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
             figure.savefig(draft, format="png", dpi=_DPI)
         draft.replace(path)

@@ -13,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Literal
 
 from ..answer import Section
 from ..errors import StorageError, TinyGiantError
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
+from .interrupt import cleaned_up
 
 if TYPE_CHECKING:
     from ..events import Answer, Event, PromptRead, TextPiece
@@ -48,15 +49,16 @@ def show(
     writer = TextWriter(sys.stdout, show=style == "text")
     encoding = getattr(sys.stdout, "encoding", None)
     try:
-        for event in events:
-            if style == "jsonl":
-                writer.write(json_line(event_record(event), encoding=encoding))
-            writer.take(event)
-            progress.show(event)
-            if isinstance(event, PromptRead):
-                seen = event
-            if isinstance(event, Finished):
-                answer = event.answer
+        with cleaned_up(writer.break_off):
+            for event in events:
+                if style == "jsonl":
+                    writer.write(json_line(event_record(event), encoding=encoding))
+                writer.take(event)
+                progress.show(event)
+                if isinstance(event, PromptRead):
+                    seen = event
+                if isinstance(event, Finished):
+                    answer = event.answer
     except BrokenPipeError:
         raise
     except BaseException:
@@ -174,8 +176,9 @@ class Progress:
             self.line(
                 f"note: the model was stopped after --max-new-tokens; {tokens.generated} written"
             )
+        written = counted(tokens.generated, "token")
         self.line(
-            f"{tokens.generated} tokens at {timings.tokens_per_s:.1f} a second, the first after "
+            f"{written} at {timings.tokens_per_s:.1f} a second, the first after "
             f"{timings.first_token_s:.2f} s; {timings.total_s:.2f} s in all"
         )
 

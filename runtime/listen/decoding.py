@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audio import MAX_CHANNELS, MAX_RATE_HZ, MIN_RATE_HZ
+from ..encoded import MAX_CHANNELS, MAX_RATE_HZ, MIN_RATE_HZ
 from ..errors import AudioError, UsageError
 from .ear import Block
 from .settings import SourceSettings

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import ipaddress
 import os
 import re
 import socket
@@ -21,6 +20,7 @@ from ..cli.watching import watched
 from ..errors import MissingDependencyError, TinyGiantError, UsageError
 from ..prompt import check_question
 from ..text import one_line
+from .addresses import is_loopback
 
 __all__ = ["main"]
 
@@ -198,11 +198,6 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port} ({reason}); choose another --host or --port"
         ) from error
     return listener
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this computer reaches an IP address."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,9 +13,7 @@ from .errors import ApiError
 from .http import error_response
 from .metrics import Metrics
 
-__all__ = ["LOOPBACK_NAMES", "Guard"]
-
-LOOPBACK_NAMES = frozenset({"127.0.0.1", "::1", "localhost"})
+__all__ = ["Guard"]
 
 
 class Guard:

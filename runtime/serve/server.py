@@ -17,10 +17,9 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
+from .addresses import LOOPBACK_NAMES, is_loopback
 from .app import HttpOptions, create_app
-from .cli import is_loopback
 from .engine import Engine
-from .guard import LOOPBACK_NAMES
 from .service import Limits, Model, Service
 
 __all__ = ["Server", "make_server", "serve"]
