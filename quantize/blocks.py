@@ -38,5 +38,7 @@ def to_steps(
 
 def pack_steps(steps: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.uint8]:
     """Bytes along the last axis; of two numbers in a byte, the first is the low half."""
-    unsigned = (steps + (1 << (bits - 1))).astype(np.uint8)
-    return unsigned if bits == 8 else unsigned[..., 0::2] | unsigned[..., 1::2] << 4
+    unsigned: npt.NDArray[np.uint8] = (steps + (1 << (bits - 1))).astype(np.uint8)
+    if bits == 8:
+        return unsigned
+    return (unsigned[..., 0::2] | unsigned[..., 1::2] << 4).astype(np.uint8, copy=False)

@@ -77,7 +77,7 @@ def _inputs(
     pasts = {}
     for value in graph.inputs:
         if str(value.name).startswith(_LAYER_INPUTS) and value.shape is not None:
-            _, n_heads, _, head_dim = value.shape
+            n_heads, head_dim = (int(str(value.shape[axis])) for axis in (1, 3))
             pasts[str(value.name)] = np.zeros((1, n_heads, length, head_dim), np.float32)
     return {
         **pasts,

@@ -45,8 +45,9 @@ def quantize_graph(
     chosen, kept = _choose(model.graph, scheme)
     for node in [node for node in model.graph if node.name in chosen]:
         if scheme.kind == "weight_only":
-            seen = moments.get(str(node.inputs[0].name)) if scheme.calibrated else None
-            weight_only.quantize_matmul(model.graph, node, scheme, seen)
+            seen = node.inputs[0]
+            known = moments.get(str(seen.name)) if scheme.calibrated and seen is not None else None
+            weight_only.quantize_matmul(model.graph, node, scheme, known)
         else:
             dynamic.quantize_matmul(model.graph, node, scheme)
     if scheme.kind == "weight_only":
