@@ -476,6 +476,13 @@ def test_pages_of_an_allowed_origin_may_ask_and_read() -> None:
         assert "access-control-allow-origin" not in read.headers
 
 
+def test_every_origin_can_be_let_in() -> None:
+    with live(FakeModel(), options=HttpOptions(cors_origins=("*",))) as running:
+        read = running.post(chat(), headers={"Origin": "http://anywhere.example"})
+        assert read.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in read.headers
+
+
 def test_a_proxy_s_name_and_path_are_let_in() -> None:
     options = HttpOptions(allowed_hosts=("sounds.example",), root_path="/sounds")
     with live(FakeModel(), options=options) as running:
