@@ -169,7 +169,8 @@ def test_a_microphone_that_comes_back_is_heard_again(
 ) -> None:
     monkeypatch.setattr(listener, "_FIRST_RETRY_S", 0.01)
     lost = AudioError("USB mic: gone")
-    run.source("hall", bursts(2.0, seconds=4.5), lost, lost, bursts(1.0, seconds=3.0))
+    started = lambda: wait_for(lambda: "started" in run.file.read_text())  # noqa: E731
+    run.source("hall", bursts(2.0, seconds=4.5), started, lost, lost, bursts(1.0, seconds=3.0))
     assert run.go(FakeModel()) == 0
     first, second = run.records("sound")
     assert first["start_s"] == pytest.approx(2.0, abs=0.04)
