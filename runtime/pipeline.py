@@ -37,8 +37,9 @@ from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
 from .ort.pool import GraphPool
 from .ort.sessions import SessionSettings
-from .preprocess import preprocess
+from .preprocess import chunks_s, preprocess
 from .prompt import Prompt, compose
+from .scope import require_positions
 from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation
 from .stages import Clock, Returning
@@ -229,7 +230,7 @@ class TinyGiant:
         with clock.stage("audio"):
             audio = _read(source, asked.options)
             unheard = why_unheard(audio.samples, audio.sampling_rate_hz)
-        heard = account(audio, self.config)
+        heard = account(audio, asked, self.config)
         if unheard is not None and not asked.options.raw:
             silent = silent_choice(asked.choices or ())
             if asked.choices is None or silent is not None:
@@ -241,6 +242,11 @@ class TinyGiant:
             heard = dataclasses.replace(heard, notes=(*heard.notes, guess))
         yield AudioRead(heard)
 
+        writer = self._writer(asked)
+        room = asked.max_written if writer is None else writer.max_tokens
+        durations_s = chunks_s(audio.used_s, self.config)
+        require_positions(self.config, durations_s, asked.prompt.n_text, room, audio.source)
+
         with clock.stage("encode"):
             encoded, cached = self._encode(audio)
         yield StreamsReady(cached, clock.seconds("encode"))
@@ -249,11 +255,9 @@ class TinyGiant:
             projections = self._project(encoded, asked.prompt)
             embeds = self._compose(asked.prompt, projections)
 
-        writer = self._writer(asked)
         transcript = Transcript(self._tokenizer, self.config.answer, asked, writer)
         first_token_s = 0.0
         drafter = self._drafter(asked)
-        room = asked.max_written if writer is None else writer.max_tokens
         with self.decoder(embeds.shape[1] + room, drafter) as decoder:
             with clock.stage("prefill"):
                 logits = self._prefill(decoder, embeds, asked.prompt.prefix_ids)
