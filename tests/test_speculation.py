@@ -215,7 +215,7 @@ def graph(
     build_decoder(CONFIG, weights, source)
     weights_as, kv8, _ = request.param.partition("-kv8")
     peaks = seen_peaks(source, weights) if kv8 else None
-    quantize_graph(source, target, RECIPES[weights_as].graphs["decoder_model"], peaks)
+    quantize_graph(source, target, RECIPES[weights_as].graphs["decoder"], peaks)
     return Graph(target, SessionSettings(threads=1, spin=False))
 
 
@@ -266,7 +266,7 @@ def test_tokens_are_those_of_single_steps(
 ) -> None:
     """Random drafts, and drafts that are mostly right because the answer was seen before."""
     embeddings = TokenEmbeddings(weights["model.embed_tokens.weight"])
-    stop_ids = CONFIG.eos_token_ids
+    stop_ids = CONFIG.stop_token_ids
     plain = sequence(graph, embeddings)
     expected = list(plain.generate(plain.read(prompt), max_new_tokens=n_new, stop_ids=stop_ids))
     speculation = eager()
