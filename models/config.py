@@ -168,7 +168,7 @@ class TinyGiantConfig:
     event_features: ClapFeatures = field(default_factory=ClapFeatures)
     anchor_features: ClapFeatures = field(default_factory=ClapFeatures)
     prompt: ChatPrompt = field(default_factory=ChatPrompt)
-    scope: Scope = Scope()
+    scope: Scope = field(default_factory=Scope)
 
     @property
     def whisper_config(self) -> WhisperConfig:

@@ -126,3 +126,17 @@ def test_a_recording_sixty_decibels_down_is_asked_about_with_a_note(ask) -> None
     out, err = ask(0.001 * SOUND / np.abs(SOUND).max(), QUESTION, "--choices", *CHOICES)
     assert out.splitlines()[-1] in CHOICES
     assert "note: very quiet: it peaks at -60 dBFS" in err
+
+
+@pytest.mark.parametrize("seconds", [16.0, 30.0, 31.0])
+def test_what_training_did_not_have_is_noted(ask, model: TinyGiant, seconds: float) -> None:
+    """16 s became commas, without a word."""
+    padded = np.pad(SOUND, (0, round(seconds * RATE_HZ) - SOUND.size))
+    out, err = ask(padded, "What is heard?", "--json")
+    answer = json.loads(out)
+    longest_s = model.config.scope.longest_s
+    assert longest_s is not None
+    is_long = seconds > 1.1 * longest_s
+    assert (f"the clip has {seconds:g} s, and this model was trained on clips" in err) == is_long
+    assert any("trained on clips" in note for note in answer["audio"]["notes"]) == is_long
+    assert any(letter.isalpha() for letter in answer["text"])

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from tinygiant.models.config import preset
 from tinygiant.runtime import AudioRead, AudioTooLongError, TinyGiant, UsageError, load
-from tinygiant.runtime.bundle import Manifest
 from tinygiant.runtime.config import (
     ModelConfig,
     PromptPart,
@@ -81,14 +80,6 @@ def test_it_goes_from_checkpoint_to_bundle() -> None:
     assert config_from_dict(ModelConfig, written).scope == MADE_FOR
     del written["scope"]  # bundles of format 2 from before the field
     assert config_from_dict(ModelConfig, written).scope == Scope()
-
-
-def test_bundles_of_format_1_have_what_their_model_was_trained_on(tmp_path: Path) -> None:
-    """They have no field for it; the models that hear clips alone were all trained on one world."""
-    old = json.loads((Path(__file__).parent / "data" / "format-1.json").read_text())
-    assert Manifest.from_dict(old).model.scope == Scope(3.0, 8.0, ("choices",), ("en",))
-    old["model"]["audio_context"] = "full"
-    assert Manifest.from_dict(old).model.scope == Scope()
 
 
 def test_notes_come_with_the_clip(tiny_bundle: Path, tone: Tone) -> None:
