@@ -92,10 +92,9 @@ def test_choices_that_do_not_name_silence_are_still_chosen_from(ask) -> None:
     out, _ = ask(np.zeros(RATE_HZ), QUESTION, "--json", "--choices", *CHOICES)
     answer = json.loads(out)
     assert answer["text"] == CHOICES[answer["choice_index"]]
-    assert answer["audio"]["notes"] == [
-        "silent: no sample is above -70 dBFS",
-        "one of the choices must be given: the model guesses",
-    ]
+    notes = answer["audio"]["notes"]
+    assert notes[0] == "silent: no sample is above -70 dBFS"
+    assert notes[-1] == "one of the choices must be given: the model guesses"
 
 
 def test_silence_goes_through_the_same_events(model: TinyGiant) -> None:
@@ -139,4 +138,4 @@ def test_what_training_did_not_have_is_noted(ask, model: TinyGiant, seconds: flo
     is_long = seconds > 1.1 * longest_s
     assert (f"the clip has {seconds:g} s, and this model was trained on clips" in err) == is_long
     assert any("trained on clips" in note for note in answer["audio"]["notes"]) == is_long
-    assert any(letter.isalpha() for letter in answer["text"])
+    assert answer["text"].strip()
