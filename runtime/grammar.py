@@ -281,8 +281,10 @@ class Writer:
     @property
     def max_tokens(self) -> int:
         """A bound of the tokens of the whole text."""
-        total = self._limit + 4 * len(self._grammar.steps)  # tags cut inside tokens need more
-        for step in self._grammar.steps:
+        steps = self._grammar.steps
+        total = self._limit * any(isinstance(step, Free) for step in steps)
+        total += 4 * len(steps)  # tags that are cut inside tokens need more
+        for step in steps:
             if isinstance(step, Fixed):
                 total += len(self._vocabulary.encode(step.text))
             elif isinstance(step, OneOf):

@@ -39,8 +39,9 @@ from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
 from .ort.pool import GraphPool
 from .ort.sessions import SessionSettings
-from .preprocess import preprocess
+from .preprocess import chunks_s, preprocess
 from .prompt import Prompt, compose
+from .scope import require_positions
 from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation
 from .stages import Clock, Returning
@@ -237,7 +238,7 @@ class TinyGiant:
             clips = [_read(source, asked.options) for source in sources]
             faults = [why_unheard(clip.samples, clip.sampling_rate_hz) for clip in clips]
             unheard = faults[0] if all(faults) else None
-        heard, *others = (account(clip, self.config) for clip in clips)
+        heard, *others = (account(clip, asked, self.config) for clip in clips)
         if unheard is not None and not asked.options.raw:
             silent = silent_choice(asked.choices or ())
             if asked.choices is None or silent is not None:
@@ -249,6 +250,14 @@ class TinyGiant:
             heard = dataclasses.replace(heard, notes=(*heard.notes, guess))
         yield from map(AudioRead, (heard, *others))
 
+        writer = self._writer(asked)
+        room = asked.max_written
+        if writer is not None and not asked.is_scored:
+            room = writer.max_tokens
+        longest = max(clips, key=lambda clip: clip.used_s)
+        durations_s = chunks_s(longest.used_s, self.config)
+        require_positions(self.config, durations_s, asked.prompt.n_text, room, longest.source)
+
         with clock.stage("encode"):
             encoded, cached = self._encode(clips)
         yield StreamsReady(cached, clock.seconds("encode"))
@@ -258,13 +267,9 @@ class TinyGiant:
             parts = self._compose(asked.prompt, projections)
             n_tokens = sum(part.shape[1] for part in parts)
 
-        writer = self._writer(asked)
         transcript = Transcript(self._tokenizer, self.config.answer, asked, writer)
         first_token_s = 0.0
         drafter = self._drafter(asked)
-        room = asked.max_written
-        if writer is not None and not asked.is_scored:
-            room = writer.max_tokens
         with self.decoder(n_tokens + room, drafter) as decoder:
             with clock.stage("prefill"):
                 logits = self._prefill(decoder, parts, asked.prompt, clips)
