@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygiant.runtime.cli.interrupt import raise_on_interrupt
 from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import (
@@ -90,6 +91,7 @@ def _run(options: argparse.Namespace) -> None:
         raise MissingDependencyError(
             f"{error.name or error} is not installed; run: pip install 'tinygiant[export]'"
         ) from error
+    raise_on_interrupt()  # from here on there are drafts to remove
     chosen = recipe(options.recipe)
     source = _source(options)
     done = export_bundle(

@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygiant.runtime.cli.interrupt import raise_on_interrupt
 from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
@@ -60,6 +61,7 @@ def _prepare_torch(threads: int) -> None:
         raise MissingDependencyError(
             f"{error.name or error} is not installed; run: pip install 'tinygiant[train]'"
         ) from error
+    raise_on_interrupt()  # from here on there is a state to go on from
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
