@@ -129,17 +129,17 @@ def _source(options: argparse.Namespace) -> Model:
     )
     if sum(ways) != 1:
         raise UsageError(
-            "name one model: a CHECKPOINT, or --preset with --random-weights, or the parts "
-            "--whisper, --htsat and --qwen3; see tg-export --help"
+            "no model is given, or several; give one: a CHECKPOINT, or --preset with "
+            "--random-weights, or the parts --whisper, --htsat and --qwen3; see tg-export --help"
         )
     if options.checkpoint is not None:
         if options.audio_context is not None:
-            raise UsageError("a checkpoint says itself what its --audio-context is; leave it out")
+            raise UsageError("--audio-context is part of a checkpoint; leave the option out")
         return CheckpointSource(Path(options.checkpoint))
     if any(parts.values()) or options.projector is not None:
         missing = [f"--{name}" for name in ("whisper", "htsat", "qwen3") if not parts[name]]
         if missing:
-            raise UsageError(f"the parts {', '.join(missing)} are missing; see tg-export --help")
+            raise UsageError(f"parts of the model are missing; add {', '.join(missing)}")
         paths = {name: Path(value) for name, value in parts.items() if value}
         projector = None if options.projector is None else Path(options.projector)
         context: AudioContext = options.audio_context or "full"
@@ -155,7 +155,7 @@ def _source(options: argparse.Namespace) -> Model:
             seed=0,
         )
     if options.preset is None or options.random_weights is None:
-        raise UsageError("--preset and --random-weights SEED belong together")
+        raise UsageError("--preset and --random-weights SEED go together; give both")
     tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
     return RandomSource(options.preset, options.random_weights, tokenizer, options.audio_context)
 

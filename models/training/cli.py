@@ -176,7 +176,9 @@ def _encoder(options: argparse.Namespace) -> None:
     from .nano import ENCODERS, NanoRun, pretrain
 
     if options.component not in ENCODERS:
-        raise UsageError(f"component {options.component!r} is unknown: use one of {ENCODERS}")
+        raise UsageError(
+            f"component {options.component!r} is unknown; use one of {', '.join(ENCODERS)}"
+        )
     run = NanoRun(
         folder=options.out,
         data=options.data or options.out / "world",
@@ -196,7 +198,7 @@ def _cota(options: argparse.Namespace) -> None:
     from .picture import draw_losses
 
     if options.checkpoint is not None and options.audio_context is not None:
-        raise UsageError("a checkpoint says itself what its --audio-context is; leave it out")
+        raise UsageError("--audio-context is part of a checkpoint; leave the option out")
     if options.checkpoint is not None:
         start: Path | Parts = options.checkpoint
     elif options.whisper and options.htsat and options.qwen3:

@@ -173,9 +173,7 @@ class Progress:
             self.line(f"{timings.total_s:.2f} s in all")
             return
         if answer.finish_reason == "length":
-            self.line(
-                f"note: the model was stopped after --max-new-tokens; {tokens.generated} written"
-            )
+            self.line("note: cut off at --max-new-tokens; raise it to read on")
         written = counted(tokens.generated, "token")
         self.line(
             f"{written} at {timings.tokens_per_s:.1f} a second, the first after "
