@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygiant.runtime.cli.interrupt import raise_on_interrupt
 from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import (
@@ -98,6 +99,7 @@ def _run(options: argparse.Namespace) -> None:
         raise MissingDependencyError(
             f"{error.name or error} is not installed; run: pip install 'tinygiant[export]'"
         ) from error
+    raise_on_interrupt()  # from here on there are drafts to remove
     chosen = None if options.recipe == "auto" else recipe(options.recipe)
     source = _source(options)
     done = export_bundle(
@@ -141,8 +143,9 @@ def _source(options: argparse.Namespace) -> Model:
     )
     if sum(ways) != 1:
         raise UsageError(
-            "name one model: a CHECKPOINT, or --mizar or --mellow, or --preset with "
-            "--random-weights, or the parts --whisper, --htsat and --qwen3; see tg-export --help"
+            "no model is given, or several; give one: a CHECKPOINT, or --mizar or --mellow, or "
+            "--preset with --random-weights, or the parts --whisper, --htsat and --qwen3; see "
+            "tg-export --help"
         )
     if options.allow_download and not published:
         raise UsageError("--allow-download goes with --mizar or --mellow; leave it out")
@@ -159,12 +162,12 @@ def _source(options: argparse.Namespace) -> Model:
         )
     if options.checkpoint is not None:
         if options.audio_context is not None:
-            raise UsageError("a checkpoint says itself what its --audio-context is; leave it out")
+            raise UsageError("--audio-context is part of a checkpoint; leave the option out")
         return CheckpointSource(Path(options.checkpoint))
     if any(parts.values()) or options.projector is not None:
         missing = [f"--{name}" for name in ("whisper", "htsat", "qwen3") if not parts[name]]
         if missing:
-            raise UsageError(f"the parts {', '.join(missing)} are missing; see tg-export --help")
+            raise UsageError(f"parts of the model are missing; add {', '.join(missing)}")
         paths = {name: Path(value) for name, value in parts.items() if value}
         projector = None if options.projector is None else Path(options.projector)
         context: AudioContext = options.audio_context or "full"
@@ -180,7 +183,7 @@ def _source(options: argparse.Namespace) -> Model:
             seed=0,
         )
     if options.preset is None or options.random_weights is None:
-        raise UsageError("--preset and --random-weights SEED belong together")
+        raise UsageError("--preset and --random-weights SEED go together; give both")
     return RandomSource(options.preset, options.random_weights, tokenizer, options.audio_context)
 
 

@@ -16,12 +16,14 @@ import json
 import re
 import shutil
 import struct
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -100,6 +102,14 @@ def audio_seeds() -> list[bytes]:
 
 
 def check_audio(data: bytes) -> None:
+    """By libsndfile alone; :func:`check_media` has a process of FFmpeg's for each input."""
+    from tinygiant.runtime import media
+
+    with patch.object(media, "_decoder", return_value=None):
+        check_media(data)
+
+
+def check_media(data: bytes) -> None:
     from tinygiant.runtime.audio import read_audio
     from tinygiant.runtime.errors import AudioError
 
@@ -129,6 +139,108 @@ def check_wav_header(data: bytes) -> None:
     check_audio(
         b"RIFF" + riff_size + b"WAVEfmt " + struct.pack("<I", 16) + fmt + b"data" + data_size + body
     )
+
+
+def joined_seeds() -> list[bytes]:
+    """Files of several recordings, with headers that say too little, and with what stands between.
+
+    The first byte is how many bytes of the second half lie in front; see :func:`check_joined`.
+    """
+    import soundfile
+
+    def written_as(container: str, **options: Any) -> bytes:
+        file = io.BytesIO()
+        with soundfile.SoundFile(file, "w", RATE_HZ, 1, format=container, **options) as out:
+            out.write(sound(1_600 if container == "MP3" else 200))
+        return file.getvalue()
+
+    seeds = []
+    for container in ("WAV", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"):
+        one = written_as(container)
+        for between in (b"", b"ID3\4\0\0\0\0\0\4abcd", b"TAG" + bytes(125), bytes(600)):
+            seeds.append(b"\0" + one + between + one)
+        seeds.append(b"\x20" + one)
+    killed = bytearray(written_as("WAV", subtype="PCM_16"))
+    killed[40:44] = bytes(4)
+    seeds.append(b"\0" + bytes(killed) * 2)
+    for head in (b"wvpk" + bytes(28), b"\0\0\0\x10ftypM4A " + bytes(4), b"#!AMR\n"):
+        seeds.append(b"\0" + head * 3)
+    return seeds
+
+
+def check_joined(data: bytes) -> None:
+    """Every byte of a file belongs to at most one recording, in order, and is read once."""
+    from tinygiant.runtime.recordings import Window, recordings
+
+    lead, content = data[:1], data[1:]
+    content = bytes(lead[0] if lead else 0) + content
+    file = io.BytesIO(content)
+    found = recordings(file, len(content), LIMIT_S)
+    end = 0
+    for recording in found:
+        assert end <= recording.start <= recording.body <= recording.end <= len(content)
+        end = recording.end
+        window = Window(file, recording.body, recording.end, recording.head, recording.holes)
+        held = sum(end - start for start, end in recording.holes)
+        assert len(window.readall()) == recording.end - recording.body - held
+    check_audio(content)
+
+
+def media_seeds() -> list[bytes]:
+    """A tenth of a second in containers and codecs of FFmpeg."""
+    import av
+
+    seeds = []
+    for container, codec, rate_hz in (
+        ("ipod", "aac", 16_000),
+        ("webm", "libopus", 48_000),
+        ("matroska", "pcm_s16le", 8_000),
+        ("adts", "aac", 16_000),
+        ("asf", "wmav2", 16_000),
+        ("amr", "libopencore_amrnb", 8_000),
+        ("mov", "alac", 16_000),
+        ("wv", "wavpack", 8_000),
+        ("avi", "mp2", 16_000),
+        ("mpegts", "ac3", 48_000),
+        ("flv", "aac", 44_100),
+    ):
+        file = io.BytesIO()
+        with av.open(file, "w", format=container) as out:
+            stream = out.add_stream(codec, rate=rate_hz)
+            stream.layout = "mono"
+            stream.bit_rate = 12_200 if "amr" in codec else 64_000
+            samples = sound(rate_hz // 10).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(samples, "flt", "mono")
+            frame.sample_rate = rate_hz
+            fifo = av.AudioFifo()
+            for part in av.AudioResampler(stream.format, "mono", rate_hz).resample(frame):
+                fifo.write(part)
+            size = stream.codec_context.frame_size or 512
+            while (part := fifo.read(size, partial=True)) is not None:
+                out.mux(stream.encode(part))
+            out.mux(stream.encode(None))
+        seeds.append(file.getvalue())
+    return seeds
+
+
+def check_pyav(data: bytes) -> None:
+    """The worker's own code, in this process: a header and whole frames, or one Python error."""
+    from av.error import FFmpegError
+
+    from tinygiant.runtime import media_worker
+
+    reader, stdin = io.BufferedReader(io.BytesIO(data)), sys.stdin  # type: ignore[arg-type]
+    sys.stdin = SimpleNamespace(buffer=reader)  # type: ignore[assignment]
+    try:
+        blocks = b"".join(media_worker._decoded(LIMIT_S))
+    except (FFmpegError, OSError, ValueError, RuntimeError, MemoryError):
+        return
+    finally:
+        sys.stdin = stdin
+    start, _, encoding, rate_hz, channels = struct.unpack("<5I", blocks[4:24])
+    assert blocks[:4] == b"dns." and encoding == 6
+    assert rate_hz > 0
+    assert (len(blocks) - start) % (4 * channels) == 0
 
 
 # -- the bundle
@@ -490,6 +602,9 @@ def check_index(data: bytes) -> None:
 TARGETS: dict[str, Target] = {
     "audio": Target(audio_seeds, check_audio),
     "wav_header": Target(wav_seeds, check_wav_header),
+    "joined": Target(joined_seeds, check_joined),
+    "media": Target(media_seeds, check_media),
+    "pyav": Target(media_seeds, check_pyav),
     "manifest": Target(manifest_seeds, check_manifest),
     "embeddings": Target(embedding_seeds, check_embeddings),
     "tokenizer": Target(tokenizer_seeds, check_tokenizer),
