@@ -11,8 +11,8 @@ PYTHON_FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 1
 VENV := .venv
 DEMO_VENV := .venv-demo
 
-# On Linux, the usual torch brings gigabytes of CUDA. Who has an index of PyTorch's CPU builds names
-# it: make test TORCH_INDEX=URL
+# On Linux, the usual torch brings gigabytes of CUDA. If you have an index of CPU-only builds:
+# make test TORCH_INDEX=URL
 TORCH_INDEX ?=
 PIP_INSTALL := -m pip install --disable-pip-version-check --constraint constraints.txt
 
@@ -27,7 +27,7 @@ DEMO_CHOICES ?= monkey tiger spider rabbit
 
 SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
 
-.PHONY: help demo test test-transformers5 bench bench-peers test-arm fuzz check lint types imports wheel constraints clean distclean
+.PHONY: help demo test mutants test-transformers5 bench bench-peers test-arm fuzz check lint types imports wheel constraints clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-22s", $$1, $$2; \
@@ -38,6 +38,9 @@ demo: $(DEMO_VENV)/.installed ## answer a question about a clip, with the runtim
 
 test: $(VENV)/.installed ## run the tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+mutants: $(VENV)/.installed ## damage a copy of the code in known ways: a test must fail of each
+	@$(VENV)/bin/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
 
 test-transformers5: $(VENV)-transformers5/.installed ## run the tests of models and export with transformers 5
 	@OMP_NUM_THREADS=1 $(VENV)-transformers5/bin/python -m pytest -n $(JOBS) --dist loadfile \

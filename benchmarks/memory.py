@@ -31,7 +31,8 @@ from tinygiant.runtime import TinyGiantError
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
 from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.events import PromptRead
-from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.pipeline import TinyGiant
 
 __all__ = ["Stage", "main", "measure", "read_smaps"]
@@ -142,7 +143,9 @@ def measure(
         noise = np.random.default_rng(seed).standard_normal(round(seconds * _RATE_HZ))
         clip = ((0.1 * noise).astype(np.float32), _RATE_HZ)
         meter.suffix = question
-        events = model.stream(clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600)
+        events = model.stream(
+            clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600, raw=True
+        )
         for event in events:
             if isinstance(event, PromptRead):
                 meter.end("prefill")

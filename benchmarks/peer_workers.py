@@ -130,7 +130,8 @@ class OurEncoder(_Encoder):
 
     def __init__(self, settings: Settings) -> None:
         from tinygiant.runtime.bundle import Bundle
-        from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+        from tinygiant.runtime.ort.pool import GraphPool
+        from tinygiant.runtime.ort.sessions import SessionSettings
 
         bundle = Bundle.open(settings.model, verify=False)
         pool = GraphPool(bundle, SessionSettings(threads=settings.threads))
@@ -277,7 +278,8 @@ class OurDecoder(_Decoder):
         from tinygiant.runtime.bundle import Bundle
         from tinygiant.runtime.decoder import Decoder, greedy
         from tinygiant.runtime.embeddings import TokenEmbeddings
-        from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+        from tinygiant.runtime.ort.pool import GraphPool
+        from tinygiant.runtime.ort.sessions import SessionSettings
 
         bundle = Bundle.open(settings.model, verify=False)
         self._pool = GraphPool(bundle, SessionSettings(threads=settings.threads))
@@ -464,7 +466,7 @@ class OurQuestion:
         noise = np.random.default_rng(request["seed"]).standard_normal(round(_CLIP_S * _RATE_HZ))
         clip = ((0.1 * noise).astype(np.float32), _RATE_HZ)
         answer = self._model.ask(
-            clip, request["question"], think=True, max_new_tokens=request["new_tokens"]
+            clip, request["question"], think=True, max_new_tokens=request["new_tokens"], raw=True
         )
         config, tokens = self._model.config, answer.tokens
         read = tokens.prompt - self._n_kept

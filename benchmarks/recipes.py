@@ -66,7 +66,8 @@ from tinygiant.runtime.decoder import Decoder, greedy
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import StorageError, TinyGiantError, UsageError
 from tinygiant.runtime.ort.machine import Machine
-from tinygiant.runtime.ort.sessions import Graph, SessionSettings, not_packed
+from tinygiant.runtime.ort.pool import not_packed
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.preprocess import preprocess
 from tinygiant.runtime.speculation import lead
 from tinygiant.runtime.text import one_line

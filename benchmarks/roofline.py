@@ -39,7 +39,8 @@ from tinygiant.runtime import TinyGiantError
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
 from tinygiant.runtime.decoder import Decoder, greedy
 from tinygiant.runtime.embeddings import TokenEmbeddings
-from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import SessionSettings
 
 import onnxruntime  # isort: skip  (after the module that turns its telemetry off)
 

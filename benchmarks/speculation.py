@@ -38,7 +38,8 @@ from tinygiant.runtime.config import DecoderConfig, KvType
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import UsageError
-from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import SessionSettings
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.speculation import Speculation
 from tinygiant.runtime.tokenizer import Tokenizer

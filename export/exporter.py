@@ -41,9 +41,9 @@ from tinygiant.runtime.tokenizer import Tokenizer
 
 from .bundle import staged_folder
 from .card import graph_table, model_card
-from .decoder import DecoderSpec, build_decoder
+from .decoder import OPSET, DecoderSpec, build_decoder
 from .reference import Reference
-from .tracing import OPSET, trace
+from .tracing import trace
 from .verify import Verification, verify_bundle
 
 __all__ = ["Draft", "Export", "export_bundle", "write_bundle"]

@@ -24,9 +24,9 @@ import torch
 
 from tinygiant.models.family import Part
 
-__all__ = ["OPSET", "trace"]
+from .decoder import OPSET
 
-OPSET = 21
+__all__ = ["trace"]
 
 _CONTRIB = "com.microsoft"
 

@@ -22,7 +22,8 @@ from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import TinyGiantError, VerificationError
-from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.pipeline import TinyGiant, load
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer
@@ -310,7 +311,7 @@ def _free_running(model: TinyGiant, reference: Reference) -> float:
         if dialogue.choices is not None:
             continue
         clip = reference.clips[dialogue.clip]
-        found = model.ask(clip, dialogue.question, max_new_tokens=NEW_TOKENS).raw_text
+        found = model.ask(clip, dialogue.question, max_new_tokens=NEW_TOKENS, raw=True).raw_text
         wanted = tokenizer.decode(token for token in dialogue.token_ids if token not in hidden)
         n_wanted += len(wanted)
         n_same += _common_prefix(found, wanted)

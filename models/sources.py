@@ -21,6 +21,7 @@ from transformers import Qwen3ForCausalLM
 from tinygiant.runtime.bundle import SourceEntry
 from tinygiant.runtime.config import AudioContext, ModelConfig, config_to_dict
 from tinygiant.runtime.errors import CheckpointError
+from tinygiant.runtime.files import sha256
 
 from .checkpoint import (
     TOKENIZER_FILE,
@@ -45,7 +46,6 @@ __all__ = [
 
 # In a checkpoint's folder, optional: what the model was trained on, what it hears and what not.
 NOTES_FILE = "notes.md"
-_BLOCK_BYTES = 1 << 20
 
 
 class TinyGiantSource(abc.ABC):
@@ -116,7 +116,7 @@ class CheckpointSource(TinyGiantSource):
 
     def entry(self) -> SourceEntry:
         """See :class:`TinyGiantSource`; reads the whole weights file."""
-        digest = _sha256([self._path / WEIGHTS_FILE])
+        digest = sha256([self._path / WEIGHTS_FILE])
         return SourceEntry(self._path.resolve().name, digest, "trained", None)
 
     def notes(self) -> str:
@@ -151,7 +151,7 @@ class PartsSource(TinyGiantSource):
         """See :class:`TinyGiantSource`; reads every weights file."""
         parts = self._parts
         paths = (parts.whisper, parts.htsat, parts.clap, parts.qwen3, parts.projector)
-        digest = _sha256([file for path in paths if path for file in _weight_files(path)])
+        digest = sha256([file for path in paths if path for file in _weight_files(path)])
         if parts.projector is None:
             return SourceEntry(self.details.name, digest, "seeded-random", self._seed)
         return SourceEntry(self.details.name, digest, "trained", None)
@@ -272,12 +272,3 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     kinds = ("*.safetensors", "*.bin", "*.pt", "*.ckpt")
     return sorted(file for kind in kinds for file in path.glob(kind))
-
-
-def _sha256(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()

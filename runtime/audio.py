@@ -111,7 +111,13 @@ def read_audio(source: AudioSource, *, max_audio_s: float = MAX_AUDIO_S) -> Audi
         return _undisturbed(lambda: _from_path(source, max_audio_s))
     if hasattr(source, "read"):
         name = _stream_name(source)
-        return _from_bytes(_read_stream(source, name), name, max_audio_s)
+        content = _read_stream(source, name)
+        if not content and _is_at_its_end(source):
+            raise AudioError(
+                f"{name}: was read to its end before, so nothing is left in it; go back to its "
+                "start with seek(0)"
+            )
+        return _from_bytes(content, name, max_audio_s)
     raise AudioError(
         f"audio given as {type(source).__name__}: expected a path, bytes, a binary stream or "
         "(array, sampling_rate_hz); pass one of these"
@@ -341,6 +347,14 @@ def _read_stream(stream: IO[bytes], name: str) -> bytes:
                 "write it to a file and name that file"
             )
     return bytes(encoded)
+
+
+def _is_at_its_end(stream: Any) -> bool:
+    """Whether an empty stream is one that holds something in front of its position."""
+    try:
+        return bool(stream.seekable() and stream.tell() > 0)
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def _read_block(stream: IO[bytes], name: str) -> bytes:

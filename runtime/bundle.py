@@ -55,6 +55,7 @@ from typing import Any, Literal
 from . import format1
 from .config import KvType, ModelConfig, config_from_dict, config_to_dict
 from .errors import BundleError
+from .files import LFS_SIGNATURE, sha256
 from .operators import (
     CONTROL_FLOW,
     MAX_GRAPH_BYTES,
@@ -68,7 +69,6 @@ __all__ = [
     "BUNDLE_VARIABLE",
     "FORMAT",
     "FORMAT_VERSION",
-    "LFS_SIGNATURE",
     "MANIFEST_NAME",
     "Bundle",
     "EmbeddingsEntry",
@@ -85,10 +85,8 @@ FORMAT = "tinygiant-bundle"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 BUNDLE_VARIABLE = "TINYGIANT_BUNDLE"
-LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 
 _MAX_MANIFEST_BYTES = 4 * 2**20
-_HASH_BLOCK_BYTES = 2**20
 _PATH_PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _PATH = re.compile(rf"{_PATH_PART}(?:/{_PATH_PART})*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -302,7 +300,7 @@ def default_bundle_path() -> Path:
 def describe_file(root: Path, relative: str) -> FileEntry:
     """The manifest entry of the file ``root / relative``; reads the whole file."""
     path = root / relative
-    return FileEntry(relative, _sha256(path), path.stat().st_size)
+    return FileEntry(relative, sha256([path]), path.stat().st_size)
 
 
 def _manifest_problems(manifest: Manifest) -> list[str]:
@@ -403,7 +401,7 @@ def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> None:
             f"{entry.path} has {size_bytes} bytes, the manifest says {entry.size_bytes}; "
             "copy or export the bundle again"
         )
-    if verify and _sha256(path) != entry.sha256:
+    if verify and sha256([path]) != entry.sha256:
         raise BundleError(
             f"{entry.path} was changed: its sha256 is not the manifest's; "
             "copy or export the bundle again"
@@ -445,14 +443,6 @@ def _check_contents(contents: GraphContents, entry: GraphEntry) -> None:
 def _refuse_pointer(name: str, start: bytes) -> None:
     if start.startswith(LFS_SIGNATURE):
         raise BundleError(f"{name} is a git-lfs pointer, not the file; run: git lfs pull")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _prefixed(where: str, message: str) -> str:

@@ -24,7 +24,7 @@ from .errors import UsageError
 from .preprocess import Chunk
 
 if TYPE_CHECKING:
-    from .ort.sessions import GraphPool
+    from .ort.pool import GraphPool
 
 __all__ = [
     "Encoded",

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -50,6 +50,23 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _TRUNCATED_CHUNK = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _RAW_SUFFIXES = (".raw", ".pcm", ".s16", ".s16le", ".sw")
 _UNKNOWN_FORMAT = 1  # SF_ERR_UNRECOGNISED_FORMAT
+# What is given for audio by mistake: how it begins, what it is, what to do.
+_NO_AUDIO = tuple(
+    (re.compile(pattern, re.DOTALL | re.IGNORECASE), kind, advice)
+    for pattern, kind, advice in (
+        (rb"<!doctype html|<html|<head", "a web page", "download the sound itself"),
+        (rb"#EXTM3U|\[playlist\]|ffconcat", "a playlist", "give one of the files that it names"),
+        (rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf|.{257}ustar", "an archive", "unpack it first"),
+        (rb"%PDF", "a PDF document", "name an audio file"),
+        (rb"\xff\xd8\xff|\x89PNG|GIF8", "a picture", "name an audio file"),
+        (rb"MThd", "a MIDI file, notes without sound", "render it to wav first"),
+        (
+            rb"\x1f\x43\xb6\x75",
+            "a later piece of a webm recording",
+            "put it behind the first piece, which has the header",
+        ),
+    )
+)
 _LENGTH_HEADER = re.compile(rb"Xing|Info|VBRI")
 # Shorter differences are rounding: of durations in milliseconds, of frames cut at the end.
 _TOLERANCE_S = 0.05
@@ -112,6 +129,12 @@ def decode(file: EncodedFile, name: str, max_audio_s: float) -> Decoded:
             notes.append(f"recording {number} of {len(found)} in it was left out: {reason}")
             continue
         parts.append(part)
+        if recording.lead_bytes:
+            lead = counted(recording.lead_bytes, "byte")
+            notes.append(f"{lead} in front of it are no sound and were left out")
+        if recording.holes:
+            hole_bytes = counted(sum(end - start for start, end in recording.holes), "byte")
+            notes.append(f"{hole_bytes} in its middle are no sound and were left out")
         if recording.leftover_bytes > _LEAST_LEFTOVER_BYTES:
             leftover = counted(recording.leftover_bytes, "byte")
             notes.append(f"{leftover} at its end are no sound and were left out")
@@ -235,20 +258,20 @@ def _recording(
     file: EncodedFile, recording: Recording, name: str, used_s: float, max_audio_s: float
 ) -> Decoded:
     """Decode one recording, ``used_s`` seconds into the clip."""
-    head = _window(file, recording.start, recording.end).read(1 << 18)
+    head = _whole(file, recording).read(1 << 18)
     kind = media.kind_of(head)
     if kind is not None:
-        window = _window(file, recording.start, recording.end)
+        window = _whole(file, recording)
         return _by_ffmpeg(window, kind, name, used_s, max_audio_s)
     try:
         return _by_libsndfile(file, recording, head, name, used_s, max_audio_s)
     except soundfile.LibsndfileError as error:
-        refusal = AudioError(_unreadable(name, error))
+        refusal = AudioError(_unreadable(name, head, error))
         # Some containers hold what libsndfile knows and what it does not.
         if not media.may_know(head):
             raise refusal from error
     try:
-        window = _window(file, recording.start, recording.end)
+        window = _whole(file, recording)
         return _by_ffmpeg(window, "such a file", name, used_s, max_audio_s)
     except AudioTooLongError:
         raise
@@ -256,15 +279,22 @@ def _recording(
         raise refusal from error
 
 
-def _window(file: EncodedFile, start: int, end: int, head: bytes = b"") -> EncodedFile:
-    # Typeshed asks for a raw stream of its own kind.
-    return EncodedFile(cast(io.RawIOBase, Window(file, start, end, head)), 1 << 16)
+def _whole(file: EncodedFile, recording: Recording) -> EncodedFile:
+    """A recording as it lies in the file."""
+    window = Window(file, recording.start, recording.end, holes=recording.holes)
+    return EncodedFile(window, 1 << 16)
+
+
+def _body(file: EncodedFile, recording: Recording) -> EncodedFile:
+    """What a decoder has to read of it, where its own header is not right."""
+    window = Window(file, recording.body, recording.end, recording.head, recording.holes)
+    return EncodedFile(window, 1 << 16)
 
 
 def _by_libsndfile(
     file: EncodedFile, recording: Recording, head: bytes, name: str, used_s: float, max_s: float
 ) -> Decoded:
-    with _ForwardSoundFile(_window(file, recording.start, recording.end)) as sound:
+    with _ForwardSoundFile(_whole(file, recording)) as sound:
         rate_hz = checked_rate(sound.samplerate, name)
         channels = checked_channels(sound.channels, name)
         announced, notes = _announced_frames(sound, head)
@@ -278,7 +308,7 @@ def _by_libsndfile(
         if is_right:
             mix, fault = _mixed(sound, name, used_s, max_s)
     if not is_right:
-        body = _window(file, recording.body, recording.end, recording.head)
+        body = _body(file, recording)
         piped = is_guess or not recording.head
         with (
             _piped(body) if piped else nullcontext(body) as source,
@@ -377,19 +407,23 @@ def _piped(file: EncodedFile) -> Iterator[int]:
         feeder.join()
 
 
-def _unreadable(name: str, error: soundfile.LibsndfileError) -> str:
+def _unreadable(name: str, head: bytes, error: soundfile.LibsndfileError) -> str:
     reason = error.error_string.strip().rstrip(".")
     if "SF_INFO" in reason:
         return (
             f"{name}: its header gives no usable sampling rate (0 Hz or out of range), expected "
             f"{MIN_RATE_HZ}..{MAX_RATE_HZ} Hz; convert it, e.g. with ffmpeg"
         )
+    for pattern, kind, advice in _NO_AUDIO:
+        if pattern.match(head.lstrip()[:512]):
+            return f"{name}: is {kind}, not audio; {advice}"
     if error.code == _UNKNOWN_FORMAT and name.lower().endswith((*_RAW_SUFFIXES, "<stdin>")):
         return (
             f"{name}: not audio with a header that says what it is, such as wav, flac, mp3 or ogg; "
             "if it is raw 16-bit mono, say its rate, e.g. --pcm-rate 16000"
         )
+    more = "" if media.is_available() else "; more can be read after pip install 'tinygiant[media]'"
     return (
         f"{name}: not audio that can be read, or cut off too early ({reason}); expected wav, "
-        "flac, mp3, ogg or another file libsndfile knows, convert it, e.g. with ffmpeg"
+        f"flac, mp3, ogg, m4a or the like, convert it, e.g. with ffmpeg{more}"
     )

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from .errors import AudioError
 from .text import printable
 
-__all__ = ["Sound", "kind_of", "may_know", "opened"]
+__all__ = ["Sound", "is_available", "kind_of", "may_know", "opened"]
 
 MAX_WALL_S = 120.0
 _BLOCK_BYTES = 1 << 18
@@ -74,9 +74,14 @@ def kind_of(head: bytes) -> str | None:
     return next((kind for pattern, kind in _PATTERNS if pattern.match(head)), None)
 
 
+def is_available() -> bool:
+    """Whether PyAV or ffmpeg is installed."""
+    return _decoder() is not None
+
+
 def may_know(head: bytes) -> bool:
     """Whether FFmpeg is installed and may read a file of a shared kind that libsndfile refused."""
-    return head.startswith(_SHARED) and _decoder() is not None
+    return head.startswith(_SHARED) and is_available()
 
 
 def _decoder() -> tuple[str, str] | None:

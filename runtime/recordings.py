@@ -12,6 +12,7 @@ by its frames, MPEG-4 by its boxes, WavPack by its blocks; in other files the st
 
 from __future__ import annotations
 
+import bisect
 import io
 import os
 import re
@@ -26,6 +27,8 @@ MAX_RECORDINGS = 1_000
 # Larger sizes are what writers leave that do not know the length: there is no end then.
 OPEN_ENDED_BYTES = 0x7FFF_F000
 _MAX_HEADER_BYTES = 1 << 20
+# libmpg123 looks no further than 1,024 bytes for the next frame.
+_LEAST_HOLE_BYTES = 512
 _SCAN_BYTES = 1 << 20
 
 _W64_RIFF = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
@@ -42,6 +45,7 @@ _START = re.compile(
     rb"|\x1a\x45\xdf\xa3.{1,8}\x42[\x82\x86]|" + re.escape(_W64_RIFF) + rb"|" + re.escape(_ASF),
     re.DOTALL,
 )
+_ARCHIVE = re.compile(rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf|.{257}ustar", re.DOTALL)
 _START_BYTES = 64  # the longest of them
 
 
@@ -52,7 +56,9 @@ class Recording:
     Attributes:
         body: where to decode from; ``start``, unless a header in front of it is to be passed over.
         head: bytes to read in place of those at ``body``: a header with the true length.
-        leftover_bytes: at its end, no part of it and no recording either.
+        holes: places in it, from and to, that are no sound and would stop a decoder.
+        lead_bytes: in front of it, no part of it and no recording either.
+        leftover_bytes: the same at its end.
         announced_share: how much of the sound the file's own header announces, from 0 to 1.
     """
 
@@ -60,6 +66,8 @@ class Recording:
     end: int
     body: int
     head: bytes = b""
+    holes: tuple[tuple[int, int], ...] = ()
+    lead_bytes: int = 0
     leftover_bytes: int = 0
     announced_share: float = 1.0
 
@@ -70,12 +78,25 @@ class Recording:
 
 
 class Window(io.RawIOBase):
-    """Part of a file as a file, with ``head`` in place of its first bytes."""
+    """Part of a file as a file, without holes and with ``head`` in place of its first bytes."""
 
-    def __init__(self, file: IO[bytes], start: int, end: int, head: bytes = b"") -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        start: int,
+        end: int,
+        head: bytes = b"",
+        holes: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         """Show bytes ``start`` to ``end`` of ``file``, which stays open and is the caller's."""
-        self._file, self._start, self._n_bytes, self._head = file, start, end - start, head
+        self._file, self._head = file, head
         self._position = 0
+        self._n_bytes = 0
+        self._spans: list[tuple[int, int, int]] = []  # from and to in the window; from in the file
+        edges = [start, *(edge for hole in holes for edge in hole), end]
+        for begins, ends in zip(edges[::2], edges[1::2], strict=True):
+            self._spans.append((self._n_bytes, self._n_bytes + ends - begins, begins))
+            self._n_bytes += ends - begins
 
     def readable(self) -> bool:
         """Always."""
@@ -95,12 +116,14 @@ class Window(io.RawIOBase):
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """As for any file."""
-        position = self._position
+        position, content = self._position, b""
         if position < len(self._head):
             content = self._head[position : position + len(buffer)]
-        else:
-            self._file.seek(self._start + position)
-            content = self._file.read(max(0, min(len(buffer), self._n_bytes - position)))
+        elif position < self._n_bytes:
+            span = bisect.bisect(self._spans, position, key=lambda span: span[0]) - 1
+            begins, ends, where = self._spans[span]
+            self._file.seek(where + position - begins)
+            content = self._file.read(min(len(buffer), ends - position))
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
@@ -174,7 +197,33 @@ def _walk(file: _Bytes, start: int) -> _Walked:
         return _mp3(file, start)
     if _START.match(head):  # a kind that does not say where it ends
         return _until_the_next(file, start)
+    later = _first_start(file, start) if start == 0 else file.size
+    if later < file.size:
+        recording, following = _walk(file, later)
+        return replace(recording, lead_bytes=later), following
     return Recording.plain(start if start < file.size else 0, file.size), None
+
+
+def _first_start(file: _Bytes, position: int) -> int:
+    """Where a recording begins behind what is none, in the first MiB; the file's size if nowhere.
+
+    Such are the head of an HTTP answer, padding, pieces of a stream that came out of order.
+    """
+    content = file.at(position, _SCAN_BYTES)
+    if _ARCHIVE.match(content):
+        return file.size
+    match = _START.search(content)
+    later = position + match.start() if match else file.size
+    for match in re.finditer(rb"\xff[\xe2-\xff]", content):
+        at = position + match.start()
+        if at >= later:
+            break
+        frames = 0
+        while frames < 4 and (frame := _mp3_frame(file, at)) is not None:
+            frames, at = frames + 1, at + frame.n_bytes
+        if frames == 4:
+            return position + match.start()
+    return later
 
 
 def _until_the_next(file: _Bytes, start: int) -> _Walked:
@@ -481,6 +530,7 @@ def _mp3_frame(file: _Bytes, position: int) -> _Frame | None:
 def _mp3(file: _Bytes, start: int) -> _Walked:
     """Until a tag or a length header after frames; a length header that says too little is cut."""
     first = body = end = None
+    holes: list[tuple[int, int]] = []
     n_frames, counted, seconds = 0, None, 0.0
     for position, frame in _mp3_frames(file, start):
         if n_frames and (frame is None or frame.is_length_header):
@@ -488,6 +538,8 @@ def _mp3(file: _Bytes, start: int) -> _Walked:
         if frame is None:
             continue
         first = position if first is None else first
+        if end is not None and position - end >= _LEAST_HOLE_BYTES and len(holes) < MAX_RECORDINGS:
+            holes.append((end, position))
         end = position + frame.n_bytes
         if frame.is_length_header:
             counted, body = frame.counted, end
@@ -503,7 +555,7 @@ def _mp3(file: _Bytes, start: int) -> _Walked:
         body = first
     # Tags at the very end are no part of it, and no recording.
     leftover = max(0, position - end) if _skip_tags(file, end) < position else 0
-    recording = Recording(first, position, body, leftover_bytes=leftover)
+    recording = Recording(first, position, body, holes=tuple(holes), leftover_bytes=leftover)
     return recording, position if _skip_tags(file, position) < file.size else None
 
 

@@ -22,13 +22,11 @@ from tinygiant.runtime import load
 from tinygiant.runtime.config import ModelConfig
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import BundleError, TinyGiantError, UsageError
-from tinygiant.runtime.ort import sessions
 from tinygiant.runtime.ort.memory import estimated_bytes
+from tinygiant.runtime.ort.pool import GraphPool
 from tinygiant.runtime.ort.sessions import (
     Graph,
-    GraphPool,
     SessionSettings,
-    physical_cores,
     require_onnxruntime,
 )
 
@@ -441,19 +439,6 @@ def test_an_older_onnxruntime_is_refused(root: Path) -> None:
 def test_impossible_threads(threads: int) -> None:
     with pytest.raises(UsageError, match="threads"):
         SessionSettings(threads=threads)
-
-
-def test_physical_cores_are_at_most_the_processors_allowed() -> None:
-    assert 1 <= physical_cores() <= len(os.sched_getaffinity(0))
-
-
-@pytest.mark.parametrize(
-    ("cpu_max", "cores"),
-    [("200000 100000", 2), ("150000 100000", 1), ("5000 100000", 1), ("max 100000", None),
-     ("", None), ("1 0", None)],
-)  # fmt: skip
-def test_a_containers_quota(cpu_max: str, cores: int | None) -> None:
-    assert sessions._quota(cpu_max) == cores
 
 
 def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:

@@ -221,6 +221,12 @@ def test_wrong_words_are_told_for_what_they_are(
     assert cli.main(["What is heard?", str(clip)]) == 2
     message = capsys.readouterr().err
     assert f"the clip comes first, then the question: tg-run {clip} 'What is heard?'" in message
+    # `tg-run *.wav QUESTION`, as the shell hands it on.
+    for words in ([str(clip), str(clip)], [str(clip), str(clip), "What?"]):
+        assert cli.main(words) == 2
+        message = capsys.readouterr().err
+        assert f"{clip} is a second clip" in message
+        assert "--batch FOLDER --question QUESTION" in message
 
 
 def test_raw_samples_in_a_file(

@@ -194,6 +194,62 @@ def test_what_is_missing_is_said(decoder: str) -> None:
     assert audio.notes
 
 
+def test_damaged_packets_cost_themselves_alone() -> None:
+    content = bytearray(encode(tones(44_100), "ipod", "aac", 44_100))
+    start = content.index(b"mdat") + 4
+    content[start + 3_000 : start + 3_400] = np.random.default_rng(0).bytes(400)
+    audio = read_audio(bytes(content))
+    assert 2.7 < audio.used_s < 3.1
+    assert hz_by_second(audio.samples, 44_100)[2] == pytest.approx(HZ[2], abs=3)
+    assert any("some of it cannot be decoded" in note for note in audio.notes)
+
+
+def test_pieces_of_a_browsers_recording_out_of_order() -> None:
+    # A recorder hands out pieces; only the first has the header.
+    live = {"live": "1", "cluster_time_limit": "500"}
+    content = encode(tones(48_000), "webm", "libopus", 48_000, options=live)
+    first = content.index(b"\x1f\x43\xb6\x75")
+    second = content.index(b"\x1f\x43\xb6\x75", first + 4)
+    audio = read_audio(content[second:] + content[:second])
+    assert 0.3 < audio.used_s < 0.8  # what the piece with the header holds
+    assert any("bytes in front of it are no sound" in note for note in audio.notes)
+    with pytest.raises(AudioError, match="a later piece of a webm recording"):
+        read_audio(content[second:])
+
+
+def test_a_cover_is_no_sound_and_no_length() -> None:
+    # A cover that "lasts" longer than the sound made the file look longer, or truncated.
+    picture = np.zeros((32, 32, 3), np.uint8)
+    with tempfile.NamedTemporaryFile() as file:
+        with av.open(file.name, "w", format="mp4") as out:
+            cover = out.add_stream("mjpeg", rate=1)
+            cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+            sound = out.add_stream("aac", rate=16_000)
+            sound.layout = "mono"
+            for number in range(20):
+                frame = av.VideoFrame.from_ndarray(picture)
+                frame.pts = number
+                out.mux(cover.encode(frame))
+            out.mux(cover.encode(None))
+            for part in frames_of(tones(16_000), sound, 16_000):
+                out.mux(sound.encode(part))
+            out.mux(sound.encode(None))
+        content = Path(file.name).read_bytes()
+    audio = read_audio(content, max_audio_s=10)
+    assert audio.received_s == audio.used_s == pytest.approx(3.0, abs=0.1)
+    assert audio.notes == ()
+
+
+def test_a_rate_that_changes_is_followed() -> None:
+    content = encode(tones(44_100), "adts", "aac", 44_100) + encode(
+        tones(24_000), "adts", "aac", 24_000
+    )
+    audio = read_audio(content)
+    assert audio.used_s == pytest.approx(6.0, abs=0.2)
+    assert hz_by_second(audio.samples, 44_100)[:3] == pytest.approx(HZ, abs=3)
+    assert hz_by_second(audio.samples, 44_100)[3:] == pytest.approx(HZ, abs=3)
+
+
 def test_several_sound_tracks_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     two = encode(tones(44_100), "matroska", "aac", 44_100, n_tracks=2)
     assert "it has 2 sound tracks; the first of them was read" in read_audio(two).notes
@@ -298,6 +354,7 @@ def test_a_decoder_that_hangs_or_dies_is_ended(
     program("import time; time.sleep(60)")
     with pytest.raises(AudioError, match="it took more than 1 s"):
         read_audio(clip)
+    monkeypatch.setattr(media, "MAX_WALL_S", 60.0)
     program("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(AudioError, match="FFmpeg broke down: SIGSEGV"):
         read_audio(clip)

@@ -21,7 +21,8 @@ from tinygiant.runtime import bundle as b
 from tinygiant.runtime import load
 from tinygiant.runtime.errors import BundleError
 from tinygiant.runtime.operators import MAX_GRAPH_BYTES, GraphContents, graph_contents
-from tinygiant.runtime.ort.sessions import Graph, GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 
 
 def by_onnx(model: onnx.ModelProto) -> GraphContents:

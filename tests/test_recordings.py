@@ -251,6 +251,98 @@ def test_a_header_without_length_is_no_recording_of_its_own() -> None:
     read_audio(content)
 
 
+# --- what stands around the sound ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lead",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\n\r\n",
+        bytes(4_096),
+        np.random.default_rng(5).bytes(50_000),
+    ],
+    ids=["http", "zeros", "noise"],
+)
+@pytest.mark.parametrize("container", ["WAV", "MP3", "FLAC", "OGG", "AIFF"])
+def test_what_stands_before_the_sound_is_passed_over(container: str, lead: bytes) -> None:
+    content = encode(tone(440, 3.0, 44_100), container, 44_100)
+    audio = read_audio(lead + content)
+    np.testing.assert_array_equal(audio.samples, read_audio(content).samples)
+    assert audio.notes == (f"{len(lead)} bytes in front of it are no sound and were left out",)
+
+
+def test_damage_in_the_middle_of_an_mp3_costs_a_moment() -> None:
+    content = encode(tone(440, 20.0, 44_100), "MP3", 44_100, compression_level=0.1)
+    half = len(content) // 2
+    for damage in (np.random.default_rng(6).bytes(3_000), bytes(30_000), b"<html>" * 100):
+        audio = read_audio(content[:half] + damage + content[half:])
+        assert audio.used_s == pytest.approx(20.0, abs=0.2)
+        assert hz_by_second(audio.samples, 44_100) == pytest.approx([440] * 20, abs=2)
+        assert any("bytes in its middle are no sound" in note for note in audio.notes)
+
+
+def riff(*chunks: bytes) -> bytes:
+    body = b"WAVE" + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return name + struct.pack("<I", len(content)) + content
+
+
+def test_chunks_of_recorders_do_not_matter() -> None:
+    content = encode(tone(440), "WAV", subtype="PCM_16")
+    form, data = content[12:36], content[36:]
+    for first in (
+        chunk(b"JUNK", bytes(28)),
+        chunk(b"bext", bytes(602)),
+        chunk(b"FLLR", bytes(4_044)),
+        chunk(b"LIST", bytes(393_164)),  # as some portable recorders write it: nothing but zeros
+    ):
+        for parts in ((first, form, data), (form, first, data)):
+            audio = read_audio(riff(*parts))
+            assert (audio.used_s, audio.notes) == (1.0, ())
+            # Joined, the second file is recognised whatever its first chunk is.
+            twice = read_audio(riff(*parts) * 2)
+            assert twice.used_s == 2.0
+            assert hz_by_second(twice.samples) == [440, 440]
+    for field, width in ((28, 4), (32, 2)):  # bytes a second, bytes a frame: not needed
+        wrong = bytearray(content)
+        wrong[field : field + width] = b"\1" + bytes(width - 1)
+        assert read_audio(bytes(wrong)).used_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "advice"),
+    [
+        (b"<!DOCTYPE html><html>not found</html>", "a web page", "download"),
+        (b"\n\n<HTML><body>", "a web page", "download"),
+        (b"#EXTM3U\n#EXTINF:9,\na.ts\n", "a playlist", "files that it names"),
+        (b"PK\3\4" + bytes(500), "an archive", "unpack"),
+        (b"x" * 257 + b"ustar" + bytes(300), "an archive", "unpack"),
+        (b"%PDF-1.4\n" + bytes(500), "a PDF document", "audio file"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF" + bytes(500), "a picture", "audio file"),
+        (b"MThd\0\0\0\6" + bytes(50), "a MIDI file", "render"),
+        (b"\x1f\x43\xb6\x75" + bytes(50), "a later piece of a webm recording", "first piece"),
+    ],
+)
+def test_what_is_no_audio_is_called_by_its_name(content: bytes, kind: str, advice: str) -> None:
+    with pytest.raises(AudioError) as caught:
+        read_audio(content)
+    assert f"is {kind}" in str(caught.value)
+    assert "not audio" in str(caught.value)
+    assert advice in str(caught.value)
+
+
+def test_a_stream_that_was_read_before_is_told_to_be_one() -> None:
+    stream = io.BytesIO(encode(tone(440), "WAV"))
+    assert read_audio(stream).used_s == 1.0
+    with pytest.raises(AudioError, match="nothing is left in it"):
+        read_audio(stream)
+    with pytest.raises(AudioError, match="is empty"):
+        read_audio(io.BytesIO())
+
+
 # --- sources ------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ from .records import error_record, json_line
 from .terminal import Progress, debugging
 
 if TYPE_CHECKING:
+    from ..asking import AskOptions
     from ..events import Answer
     from ..pipeline import TinyGiant
 
@@ -245,15 +246,7 @@ class Output:
         return UsageError(f"{printable(self.path)}: {found}; name another output with -o")
 
 
-def run(
-    output: Output,
-    model: TinyGiant,
-    progress: Progress,
-    *,
-    think: bool,
-    max_new_tokens: int,
-    max_audio_s: float,
-) -> None:
+def run(output: Output, model: TinyGiant, progress: Progress, options: AskOptions) -> None:
     """Answer what is left of a batch. A bad item gets an error and does not end it.
 
     Raises:
@@ -265,13 +258,7 @@ def run(
         elapsed_s = time.monotonic() - start
         progress.status(_status(n_done, n_items, output.n_failed, elapsed_s, item))
         try:
-            answer = _ask(
-                item,
-                model,
-                think=think,
-                max_new_tokens=max_new_tokens,
-                max_audio_s=max_audio_s,
-            )
+            answer = _ask(item, model, options)
         except (BundleError, StorageError):
             raise
         except Exception as error:
@@ -287,12 +274,12 @@ def run(
     )
 
 
-def _ask(item: Item, model: TinyGiant, **options: Any) -> Answer:
+def _ask(item: Item, model: TinyGiant, options: AskOptions) -> Answer:
     if item.problem or item.question is None:
         raise QuestionError(item.problem)
     if item.audio is None:
         raise AudioError("no audio")
-    return model.ask(item.path, item.question, item.choices, **options)
+    return model.ask(item.path, item.question, item.choices, options)
 
 
 def _status(n_done: int, n_items: int, n_failed: int, elapsed_s: float, item: Item) -> str:

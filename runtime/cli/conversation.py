@@ -25,6 +25,7 @@ from .interrupt import raise_on_interrupt
 from .terminal import Progress, Style, complain, debugging, show
 
 if TYPE_CHECKING:
+    from ..asking import AskOptions
     from ..audio import Audio
     from ..pipeline import TinyGiant
 
@@ -53,9 +54,7 @@ class Conversation:
         *,
         choices: Sequence[str] | None,
         style: Style,
-        think: bool,
-        max_new_tokens: int,
-        max_audio_s: float,
+        options: AskOptions,
     ) -> None:
         """Talk about ``audio``; the other arguments are those of a single question."""
         self.audio = audio
@@ -64,9 +63,7 @@ class Conversation:
         self._plain_style: Style = style if style in ("text", "answer") else "text"
         self._model = model
         self._progress = progress
-        self._think = think
-        self._max_new_tokens = max_new_tokens
-        self._max_audio_s = max_audio_s
+        self._options = options
         self._commands: dict[str, Callable[[str], None]] = {
             ":load": self._load,
             ":mic": self._listen,
@@ -120,14 +117,7 @@ class Conversation:
         self._commands[name](argument.strip())
 
     def _ask(self, question: str) -> None:
-        events = self._model.stream(
-            self.audio,
-            question,
-            self.choices,
-            think=self._think,
-            max_new_tokens=self._max_new_tokens,
-            max_audio_s=self._max_audio_s,
-        )
+        events = self._model.stream(self.audio, question, self.choices, self._options)
         show(events, self.style, self._progress, self.choices)
 
     def _load(self, path: str) -> None:
@@ -135,13 +125,13 @@ class Conversation:
 
         if not path:
             raise UsageError(":load without a path; say which clip: :load PATH")
-        self.audio = read_audio(dropped_path(path), max_audio_s=self._max_audio_s)
+        self.audio = read_audio(dropped_path(path), max_audio_s=self._options.max_audio_s)
         self._progress.line(f"{self.audio.source}: {self.audio.used_s:.2f} s of audio")
 
     def _listen(self, device: str) -> None:
         from .microphone import record
 
-        self.audio = record(device or None, self._progress, max_audio_s=self._max_audio_s)
+        self.audio = record(device or None, self._progress, max_audio_s=self._options.max_audio_s)
 
     def _choose(self, text: str) -> None:
         from ..prompt import check_choices

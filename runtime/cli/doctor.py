@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bundle import (
-    LFS_SIGNATURE,
     MANIFEST_NAME,
     Bundle,
     default_bundle_path,
 )
 from ..errors import BundleError, TinyGiantError, UsageError
+from ..files import LFS_SIGNATURE
 from ..ort.machine import Machine
 from ..ort.memory import estimated_bytes
 from ..ort.providers import PROVIDERS, available_names
@@ -326,8 +326,8 @@ def _imports(machine: Machine) -> Iterator[Finding]:
         code = f"import {package}"
         if package == "onnxruntime":
             code = (
-                "from tinygiant.runtime.ort.sessions import physical_cores; import onnxruntime;"
-                "print(physical_cores(), *onnxruntime.get_available_providers())"
+                "from tinygiant.runtime.ort.machine import Machine; import onnxruntime;"
+                "print(Machine().physical_cores(), *onnxruntime.get_available_providers())"
             )
         output, fault, advice = _probe(code, IMPORT_LIMIT_S)
         if fault:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from ..asking import AskOptions
     from ..audio import Audio
     from ..pipeline import TinyGiant
     from .terminal import Progress, Style
@@ -113,14 +114,7 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
         picture.check(options.picture)
     audio = _read(options, progress)
     model = _load(options, progress)
-    events = model.stream(
-        audio,
-        options.question,
-        options.choices,
-        think=not options.no_think,
-        max_new_tokens=options.max_new_tokens,
-        max_audio_s=options.max_audio,
-    )
+    events = model.stream(audio, options.question, options.choices, _ask_options(options))
     answer, seen = show(events, _style(options), progress, options.choices)
     if options.picture is not None:
         figure = picture.draw(audio, model.config, seen, answer, options.question)
@@ -141,9 +135,7 @@ def _converse(options: argparse.Namespace, progress: Progress) -> int:
         progress,
         choices=options.choices,
         style=_style(options),
-        think=not options.no_think,
-        max_new_tokens=options.max_new_tokens,
-        max_audio_s=options.max_audio,
+        options=_ask_options(options),
     )
     with question_lines(silent=options.quiet) as lines:
         return conversation.run(lines)
@@ -157,16 +149,20 @@ def _batch(options: argparse.Namespace, progress: Progress) -> int:
         if others := left_out(options.batch):
             progress.line(f"note: {others}")
         if output.left:
-            run(
-                output,
-                _load(options, progress),
-                progress,
-                think=not options.no_think,
-                max_new_tokens=options.max_new_tokens,
-                max_audio_s=options.max_audio,
-            )
+            run(output, _load(options, progress), progress, _ask_options(options))
         output.require_complete()
     return 0
+
+
+def _ask_options(options: argparse.Namespace) -> AskOptions:
+    from ..asking import AskOptions
+
+    return AskOptions(
+        think=not options.no_think,
+        max_new_tokens=options.max_new_tokens,
+        max_audio_s=options.max_audio,
+        raw=options.raw,
+    )
 
 
 def _style(options: argparse.Namespace) -> Style:
@@ -194,10 +190,9 @@ def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
 
 
 def _read(options: argparse.Namespace, progress: Progress) -> Audio:
-    import shlex
-
     from ..audio import read_audio, read_pcm
     from ..errors import UsageError
+    from .options import check_words
 
     if options.mic is not None:
         from .microphone import record
@@ -214,12 +209,7 @@ def _read(options: argparse.Namespace, progress: Progress) -> Audio:
         if options.pcm_rate is None:
             return read_audio(stream, max_audio_s=options.max_audio)
         return read_pcm(stream, options.pcm_rate, max_audio_s=options.max_audio)
-    question = options.question
-    if question and not os.path.exists(options.clip) and os.path.isfile(question):
-        raise UsageError(
-            f"the clip comes first, then the question: tg-run {shlex.quote(question)} "
-            f"{shlex.quote(options.clip)}"
-        )
+    check_words(options.clip, options.question)
     if options.pcm_rate is None:
         return read_audio(options.clip, max_audio_s=options.max_audio)
     return read_pcm(options.clip, options.pcm_rate, max_audio_s=options.max_audio)

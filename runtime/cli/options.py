@@ -6,12 +6,22 @@ import argparse
 import difflib
 import importlib.metadata
 import math
+import os
+import shlex
 from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import UsageError
 
-__all__ = ["SHELLS", "OneLineParser", "at_least_one", "make_parser", "parse", "seconds"]
+__all__ = [
+    "SHELLS",
+    "OneLineParser",
+    "at_least_one",
+    "check_words",
+    "make_parser",
+    "parse",
+    "seconds",
+]
 
 SHELLS = ("bash", "zsh")
 
@@ -66,14 +76,33 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _unknown(self, words: list[str]) -> str:
         """What is wrong with words that are left over."""
-        options = [word for word in words if word.startswith("-")]
-        if not options:
-            left = " ".join(words)
-            return f"{left!r} is left over; put a question of several words in quotes"
-        word = options[0].partition("=")[0]
+        word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
         known = [name for action in self._actions for name in action.option_strings]
         like = difflib.get_close_matches(word, known, n=1)
         return f"there is no option {word}" + (f", did you mean {like[0]}?" if like else "")
+
+
+def check_words(clip: str, question: str | None) -> None:
+    """Refuse a question that is a file: a second clip, or the first behind its question.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if question is None or not os.path.splitext(question)[1] or not os.path.isfile(question):
+        return
+    if os.path.exists(clip):
+        raise _second_clip(question)
+    raise UsageError(
+        f"the clip comes first, then the question: tg-run {shlex.quote(question)} "
+        f"{shlex.quote(clip)}"
+    )
+
+
+def _second_clip(clip: str) -> UsageError:
+    return UsageError(
+        f"{clip} is a second clip, and a question is about one; ask about many with --batch FOLDER "
+        "--question QUESTION"
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -94,6 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
         "question", metavar="QUESTION", nargs="?",
         help="what to ask, in plain words; without it, you are asked for questions",
     )  # fmt: skip
+    # Words too many; see _check.
+    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
     _add_asking(parser.add_argument_group("asking"))
     _add_sound(parser.add_argument_group("sound"))
     _add_output(parser.add_argument_group("output"))
@@ -119,10 +150,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         elif options.question is None:
             options.question = word
         else:
-            raise UsageError(
-                f"{word!r} is left over; put a question of several words in quotes; see tg-run "
-                "--help"
-            )
+            options.more.append(word)
     if options.mic is not None and options.question is None:
         options.clip, options.question = None, options.clip
     _check(options)
@@ -140,6 +168,10 @@ def _add_asking(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-new-tokens", type=at_least_one, default=512, metavar="N",
         help="how much the model may write; with --choices, how much it may think (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--raw", action="store_true",
+        help="let the model write whatever it wants, for study; else its form is guaranteed",
     )  # fmt: skip
 
 
@@ -229,6 +261,14 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     if options.completion or options.list_devices:
         return
+    if options.more:
+        clips = [word for word in (options.question, *options.more) if os.path.isfile(word)]
+        if clips:
+            raise _second_clip(clips[0])
+        raise UsageError(
+            f"{' '.join(options.more)!r} is left over; put a question of several words in quotes; "
+            "see tg-run --help"
+        )
     if options.batch is not None:
         if options.clip is not None or options.mic is not None:
             raise UsageError(

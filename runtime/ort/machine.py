@@ -62,6 +62,24 @@ class Machine:
         features = fields.get("flags", "") or fields.get("Features", "")
         return ", ".join(names), frozenset(features.split()), n_cores or os.cpu_count() or 1
 
+    def physical_cores(self) -> int:
+        """Physical cores this process may use: those it may run on, within its container's quota.
+
+        Threads of one core have the same list of siblings.
+        """
+        try:
+            allowed = os.sched_getaffinity(0)
+        except AttributeError:  # not Linux
+            return max(os.cpu_count() or 1, 1)
+        topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        cores = {self.text(topology.format(cpu)) or str(cpu) for cpu in allowed}
+        return max(1, min(len(cores), self._cpu_quota() or len(cores)))
+
+    def _cpu_quota(self) -> int | None:
+        """Whole cores of cgroup v2's ``cpu.max`` ("150000 100000": one and a half); None: all."""
+        found = re.fullmatch(r"(\d+) ([1-9]\d*)", self.text("sys/fs/cgroup/cpu.max"))
+        return max(1, int(found[1]) // int(found[2])) if found else None
+
     def memory(self) -> tuple[int, int] | None:
         """Bytes in all and available, both within the limits of control groups; None if unknown."""
         meminfo = self.text("proc/meminfo")

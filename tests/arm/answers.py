@@ -17,7 +17,8 @@ import numpy as np
 from tinygiant.runtime import load, read_audio
 from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.encode import encode
-from tinygiant.runtime.ort.sessions import GraphPool, SessionSettings
+from tinygiant.runtime.ort.pool import GraphPool
+from tinygiant.runtime.ort.sessions import SessionSettings
 from tinygiant.runtime.preprocess import preprocess
 
 QUESTION = "What is heard first?"
