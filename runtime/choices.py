@@ -27,35 +27,42 @@ from .errors import BundleError, QuestionError
 from .prompt import check_choices, format_choice
 from .tokenizer import Tokenizer
 
-__all__ = ["ChoiceTrie", "probabilities"]
+__all__ = ["ChoiceNode", "ChoiceTrie", "probabilities"]
 
 
 @dataclass
-class _Node:
-    children: dict[int, _Node] = field(default_factory=dict)
+class ChoiceNode:
+    """Where some choices have gone the same way: what may come next, or the one that has ended."""
+
+    children: dict[int, ChoiceNode] = field(default_factory=dict)
     choice_index: int | None = None  # set in a leaf
 
 
 class ChoiceTrie:
     """The allowed token sequences of one question's answer."""
 
-    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], texts: Sequence[str] | None = None
+    ) -> None:
         """Build the trie of ``sequences``, one a choice, none of them a prefix of another.
+
+        ``texts`` are the choices as they are shown, which need not be as the model writes them.
 
         Raises:
             QuestionError: two choices have the same tokens, or one begins with another's.
         """
-        self._root = _Node()
+        self.root = ChoiceNode()
         for index, sequence in enumerate(sequences):
-            node = self._root
+            node = self.root
             for token in sequence:
                 if node.choice_index is not None:
                     raise _alike(node.choice_index, index)
-                node = node.children.setdefault(token, _Node())
+                node = node.children.setdefault(token, ChoiceNode())
             if node.choice_index is not None or node.children:
                 raise _alike(_first_leaf(node), index)
             node.choice_index = index
         self.sequences = tuple(map(tuple, sequences))
+        self.texts = None if texts is None else tuple(texts)
         self.max_tokens = max(map(len, sequences), default=0)
 
     @classmethod
@@ -74,6 +81,7 @@ class ChoiceTrie:
         end = [] if form.response_close else [stop_id]
         for index, choice in enumerate(check_choices(choices)):
             written = format_choice(form.choice_format, index, choice)
+            written = written.lower() if form.lower_case else written
             text = f"{form.response_open}{written}{form.response_close}"
             ids = tokenizer.encode(text)
             if tokenizer.decode(ids) != text:
@@ -81,7 +89,7 @@ class ChoiceTrie:
                     f"choice {index + 1} cannot be spelled by this model's tokenizer"
                 )
             sequences.append([*ids, *end])
-        return cls(sequences)
+        return cls(sequences, check_choices(choices))
 
     def decode(
         self,
@@ -102,7 +110,7 @@ class ChoiceTrie:
             BundleError: not a number among the logits of the allowed tokens.
         """
         choose = choose or _best_allowed
-        node, pending = self._root, list(unread)
+        node, pending = self.root, list(unread)
         while node.choice_index is None:
             if len(node.children) == 1:
                 [token] = node.children
@@ -173,7 +181,7 @@ def _best_allowed(logits: NDArray[np.float32], allowed: Sequence[int]) -> int:
     return allowed[greedy(logits[list(allowed)])]
 
 
-def _first_leaf(node: _Node) -> int:
+def _first_leaf(node: ChoiceNode) -> int:
     while node.choice_index is None:
         node = next(iter(node.children.values()))
     return node.choice_index

@@ -4,21 +4,17 @@
 cache and is cheap to make; the graph and the embeddings behind it are shared. The LM head runs
 only for the positions that are asked for: the last one in :meth:`Decoder.prefill` and
 :meth:`Decoder.read`, all K in :meth:`Decoder.step`. Greedy is exact: the arg-max of the logits, the
-lowest id at a tie.
+lowest id at a tie. :meth:`Decoder.write` is held to a :class:`~tinygiant.runtime.masks.Guide`,
+which tells at each position which tokens may come.
 
-With a :class:`~tinygiant.runtime.speculation.Drafter`, tokens are drafted and checked several in a
-step, and the answer is still the one that single steps give. Steps of many tokens round differently
-and leave keys and values that differ in their last bits, so what they decide is believed only where
-the best logit leads by more than a guard. Elsewhere everything since the last exact position is
-read again one token at a time, as without drafts: such decisions are exact to the bit, the others
-as long as the guard is wider than the difference.
+What reads several tokens in a step, drafts or tokens that are known beforehand, is a
+:class:`~tinygiant.runtime.drafting.DraftingDecoder`.
 
 Shapes: ``T`` tokens of a prompt, ``K`` tokens of a step, ``D`` hidden size, ``V`` vocabulary.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Generator, Sequence
 from typing import Any, Protocol
 
@@ -26,19 +22,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import DecoderConfig, KvType
-from .errors import BundleError, UsageError
+from .errors import UsageError
 from .kv_cache import KvCache
-from .speculation import Drafter, lead
+from .masks import ALL, Guide, Mask, greedy
 
-__all__ = ["PREFILL_TOKENS", "Decoder", "greedy"]
+__all__ = ["PREFILL_TOKENS", "BindableGraph", "Decoder", "EmbeddingRows", "greedy"]
 
 # Positions of one prefill run: bounds the activations (full size: about 40 KB a position and
 # layer width) while the matrix products stay large enough to be efficient.
 PREFILL_TOKENS = 512
 
 
-class _Embeddings(Protocol):
-    def lookup(self, token_ids: Sequence[int]) -> NDArray[np.float32]: ...
+class EmbeddingRows(Protocol):
+    """Token embeddings: ``n`` ids -> ``(n, D)``."""
+
+    def lookup(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """The rows of these tokens."""
 
 
 class _Binding(Protocol):
@@ -48,8 +47,11 @@ class _Binding(Protocol):
     def run(self) -> None: ...
 
 
-class _Graph(Protocol):
-    def bind(self) -> _Binding: ...
+class BindableGraph(Protocol):
+    """A graph whose inputs and outputs are bound to arrays."""
+
+    def bind(self) -> _Binding:
+        """A fresh binding."""
 
 
 class Decoder:
@@ -57,15 +59,14 @@ class Decoder:
 
     def __init__(
         self,
-        graph: _Graph,
-        embeddings: _Embeddings,
+        graph: BindableGraph,
+        embeddings: EmbeddingRows,
         config: DecoderConfig,
         capacity: int,
-        drafter: Drafter | None = None,
         *,
         kv_type: KvType = "fp32",
     ) -> None:
-        """Start an empty sequence of at most ``capacity`` tokens, drafted by ``drafter`` if any.
+        """Start an empty sequence of at most ``capacity`` tokens.
 
         ``kv_type`` is how the graph keeps keys and values: the manifest's ``kv_cache``.
 
@@ -73,9 +74,6 @@ class Decoder:
             UsageError: more positions than the decoder has.
         """
         self.cache = KvCache(config, capacity, kv_type)
-        self._drafter = drafter
-        # What single steps would have read since the last exact position; empty while all is exact.
-        self._inexact: list[NDArray[np.float32]] = []
         self._embeddings = embeddings
         self._config = config
         self._binding = graph.bind()
@@ -96,8 +94,6 @@ class Decoder:
         if n_tokens == 0:
             raise UsageError("nothing to read: prefill needs at least one position")
         self.cache.require(n_tokens)
-        if self._inexact:
-            self._inexact.append(embeds)
         logits: NDArray[np.float32] = self._prefill(embeds)[0]
         return logits
 
@@ -127,10 +123,7 @@ class Decoder:
         if not token_ids:
             raise UsageError("nothing to read: a step needs at least one token")
         self.cache.require(len(token_ids))
-        embeds = np.ascontiguousarray(self._embeddings.lookup(token_ids)[None], np.float32)
-        if self._inexact:
-            self._inexact.append(embeds)
-        return self._run(embeds, np.arange(len(token_ids), dtype=np.int64))
+        return self._run(self._rows(token_ids), np.arange(len(token_ids), dtype=np.int64))
 
     def truncate(self, length: int) -> None:
         """Forget every position from ``length`` on.
@@ -138,35 +131,15 @@ class Decoder:
         Raises:
             UsageError: a length below 0 or beyond what is held.
         """
-        n_forgotten = self.cache.length - length
         self.cache.truncate(length)
-        while self._inexact and n_forgotten > 0:
-            last = self._inexact.pop()
-            if last.shape[1] > n_forgotten:
-                self._inexact.append(last[:, :-n_forgotten])
-            n_forgotten -= last.shape[1]
 
-    def best(self, logits: NDArray[np.float32], among: Sequence[int] | None = None) -> int:
-        """The most likely next token, of those in ``among`` if given; the lowest id at a tie.
-
-        ``logits (V,)`` are those after the last position that is held. Where drafts may have
-        decided which is best, that position is computed again without them.
+    def best(self, logits: NDArray[np.float32], mask: Mask = ALL) -> int:
+        """The most likely next token that ``mask`` allows; the lowest id at a tie.
 
         Raises:
-            BundleError: not a number among the logits.
+            BundleError: not a number among the ``logits (V,)``.
         """
-        token = _best(logits, among)
-        if not self._inexact or self._drafter is None:
-            return token
-        speculation = self._drafter.speculation
-        found = lead(logits, token, among)
-        if found > speculation.guard:
-            return token
-        start_s = time.perf_counter()
-        exact = self._settle()
-        speculation.learn_reread(time.perf_counter() - start_s)
-        speculation.learn_difference(found, lead(exact, token, among))
-        return _best(exact, among)
+        return mask.best(logits)
 
     def generate(
         self, logits: NDArray[np.float32], *, max_new_tokens: int, stop_ids: Collection[int]
@@ -177,60 +150,46 @@ class Decoder:
         ``max_new_tokens``. A stop token, and the last token of a spent budget, have not been read
         by the decoder: ``cache.length`` tells how many have.
         """
-        n_left = max_new_tokens
-        tokens = [self.best(logits)] if n_left > 0 else []
-        while tokens:
-            for token in tokens:
-                if token in stop_ids:
-                    return token
-                yield token
-            n_left -= len(tokens)
-            if n_left == 0:
-                break
-            draft: list[int] = []
-            if self._drafter is not None:
-                self._drafter.take(tokens)
-                draft = self._drafter.draft(n_left - 1)
-            tokens = self._go_on(tokens[-1], draft)
+        for n_left in range(max_new_tokens, 0, -1):
+            token = self.best(logits)
+            if token in stop_ids:
+                return token
+            yield token
+            if n_left > 1:
+                logits = self.step([token])[-1]
         return None
 
-    def _go_on(self, token: int, draft: Sequence[int]) -> list[int]:
-        """Read ``token`` and what is right of ``draft``; returns that and the token after it."""
-        start_s = time.perf_counter()
-        if not draft:
-            logits = self.step([token])[-1]
-            self._learn_cost(1, start_s)
-            return [self.best(logits)]
-        start = self.cache.length
-        # Written down as single steps would have read them.
-        rows = self._embeddings.lookup([token, *draft])[None].astype(np.float32, copy=False)
-        logits = self._run(np.ascontiguousarray(rows), np.arange(1 + len(draft), dtype=np.int64))
-        self._inexact += [rows[:, i : i + 1] for i in range(1 + len(draft))]
-        assert self._drafter is not None
-        self._drafter.speculation.learn_reread(0.0)
-        guard = self._drafter.speculation.guard
-        right: list[int] = []
-        for row, guess in zip(logits, [*draft, None], strict=True):
-            found = greedy(row)
-            if found != guess or lead(row, found) <= guard:
-                self.truncate(start + 1 + len(right))
-                self._learn_cost(1 + len(draft), start_s)
-                return [*right, self.best(row)]
-            right.append(found)
-        raise AssertionError("no token equals the guess None")
+    def write(
+        self, logits: NDArray[np.float32], guide: Guide, unread: Sequence[int] = ()
+    ) -> Generator[int, None, None]:
+        """Yield the greedy tokens of a text that ``guide`` allows.
 
-    def _learn_cost(self, n_tokens: int, start_s: float) -> None:
-        if self._drafter is not None:
-            self._drafter.speculation.learn_cost(n_tokens, time.perf_counter() - start_s)
+        It goes on from the ``logits (V,)`` after what was read so far, or from ``unread`` tokens.
+        At the end, the last tokens may not have been read.
 
-    def _settle(self) -> NDArray[np.float32]:
-        """Read again, one step at a time, what was drafted; returns the last logits ``(V,)``."""
-        again, self._inexact = self._inexact, []
-        self.cache.truncate(self.cache.length - sum(embeds.shape[1] for embeds in again))
-        for embeds in again[:-1]:
-            self._prefill(embeds, with_logits=False)
-        logits: NDArray[np.float32] = self._prefill(again[-1])[0]
-        return logits
+        Raises:
+            BundleError: not a number among the logits.
+            UsageError: more tokens than the cache has room for.
+        """
+        unread = list(unread)
+        while True:
+            forced = guide.forced()
+            yield from forced
+            unread += forced
+            if guide.done:
+                return
+            if unread:
+                self.cache.require(len(unread))
+                for token in unread[:-1]:
+                    self._prefill(self._rows([token]), with_logits=False)
+                logits = self._run(self._rows(unread[-1:]), np.zeros(1, np.int64))[0]
+            token = self.best(logits, guide.mask())
+            unread = [token] if guide.take(token) else []
+            yield from unread
+
+    def _rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Embeddings of tokens as the graph takes them, ``(1, K, D)``."""
+        return np.ascontiguousarray(self._embeddings.lookup(token_ids)[None], np.float32)
 
     def _prefill(
         self, embeds: NDArray[np.float32], *, with_logits: bool = True
@@ -261,22 +220,3 @@ class Decoder:
         self.cache.advance(embeds.shape[1])
         rows: NDArray[np.float32] = logits[0]
         return rows
-
-
-def greedy(logits: NDArray[np.float32]) -> int:
-    """The id of the largest of ``logits (V,)``, the lowest id at a tie.
-
-    Raises:
-        BundleError: not a number among the logits, so the weights or the audio rows are broken.
-    """
-    token = int(logits.argmax())
-    if np.isnan(logits[token]):
-        raise BundleError("the decoder gave no number (NaN); the bundle's weights are damaged")
-    return token
-
-
-def _best(logits: NDArray[np.float32], among: Sequence[int] | None) -> int:
-    if among is None:
-        return greedy(logits)
-    allowed = sorted(among)
-    return allowed[greedy(logits[allowed])]

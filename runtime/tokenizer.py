@@ -57,7 +57,9 @@ class Tokenizer:
         self._any_added = re.compile("|".join(map(re.escape, contents))) if contents else None
         self._bytes_of_id: dict[int, bytes] = {}
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise BundleError("the tokenizer does not give text back: a byte-level BPE is expected")
+            raise BundleError(
+                "text changes when it is encoded and decoded again; a byte-level BPE is expected"
+            )
 
     @classmethod
     def from_file(cls, path: Path) -> Tokenizer:
@@ -125,6 +127,14 @@ class Tokenizer:
         if known is None:
             known = self._bytes_of_id[token_id] = self._spell(token_id)
         return known
+
+    def plain_tokens(self) -> dict[str, int]:
+        """The ids of all tokens but control tokens, as the vocabulary spells them.
+
+        Printable ASCII characters stand for themselves, every other byte for one that is none.
+        """
+        spelled: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=False)
+        return {text: token for text, token in spelled.items() if text not in self._added_ids}
 
     def _cuts(self, text: str) -> list[int]:
         if self._any_added is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,32 @@ def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     return run
 
 
+@pytest.mark.parametrize("options", [(), ("--no-think",), ("--max-new-tokens", "5")])
+@pytest.mark.parametrize(
+    "question",
+    [QUESTION, "What is heard?", "Describe the recording.", "Is there a bird?", "Was?", "Why not?"],
+)
+def test_a_plain_question_on_the_command_line(ask, question: str, options: tuple[str, ...]) -> None:
+    """Of 40 such questions all printed raw tags as the answer, with empty parts before it."""
+    out, _ = ask(SOUND, question, "--json", *options)
+    answer = json.loads(out)
+    thought = [answer[part] for part in ("plan", "audio_analysis", "logic", "summary")]
+    for text in [answer["text"], *thought]:
+        assert not re.search(r"</?[A-Za-z]|<\|", text)
+    assert answer["text"].strip() and answer["unparsed"] == ""
+    if not options:
+        assert all(thought)
+    text_out, _ = ask(SOUND, question, *options)
+    assert "<" not in text_out and text_out.endswith(f"Answer:\n{answer['text']}\n")
+
+
+def test_raw_text_is_shown_where_it_is_asked_for(ask, model: TinyGiant) -> None:
+    raw = json.loads(ask(SOUND, QUESTION, "--json", "--raw")[0])["raw_text"]
+    kept = model.ask(CLIP, QUESTION)
+    assert raw.startswith("<think>")
+    assert kept.raw_text.count("</RESPONSE>") == 1
+
+
 @pytest.mark.parametrize(
     ("samples", "why"),
     [
@@ -65,10 +92,9 @@ def test_choices_that_do_not_name_silence_are_still_chosen_from(ask) -> None:
     out, _ = ask(np.zeros(RATE_HZ), QUESTION, "--json", "--choices", *CHOICES)
     answer = json.loads(out)
     assert answer["text"] == CHOICES[answer["choice_index"]]
-    assert answer["audio"]["notes"] == [
-        "silent: no sample is above -70 dBFS",
-        "one of the choices must be given: the model guesses",
-    ]
+    notes = answer["audio"]["notes"]
+    assert notes[0] == "silent: no sample is above -70 dBFS"
+    assert notes[-1] == "one of the choices must be given: the model guesses"
 
 
 def test_silence_goes_through_the_same_events(model: TinyGiant) -> None:
@@ -99,3 +125,17 @@ def test_a_recording_sixty_decibels_down_is_asked_about_with_a_note(ask) -> None
     out, err = ask(0.001 * SOUND / np.abs(SOUND).max(), QUESTION, "--choices", *CHOICES)
     assert out.splitlines()[-1] in CHOICES
     assert "note: very quiet: it peaks at -60 dBFS" in err
+
+
+@pytest.mark.parametrize("seconds", [16.0, 30.0, 31.0])
+def test_what_training_did_not_have_is_noted(ask, model: TinyGiant, seconds: float) -> None:
+    """16 s became commas, without a word."""
+    padded = np.pad(SOUND, (0, round(seconds * RATE_HZ) - SOUND.size))
+    out, err = ask(padded, "What is heard?", "--json")
+    answer = json.loads(out)
+    longest_s = model.config.scope.longest_s
+    assert longest_s is not None
+    is_long = seconds > 1.1 * longest_s
+    assert (f"the clip has {seconds:g} s, and this model was trained on clips" in err) == is_long
+    assert any("trained on clips" in note for note in answer["audio"]["notes"]) == is_long
+    assert answer["text"].strip()
