@@ -21,14 +21,20 @@ class Question:
     audio: Path
     question: str
     choices: tuple[str, ...]
+    open: bool = False  # the choices are for the match: the model does not see them
 
 
 @dataclass(frozen=True)
 class Reply:
-    """``answer`` is exactly one of the choices; ``thought`` is as written, without think tags."""
+    """An answer, and the thought as it was written, without think tags.
+
+    ``answer`` is exactly one of the choices, unless the question was open. ``confidence`` is the
+    model's own probability of it where the choices were scored.
+    """
 
     answer: str
     thought: str
+    confidence: float | None = None
 
 
 class Answerer(Protocol):
@@ -47,9 +53,17 @@ class RuntimeAnswerer:
 
     batch_size = 1
 
-    def __init__(self, bundle: Path | None, *, max_new_tokens: int, threads: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Path | None,
+        *,
+        max_new_tokens: int,
+        threads: int | None,
+        think: bool = True,
+    ) -> None:
         """Load ``bundle``; the one installed with the runtime if None."""
         self._model = load(bundle, threads=threads)
+        self._think = think
         self._max_new_tokens = max_new_tokens
         opened = self._model.bundle
         manifest = opened.manifest
@@ -70,9 +84,15 @@ class RuntimeAnswerer:
         replies = []
         for one in questions:
             answer = self._model.ask(
-                one.audio, one.question, one.choices, max_new_tokens=self._max_new_tokens
+                one.audio,
+                one.question,
+                None if one.open else one.choices,
+                think=self._think,
+                max_new_tokens=self._max_new_tokens,
             )
-            replies.append(Reply(answer.text, thought_of(answer.raw_text)))
+            sure = answer.choice_probabilities
+            confidence = None if sure is None else max(sure)
+            replies.append(Reply(answer.text, thought_of(answer.raw_text), confidence))
         return replies
 
 

@@ -6,6 +6,7 @@ lines and scores them with the official match. The last line of the output is on
     python -m benchmarks.mmar --meta MMAR-meta.jsonl --audio MMAR --bundle bundles/nano-int8 \\
         -o runs/nano-int8.jsonl --save mmar-nano-int8
     python -m benchmarks.mmar --meta data/world/test          # a split: meta.jsonl and audio/
+    python -m benchmarks.mmar --meta data/world/test/open.jsonl   # the same without choices
     python -m benchmarks.mmar score predictions.jsonl --meta MMAR-meta.jsonl
     python -m benchmarks.mmar compare fp32.jsonl int8.jsonl --meta data/world/test
 
@@ -32,8 +33,11 @@ from benchmarks.scoring import (
     Item,
     agreement,
     breakdown,
+    calibration_error,
     compare,
+    string_match,
     tally,
+    well_formed,
 )
 from tinygiant.runtime.errors import BundleError, StorageError, TinyGiantError, UsageError
 from tinygiant.runtime.text import one_line, printable
@@ -83,7 +87,14 @@ def answer_items(items: Sequence[Item], audio: Path, answerer: Answerer, log: Ru
         for item, reply, seconds, error in _answer_batch(batch, audio, answerer):
             if error is not None:
                 print(f"mmar: {item.id} failed: {error}", file=sys.stderr)
-            log.add(item.id, reply.answer, reply.thought, seconds=seconds, error=error)
+            log.add(
+                item.id,
+                reply.answer,
+                reply.thought,
+                seconds=seconds,
+                error=error,
+                confidence=reply.confidence,
+            )
 
 
 def score(
@@ -100,6 +111,16 @@ def score(
         raise UsageError(f"the predictions do not belong to these questions: {found}")
     result: dict[str, Any] = tally(items, answers).to_dict()
     result["n_questions"] = len(items)
+    plain = [answers[item.id] for item in items if item.open and item.id in answers]
+    if plain:
+        result["well_formed"] = sum(map(well_formed, plain)) / len(plain)
+    silent = [i for i in items if i.answer == "Nothing is heard." and i.id in answers]
+    if silent:
+        said = [" ".join(("", *answers[i.id].lower().split(), "")) for i in silent]
+        result["silence"] = {
+            "n": len(silent),
+            "says_nothing": sum(" nothing " in text for text in said),
+        }
     for field in _FIELDS:
         groups = breakdown(items, answers, field)
         result[f"by_{field}"] = {name: group.to_dict() for name, group in groups.items()}
@@ -117,11 +138,20 @@ def _run(arguments: Sequence[str], command: str) -> None:
         "questions": file_sha256(meta_file(options.meta)),
         "max_new_tokens": options.max_new_tokens,
     }
+    if options.no_think:
+        made_with["think"] = False
     with tempfile.TemporaryDirectory() as scratch:
         log = RunLog(options.output or Path(scratch) / "predictions.jsonl", made_with)
         answer_items(items[: options.limit], audio, answerer, log)
         result = score(items, log.answers, log.thoughts)
     seconds = [details["seconds"] for details in log.details.values()]
+    sure = [
+        (log.details[i.id]["confidence"], string_match(i.answer, log.answers[i.id], i.choices))
+        for i in items
+        if "confidence" in log.details.get(i.id, {})
+    ]
+    if sure:
+        result["calibration_error"] = calibration_error(*zip(*sure, strict=True))
     result |= {
         "failed": sum(details["error"] is not None for details in log.details.values()),
         "wall_s": round(sum(seconds), 2),
@@ -134,6 +164,7 @@ def _run(arguments: Sequence[str], command: str) -> None:
         "model": answerer.about,
         "settings": {
             "max_new_tokens": options.max_new_tokens,
+            "think": not options.no_think,
             "threads": options.threads,
             "batch_size": answerer.batch_size,
         },
@@ -192,8 +223,13 @@ def _compare(arguments: Sequence[str], command: str) -> None:
 def _load(options: argparse.Namespace) -> Answerer:
     if options.torch is None:
         return RuntimeAnswerer(
-            options.bundle, max_new_tokens=options.max_new_tokens, threads=options.threads
+            options.bundle,
+            max_new_tokens=options.max_new_tokens,
+            threads=options.threads,
+            think=not options.no_think,
         )
+    if options.no_think:
+        raise UsageError("--no-think is for bundles: leave out --torch")
     import torch  # here, so that bundles can be measured where there is no PyTorch
 
     from benchmarks.torch_reference import TorchReference
@@ -212,7 +248,7 @@ def _answer_batch(
     batch: Sequence[Item], audio: Path, answerer: Answerer
 ) -> Iterable[tuple[Item, Reply, float, str | None]]:
     """Replies, seconds an item and errors; when a batch fails, its items are asked one by one."""
-    questions = [Question(_audio_file(audio, i), i.question, i.choices) for i in batch]
+    questions = [Question(_audio_file(audio, i), i.question, i.choices, i.open) for i in batch]
     start = time.perf_counter()
     try:
         replies, error = answerer.answer(questions), None
@@ -266,6 +302,13 @@ def _print_score(result: Mapping[str, Any], title: str) -> None:
                 print(
                     f"  {name.replace('_', ' '):38}{result['agreement']['n']:6}{100 * value:15.2f}"
                 )
+    if "well_formed" in result:
+        print(f"well formed, of the answers without choices: {100 * result['well_formed']:.1f} %")
+    if "silence" in result:
+        silence = result["silence"]
+        print(f"silence: {silence['says_nothing']} of {silence['n']} say that nothing is heard")
+    if "calibration_error" in result:
+        print(f"expected calibration error: {100 * result['calibration_error']:.1f} points")
     if "wall_s" in result:
         print(
             f"{result['wall_s']:.1f} s in all, {result['s_per_question']:.3f} s a question; "
@@ -317,6 +360,7 @@ def _run_parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=_positive, default=MAX_NEW_TOKENS, metavar="N",
         help="bound of the thought (%(default)s)",
     )  # fmt: skip
+    parser.add_argument("--no-think", action="store_true", help="answer without a thought")
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument("--save", metavar="NAME", help="also write benchmarks/results/NAME.json")
     torch = parser.add_argument_group("PyTorch instead of a bundle")

@@ -107,10 +107,19 @@ class RunLog:
         }
 
     def add(
-        self, item_id: str, answer: str, thought: str, *, seconds: float, error: str | None
+        self,
+        item_id: str,
+        answer: str,
+        thought: str,
+        *,
+        seconds: float,
+        error: str | None,
+        confidence: float | None = None,
     ) -> None:
         """Write one item's lines; they are in the system's hands when this returns."""
         details = {"id": item_id, "seconds": round(seconds, 4), "error": error}
+        if confidence is not None:
+            details["confidence"] = round(confidence, 4)
         line = {"id": item_id, "thinking_prediction": thought, "answer_prediction": answer}
         try:
             # The submission line last: an item counts as done once it is there.
@@ -149,6 +158,7 @@ def _item(record: Mapping[str, Any]) -> Item:
         sub_category=str(record["sub-category"]),
         # MMAR's own `thinking` is one text; the synthetic world's has parts.
         caption=thinking.get("caption") if isinstance(thinking, dict) else None,
+        open=bool(record.get("open", False)),
     )
 
 

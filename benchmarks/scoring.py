@@ -25,11 +25,13 @@ __all__ = [
     "Tally",
     "agreement",
     "breakdown",
+    "calibration_error",
     "caption_parts",
     "compare",
     "names",
     "string_match",
     "tally",
+    "well_formed",
     "wilson_interval",
 ]
 
@@ -50,7 +52,8 @@ _Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 class Item:
     """One question of MMAR's record format.
 
-    ``caption`` is what the Audio Analysis should say; None where the record does not tell.
+    ``caption`` is what the Audio Analysis should say; None where the record does not tell. The
+    choices of an ``open`` question are not shown: they are the right answer and all wrong ones.
     """
 
     id: str
@@ -62,6 +65,7 @@ class Item:
     category: str
     sub_category: str
     caption: str | None
+    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,9 @@ def tally(items: Iterable[Item], answers: Mapping[str, str]) -> Tally:
     """Score the items that ``answers`` (id to prediction) has; the others are left out."""
     answered = [item for item in items if item.id in answers]
     correct = sum(string_match(i.answer, answers[i.id], i.choices) for i in answered)
-    chance = sum(1 / len(item.choices) for item in answered) / max(len(answered), 1)
+    # Nobody can guess an answer without seeing any.
+    guessed = sum(0 if item.open else 1 / len(item.choices) for item in answered)
+    chance = guessed / max(len(answered), 1)
     return Tally(len(answered), correct, chance)
 
 
@@ -174,6 +180,25 @@ def compare(
         only_a += a and not b
         only_b += b and not a
     return Comparison(n, right_a / max(n, 1), right_b / max(n, 1), only_a, only_b)
+
+
+def well_formed(answer: str) -> bool:
+    """Whether an answer is a text that one may show: not empty, no tag, at most 60 words."""
+    words = answer.split()
+    return 0 < len(words) <= 60 and re.search(r"</?[A-Za-z_|]+[^<>]{0,40}>", answer) is None
+
+
+def calibration_error(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
+    """The expected calibration error of Guo et al. (2017), in ``bins`` bins of equal width.
+
+    The mean, weighted by their sizes, of the bins' differences between mean confidence and share
+    of right answers; 0..1.
+    """
+    groups: dict[int, list[tuple[float, bool]]] = {}
+    for confidence, correct in zip(confidences, right, strict=True):
+        groups.setdefault(min(int(confidence * bins), bins - 1), []).append((confidence, correct))
+    gaps = (abs(sum(c for c, _ in group) - sum(r for _, r in group)) for group in groups.values())
+    return sum(gaps) / max(len(confidences), 1)
 
 
 def agreement(

@@ -25,6 +25,7 @@ from tinygiant.models.checkpoint import TOKENIZER_FILE, WEIGHTS_FILE, load
 from tinygiant.models.generate import encode_audio
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.choices import ChoiceTrie
+from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.prompt import build_prompt
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -73,7 +74,13 @@ class TorchReference:
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> list[Reply]:
-        """Answer a batch."""
+        """Answer a batch of questions with choices.
+
+        Raises:
+            UsageError: a question is open.
+        """
+        if any(question.open for question in questions):
+            raise UsageError("questions without choices are answered by bundles: leave out --torch")
         form, stop_id = self._runtime.answer, self._runtime.decoder.stop_token_ids[0]
         tries = [
             ChoiceTrie.of_choices(q.choices, self._tokenizer, form, stop_id) for q in questions

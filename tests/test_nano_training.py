@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ RECIPE = """
 train_clips = 8
 validation_clips = 4
 seed = 0
+kind = "core"
 
 [encoders.whisper]
 batch_size = 4
@@ -39,6 +41,12 @@ decoder_learning_rate = 1e-3
 steps = {steps}
 
 [drill]
+batch_size = 4
+projector_learning_rate = 1e-3
+decoder_learning_rate = 1e-3
+steps = {steps}
+
+[forms]
 batch_size = 4
 projector_learning_rate = 1e-3
 decoder_learning_rate = 1e-3
@@ -85,7 +93,7 @@ def test_every_part_of_the_checkpoint_was_trained(run: Path) -> None:
     assert isinstance(trained, TinyGiantALM)
     for part in ("whisper", "htsat", "projector", "decoder"):
         assert not _same(getattr(trained, part), getattr(fresh, part)), part
-    for stage in ("reasoning", "drill"):
+    for stage in ("reasoning", "drill", "forms"):
         lines = (run / stage / "log.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == 2
 
@@ -101,7 +109,7 @@ def test_the_drill_asks_new_questions_and_rarely_easy_ones(run: Path) -> None:
     world = WorldDataset(run / "world" / "train")
     streams = CachedStreams(run / "streams" / "train")
     drill, stored = (
-        kind(world, streams, tokenizer, preset("nano").prompt)
+        kind(world, streams, tokenizer, preset("nano").runtime)
         for kind in (WorldDrillSet, WorldReasoningSet)
     )
 
@@ -123,6 +131,41 @@ def test_the_drill_asks_new_questions_and_rarely_easy_ones(run: Path) -> None:
         return sum("That makes" in t or " near" in t or ", then " in t for t in logic) / len(logic)
 
     assert share(several) > 1.3 * share(texts(stored, 12))
+
+
+def test_forms_are_asked_as_the_runtime_asks_them(run: Path) -> None:
+    """Direct answers follow the runtime's empty thought; open questions have no list of choices."""
+    from tinygiant.models.config import preset
+    from tinygiant.models.training.streams import CachedStreams
+    from tinygiant.models.training.world_set import WorldFormsSet
+    from tinygiant.models.world.dataset import WorldDataset
+    from tinygiant.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_file(run / "tokenizer.json")
+    world = WorldDataset(run / "world" / "train")
+    streams = CachedStreams(run / "streams" / "train")
+    forms = WorldFormsSet(world, streams, tokenizer, preset("nano").runtime)
+    assert len(forms) == 9 * len(world) == len(forms.lengths())
+    seen = Counter()
+    for draw in range(3):
+        for index in range(len(forms)):
+            sample = forms.sample(index, np.random.default_rng((draw, index)))
+            prompt = tokenizer.decode(sample.suffix_ids)
+            response = tokenizer.decode(sample.response_ids)
+            with_choices = "\nChoices:\n" in prompt
+            thinks = response.startswith("<think>")
+            seen[with_choices, thinks] += 1
+            if thinks:
+                assert prompt.endswith("assistant\n")
+                assert "</think>\n<RESPONSE>\n" in response
+            elif with_choices:
+                assert prompt.endswith("<think>\n\n</think>")
+                assert response.startswith("\n<RESPONSE>\n")
+            else:
+                assert prompt.endswith("<think>\n\n</think>\n\n")
+                assert response.startswith("<RESPONSE>\n")
+            assert response.endswith("</RESPONSE><|im_end|>")
+    assert seen[True, True] == seen[False, True] == 3 * seen[True, False] == 9 * len(world)
 
 
 def test_an_ablation_takes_over_encoders_and_decoder(

@@ -20,9 +20,16 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from tinygiant.models.config import TinyGiantConfig
 from tinygiant.quantize import RECIPES, Scheme, quantize_graph, quantize_rows, recipe
 from tinygiant.quantize.weight_only import dequantize_blocks, quantize_blocks
+from tinygiant.runtime.config import Role
 from tinygiant.runtime.errors import UsageError
 
-GRAPHS = ("whisper_encoder", "htsat_encoder", "projector", "decoder_model")
+ROLES: dict[str, Role] = {
+    "whisper_encoder": "encoder",
+    "htsat_encoder": "encoder",
+    "projector": "projector",
+    "decoder_model": "decoder",
+}
+GRAPHS = tuple(ROLES)
 
 
 def source(bundle: Path, name: str) -> Path:
@@ -142,7 +149,7 @@ def test_blocks_mean_what_the_kernel_computes(bits: int, symmetric: bool, tmp_pa
 def test_report_accounts_for_every_product(
     tiny_bundle: Path, tmp_path: Path, name: str, recipe_name: str
 ) -> None:
-    scheme = RECIPES[recipe_name].graphs[name]
+    scheme = RECIPES[recipe_name].graphs[ROLES[name]]
     report = quantize_graph(source(tiny_bundle, name), tmp_path / f"{name}.onnx", scheme)
     products = [
         node.name

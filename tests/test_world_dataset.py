@@ -42,7 +42,7 @@ def test_the_same_seed_gives_the_same_bytes_also_when_resumed(tmp_path: Path) ->
     (resumed / "shards" / "0001.building" / "whisper.npy").write_bytes(b"half")
     _build(tmp_path, "resumed")
     assert _bytes(whole) == _bytes(resumed)
-    assert len(_bytes(whole)) == 10 + 3 * 6 + 3
+    assert len(_bytes(whole)) == 10 + 3 * 7 + 4
 
 
 def test_the_reader_gives_what_the_scene_implies(tmp_path: Path) -> None:
@@ -73,6 +73,23 @@ def test_joined_files_hold_every_shard_in_order(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (folder / "meta.jsonl").open()]
     data = WorldDataset(folder)
     assert records == [r for i in range(10) for r in data.records(i)]
+    plain = [json.loads(line) for line in (folder / "open.jsonl").open()]
+    wanted = [r for i in range(10) for r in question_records(data.scene(i), choices=False)]
+    assert plain == wanted
+    assert all(record["open"] for record in plain)
+
+
+def test_a_long_clip_has_a_window_of_features_for_every_ten_seconds(tmp_path: Path) -> None:
+    folder = build("test", 6, tmp_path, tmp_path / "cache", workers=1, audio=True, kind="long")
+    assert folder.name == "test-long"
+    data = WorldDataset(folder)
+    for i in range(len(data)):
+        scene = data.scene(i)
+        assert 10 < scene.duration_s < 30
+        _, windows = data.features(i)
+        assert windows.shape == (-(-scene.duration_s // 10), 1001, 64)
+        samples, _ = sf.read(folder / "audio" / f"{scene.id}.flac", dtype="float32")
+        assert np.array_equal(windows, clip_features(samples, scene)[1])
 
 
 def test_other_settings_are_refused_in_the_same_folder(tmp_path: Path) -> None:

@@ -156,7 +156,10 @@ def pretrain_encoder(
             return rows, (rows * weights).sum(1) / weights.sum(1)
         events, pooled = encode_event(cast(ClapAudioEncoder, encoder), batch.features)
         rows = F.adaptive_avg_pool1d(events.transpose(1, 2), window_tokens).transpose(1, 2)
-        return rows[:, :n_rows], pooled
+        # Clips of one batch are alike in length: each gets as many windows as the longest has.
+        n_clips = len(batch.frame_tags)
+        rows = rows.reshape(n_clips, -1, rows.shape[-1])[:, :n_rows]
+        return rows, pooled.reshape(n_clips, -1, pooled.shape[-1]).mean(1)
 
     def loss_of(batch: EncoderBatch) -> tuple[Tensor, dict[str, float]]:
         losses = heads.losses(*encode(batch), batch)
@@ -248,9 +251,12 @@ def _collate(dataset: WorldDataset, indices: list[int], temporal: bool) -> Encod
             features[b] = float(whisper.min())
             features[b, :, : whisper.shape[1]] = torch.from_numpy(whisper.astype(np.float32))
     else:
-        features = torch.from_numpy(
-            np.stack([clap.astype(np.float32) for _, clap in pairs])
-        ).unsqueeze(1)
+        n_windows = max(len(windows) for _, windows in pairs)
+        features = torch.empty(len(indices), n_windows, *pairs[0][1].shape[1:])
+        for b, (_, windows) in enumerate(pairs):
+            features[b] = float(windows.min())
+            features[b, : len(windows)] = torch.from_numpy(windows.astype(np.float32))
+        features = features.flatten(0, 1).unsqueeze(1)
     spans = _spans([dataset.scene(i) for i in indices], n_rows)
     return EncoderBatch(features, frame_tags, frame_mask, clip_tags, *spans)
 

@@ -159,7 +159,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported()
         else:
-            native = bool(_cpu_flags() & {"amx_bf16", "bf16"})
+            native = bool(_cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"})
         precision = "bfloat16" if native else "float32"
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)

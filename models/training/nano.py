@@ -35,6 +35,7 @@ from .streams import cache_streams
 from .tokenizer import train_tokenizer
 from .world_set import (
     WorldDrillSet,
+    WorldFormsSet,
     WorldReasoningSet,
     training_texts,
 )
@@ -91,7 +92,13 @@ def train_nano(run: NanoRun) -> Path:
     world = run.recipe["world"]
     for split in ("train", "validation"):
         build_world(
-            split, world[f"{split}_clips"], run.data, run.cache, workers=2, seed=world["seed"]
+            split,
+            world[f"{split}_clips"],
+            run.data,
+            run.cache,
+            workers=2,
+            seed=world["seed"],
+            kind=world.get("kind", "mixed"),
         )
     train_set, validation_set = (WorldDataset(run.data / s) for s in ("train", "validation"))
     config = run.config
@@ -118,12 +125,18 @@ def train_nano(run: NanoRun) -> Path:
         )
     tokenizer = Tokenizer.from_file(tokenizer_path)
     arguments = {
-        split: (dataset, streams[split], tokenizer, config.runtime.prompt)
+        split: (dataset, streams[split], tokenizer, config.runtime)
         for split, dataset in (("train", train_set), ("validation", validation_set))
     }
-    validation = WorldReasoningSet(*arguments["validation"])
-    for stage, questions in (("reasoning", WorldReasoningSet), ("drill", WorldDrillSet)):
+    stages: dict[str, type[WorldReasoningSet]] = {
+        "reasoning": WorldReasoningSet,
+        "drill": WorldDrillSet,
+        "forms": WorldFormsSet,
+    }
+    for stage, questions in stages.items():
         if stage in run.recipe:
+            asked = WorldFormsSet if stage == "forms" else WorldReasoningSet
+            validation = asked(*arguments["validation"])
             task = _reasoning_task(run, stage)
             train_reasoning(
                 model, task, questions(*arguments["train"]), validation, run.folder / stage,

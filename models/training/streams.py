@@ -92,7 +92,7 @@ def cache_streams(
 
 def _chunk(dataset: WorldDataset, index: int, config: ModelConfig) -> Chunk:
     """A clip's stored features as the encoders see them."""
-    whisper, clap = dataset.features(index)
+    whisper, windows = dataset.features(index)
     n_tokens = len(dataset.frame_labels(index))
     duration_s = n_tokens * config.row_s
     encoder = next(encoder for encoder in config.encoders if encoder.graph == TEMPORAL)
@@ -103,5 +103,8 @@ def _chunk(dataset: WorldDataset, index: int, config: ModelConfig) -> Chunk:
     return Chunk(
         duration_s=duration_s,
         n_rows=config.audio_rows(duration_s),
-        windows={TEMPORAL: (temporal[None],), EVENT: (clap.astype(np.float32)[None, None],)},
+        windows={
+            TEMPORAL: (temporal[None],),
+            EVENT: tuple(windows.astype(np.float32)[:, None, None]),
+        },
     )

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tinygiant.runtime.config import PromptConfig
-from tinygiant.runtime.prompt import build_prompt
+from tinygiant.runtime.asking import AskOptions, check
+from tinygiant.runtime.config import ModelConfig
 from tinygiant.runtime.tokenizer import Tokenizer
 
 from ..config import ChatPrompt
 from ..world.dataset import WorldDataset
-from ..world.questions import QUESTION_TYPES, ask
-from ..world.thought import format_response
+from ..world.questions import QUESTION_TYPES, ask, question_records
+from ..world.scene import timeline
+from ..world.thought import format_answer, format_response
 from .reasoning import Sample
 from .streams import CachedStreams
 
-__all__ = ["END_OF_TURN", "WorldDrillSet", "WorldReasoningSet", "training_texts"]
+__all__ = [
+    "END_OF_TURN",
+    "WorldDrillSet",
+    "WorldFormsSet",
+    "WorldReasoningSet",
+    "training_texts",
+]
 
 END_OF_TURN = "<|im_end|>"
 
@@ -31,12 +39,12 @@ class WorldReasoningSet:
         dataset: WorldDataset,
         streams: CachedStreams,
         tokenizer: Tokenizer,
-        prompt: PromptConfig,
+        config: ModelConfig,
     ) -> None:
         self._dataset = dataset
         self._streams = streams
         self._tokenizer = tokenizer
-        self._prompt = prompt
+        self._config = config
         self._records: list[tuple[int, dict[str, Any]]] = [
             (clip, record) for clip in range(len(dataset)) for record in dataset.records(clip)
         ]
@@ -55,17 +63,26 @@ class WorldReasoningSet:
         """Question ``index`` with its choices in an order drawn from ``rng``."""
         return self._sample(*self._records[index], rng)
 
-    def _sample(self, clip: int, record: dict[str, Any], rng: np.random.Generator) -> Sample:
-        choices = [str(choice) for choice in rng.permutation(record["choices"])]
-        prompt = build_prompt(record["question"], choices, self._tokenizer, self._prompt)
-        response = self._tokenizer.encode_markup(format_response(record) + END_OF_TURN)
+    def _sample(
+        self, clip: int, record: dict[str, Any], rng: np.random.Generator, think: bool = True
+    ) -> Sample:
+        """A record as the runtime asks it: a question that is not to be thought about is answered
+        after an empty thought, and one that is open has no choices."""
+        plain = record.get("open", False)
+        choices = None if plain else [str(choice) for choice in rng.permutation(record["choices"])]
+        options = AskOptions(think=think)
+        prompt = check(record["question"], choices, options, self._tokenizer, self._config).prompt
+        if think:
+            response = format_response(record)
+        else:
+            response = format_answer(record) if plain else f"\n{format_answer(record)}"
         return Sample(
             streams=self._streams.streams(clip),
             anchor=self._streams.anchor(clip),
             prefix_ids=prompt.prefix_ids,
             suffix_ids=prompt.suffix_ids,
             instruction_ids=prompt.instruction_ids,
-            response_ids=response,
+            response_ids=self._tokenizer.encode_markup(response + END_OF_TURN),
         )
 
 
@@ -89,6 +106,67 @@ class WorldDrillSet(WorldReasoningSet):
         return self._sample(clip, stored, rng)
 
 
+@dataclass(frozen=True)
+class _Form:
+    choices: bool
+    think: bool
+
+
+# Of nine samples of a clip, how many are asked in which form.
+_FORMS = (
+    *(_Form(choices=True, think=True),) * 3,
+    *(_Form(choices=False, think=True),) * 3,
+    *(_Form(choices=True, think=False),) * 1,
+    *(_Form(choices=False, think=False),) * 2,
+)
+# Of the open questions that can be, how many ask about what is not there.
+_ABSENT = 0.15
+
+
+class WorldFormsSet(WorldReasoningSet):
+    """New questions in every form: with choices and without, thought about or answered directly.
+
+    A sample is a clip and a form; its type, wording and choices are drawn anew each time.
+    """
+
+    def __init__(
+        self,
+        dataset: WorldDataset,
+        streams: CachedStreams,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+    ) -> None:
+        super().__init__(dataset, streams, tokenizer, config)
+        self._scenes = [dataset.scene(clip) for clip in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self._scenes) * len(_FORMS)
+
+    def lengths(self) -> Sequence[int]:
+        """Audio rows, a prompt, and a thought where there is one."""
+        thoughts = [8 * len(timeline(scene)) + 90 for scene in self._scenes]
+        return [
+            self._streams.n_tokens(clip) + 50 + (thoughts[clip] if form.think else 0)
+            for clip in range(len(self._scenes))
+            for form in _FORMS
+        ]
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """A question about clip ``index // 9`` in form ``index % 9``."""
+        clip, which = divmod(index, len(_FORMS))
+        form, scene = _FORMS[which], self._scenes[clip]
+        kinds = list(FORMS_WEIGHTS)
+        weights = np.array(list(FORMS_WEIGHTS.values()))
+        for kind in rng.choice(kinds, size=len(kinds), replace=False, p=weights / weights.sum()):
+            absent = not form.choices and bool(rng.random() < _ABSENT)
+            record = ask(scene, str(kind), rng, choices=form.choices, absent=absent)
+            if record is None and not form.choices and not timeline(scene):
+                record = ask(scene, str(kind), rng, choices=False, absent=True)
+            if record is not None:
+                return self._sample(clip, record, rng, form.think)
+        raise AssertionError("whether a sound is present can be asked of every clip")
+
+
 # Of the types that a scene allows, how often each is drawn, relative to one another.
 DRILL_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 0.5) | {
     "sound count": 6.0,
@@ -99,6 +177,24 @@ DRILL_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 0.5) | {
     "relation": 4.0,
     "nearer": 4.0,
     "more often": 1.0,
+    **dict.fromkeys(("presence", "anybody", "any music"), 0.1),
+}
+
+FORMS_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 1.0) | {
+    "description": 2.5,
+    "presence": 1.5,
+    "anybody": 0.5,
+    "any music": 0.5,
+    "sound count": 2.5,
+    "distance": 1.5,
+    "after": 3.0,
+    "before": 3.0,
+    "relation": 1.5,
+    "nearer": 2.0,
+    "mode": 0.6,
+    "meter": 0.6,
+    "tempo": 0.7,
+    "background": 0.8,
 }
 
 
@@ -110,4 +206,6 @@ def training_texts(dataset: WorldDataset, prompt: ChatPrompt) -> list[str]:
             lines = [record["question"], prompt.choices_header]
             lines += [prompt.choice_prefix + choice for choice in record["choices"]]
             texts += ["\n".join(lines), format_response(record)]
+        for record in question_records(dataset.scene(clip), choices=False):
+            texts += [record["question"], format_response(record)]
     return texts

@@ -9,7 +9,7 @@ from pathlib import Path
 from tinygiant.runtime.errors import TinyGiantError
 
 from .dataset import build
-from .vocabulary import SPLITS
+from .vocabulary import KINDS, SPLITS
 
 __all__ = ["main"]
 
@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--questions", type=int, default=4, help="questions a clip (default 4)")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="core", help="the sort of clips (default core)"
+    )
     parser.add_argument("--audio", action="store_true", help="also write 48 kHz FLAC files")
     given = parser.parse_args(arguments)
     try:
@@ -40,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=given.seed,
             audio=given.audio,
             questions=given.questions,
+            kind=given.kind,
         )
     except TinyGiantError as e:
         print(f"error: {e}", file=sys.stderr)

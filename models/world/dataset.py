@@ -3,13 +3,14 @@
     DIR/<split>/
         shards/0000/            500 clips, complete or absent
             whisper.npy         (sum of frames, 128) float16, log-mel at 100 frames a second
-            clap.npy            (500, 1001, 64) float16, log-mel of the first 10 s
+            clap.npy            (sum of windows, 1001, 64) float16, log-mel of each 10 s
             frames.npy          (sum of rows, n_frame_tags) uint8, dense labels at 10 rows a second
-            offsets.npy         (501, 2) int64, first frame and first row of every clip, and the end
+            offsets.npy         (501, 3) int64, first frame, row and window of every clip; the end
             clips.jsonl         scene and clip-level tags
             meta.jsonl          questions, MMAR's fields
+            open.jsonl          questions without choices
         audio/<id>.flac         48 kHz, on request
-        clips.jsonl, meta.jsonl all shards' lines, written when the split is complete
+        {clips,meta,open}.jsonl all shards' lines, written when the split is complete
 
 A clip's Whisper frames cover its label rows and 1 s of zeros: ``10 * (rows + 10)`` frames. Shards
 are made independently and renamed when complete, so that an interrupted build goes on where it
@@ -43,28 +44,32 @@ from .labels import CLIP_TAGS, FRAME_TAGS, clip_labels, frame_labels, n_rows
 from .questions import question_records
 from .render import render
 from .scene import Scene, sample_scene, scene_from_dict, scene_to_dict
-from .vocabulary import Split
+from .vocabulary import Kind, Split
 
 __all__ = ["SHARD_CLIPS", "WorldDataset", "build", "clip_features"]
 
 SHARD_CLIPS = 500
 MARGIN_ROWS = 10
 _FRAMES_PER_ROW = 10
-_JOINED = ("clips.jsonl", "meta.jsonl")
-# folder, cache_dir, split, shard, size, seed, audio, questions
-_Job = tuple[Path, Path, Split, int, int, int, bool, int]
+_JOINED = ("clips.jsonl", "meta.jsonl", "open.jsonl")
+# folder, cache_dir, split, shard, size, seed, audio, questions, kind
+_Job = tuple[Path, Path, Split, int, int, int, bool, int, Kind]
+_WINDOW = 10 * RATE_HZ
 
 
 def clip_features(samples: Audio, scene: Scene) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    """Whisper ``(n_frames, 128)`` and CLAP ``(1001, 64)`` log-mel of a clip at 48 kHz.
+    """Whisper ``(n_frames, 128)`` and CLAP ``(n_windows, 1001, 64)`` log-mel of a clip at 48 kHz.
 
-    ``n_frames = 10 * (n_rows(scene) + 10)``: the clip and 1 s of zeros.
+    ``n_frames = 10 * (n_rows(scene) + 10)``: the clip and 1 s of zeros; a window is 10 s.
     """
     n_frames = _FRAMES_PER_ROW * (n_rows(scene) + MARGIN_ROWS)
     whisper = log_mel(resample(samples, RATE_HZ, WHISPER.sampling_rate_hz), WHISPER, n_frames)
     clap = ClapFeatures()
-    events = log_mel(samples, clap.log_mel, clap.log_mel.n_frames(clap.window_s))
-    return whisper.T.astype(np.float16), events.astype(np.float16)
+    events = [
+        log_mel(samples[i : i + _WINDOW], clap.log_mel, clap.log_mel.n_frames(clap.window_s))
+        for i in range(0, samples.size, _WINDOW)
+    ]
+    return whisper.T.astype(np.float16), np.stack(events).astype(np.float16)
 
 
 def build(
@@ -76,8 +81,12 @@ def build(
     seed: int = 0,
     audio: bool = False,
     questions: int = 4,
+    kind: Kind = "core",
 ) -> Path:
     """Make ``n_clips`` clips of a split under ``out_dir/<split>``, which is returned.
+
+    Clips of another ``kind`` than ``core`` have a folder of their own, ``<split>-<kind>``; those of
+    training are always ``mixed`` in ``train``.
 
     Shards that are already there are kept. ``audio`` also writes 48 kHz FLAC files.
 
@@ -85,8 +94,10 @@ def build(
         MissingEngineError: the banks are not in ``cache_dir`` and an engine is missing.
         StorageError: a file cannot be written, or the folder holds a build with other settings.
     """
-    folder = out_dir / split
+    own_folder = kind != "core" and split in ("test", "shifted")
+    folder = out_dir / (f"{split}-{kind}" if own_folder else split)
     settings = {
+        "kind": kind,
         "split": split,
         "clips": n_clips,
         "seed": seed,
@@ -103,7 +114,8 @@ def build(
         for shard, first in enumerate(range(0, n_clips, SHARD_CLIPS)):
             size = min(SHARD_CLIPS, n_clips - first)
             if not (folder / "shards" / f"{shard:04d}").is_dir():
-                jobs.append((folder, cache_dir, split, shard, size, seed, audio, questions))
+                job = (folder, cache_dir, split, shard, size, seed, audio, questions, kind)
+                jobs.append(job)
         done = n_clips - sum(job[4] for job in jobs)
         with tqdm(total=n_clips, initial=done, unit="clip", desc=split) as bar:
             for clips in _run(jobs, workers):
@@ -156,6 +168,7 @@ def _build_shard(
     seed: int,
     audio: bool,
     questions: int,
+    kind: Kind,
 ) -> int:
     banks = load_banks(cache_dir)
     building = folder / "shards" / f"{shard:04d}.building"
@@ -164,33 +177,49 @@ def _build_shard(
     if audio:
         (folder / "audio").mkdir(exist_ok=True)
     whispers, claps, frames = [], [], []
-    offsets = [(0, 0)]
-    with (building / "clips.jsonl").open("w") as clips, (building / "meta.jsonl").open("w") as meta:
+    offsets = [(0, 0, 0)]
+    with (
+        (building / "clips.jsonl").open("w") as clips,
+        (building / "meta.jsonl").open("w") as meta,
+        (building / "open.jsonl").open("w") as plain,
+    ):
         for index in range(shard * SHARD_CLIPS, shard * SHARD_CLIPS + size):
-            scene, samples = _make_clip(split, index, seed, banks)
+            scene, samples = _make_clip(split, index, seed, banks, kind)
             whisper, clap = clip_features(samples, scene)
             rows = frame_labels(scene)
             whispers.append(whisper)
             claps.append(clap)
             frames.append(rows)
-            offsets.append((offsets[-1][0] + len(whisper), offsets[-1][1] + len(rows)))
+            frame, row, window = offsets[-1]
+            offsets.append((frame + len(whisper), row + len(rows), window + len(clap)))
             tags = [CLIP_TAGS[k] for k in np.flatnonzero(clip_labels(scene))]
             clips.write(json.dumps({"scene": scene_to_dict(scene), "tags": tags}) + "\n")
             for record in question_records(scene, questions):
                 meta.write(json.dumps(record) + "\n")
+            for record in question_records(scene, questions, choices=False):
+                plain.write(json.dumps(record) + "\n")
             if audio:
                 sf.write(folder / "audio" / f"{scene.id}.flac", samples, RATE_HZ, subtype="PCM_16")
     np.save(building / "whisper.npy", np.concatenate(whispers))
-    np.save(building / "clap.npy", np.stack(claps))
+    np.save(building / "clap.npy", np.concatenate(claps))
     np.save(building / "frames.npy", np.concatenate(frames))
     np.save(building / "offsets.npy", np.array(offsets, np.int64))
     building.rename(folder / "shards" / f"{shard:04d}")
     return size
 
 
-def _make_clip(split: Split, index: int, seed: int, banks: Banks) -> tuple[Scene, Audio]:
+def _make_clip(
+    split: Split, index: int, seed: int, banks: Banks, kind: Kind
+) -> tuple[Scene, Audio]:
     """A scene and its audio as a 16-bit file holds it, so that features agree with the FLAC."""
-    scene = sample_scene(split, index, seed, banks.word_duration_s)
+    scene = sample_scene(
+        split,
+        index,
+        seed,
+        banks.word_duration_s,
+        kind=kind,
+        recording_duration_s=banks.recording_duration_s,
+    )
     samples = render(scene, banks)
     return scene, (np.clip(np.round(samples * 32768), -32768, 32767) / 32768).astype(np.float32)
 
@@ -231,10 +260,10 @@ class WorldDataset:
         return self._arrays[shard], i - int(self._starts[shard])
 
     def features(self, i: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """Whisper ``(128, n_frames)`` and CLAP ``(1001, 64)`` float16 log-mel of clip ``i``."""
+        """Whisper ``(128, n_frames)`` and CLAP ``(n_windows, 1001, 64)`` float16 log-mel."""
         arrays, k = self._locate(i)
-        (first, _), (last, _) = arrays["offsets"][k : k + 2]
-        return arrays["whisper"][first:last].T, arrays["clap"][k]
+        (first, _, window), (last, _, stop) = arrays["offsets"][k : k + 2]
+        return arrays["whisper"][first:last].T, arrays["clap"][window:stop]
 
     def n_frames(self, i: int) -> int:
         """Whisper frames of clip ``i``, without touching the features."""
@@ -244,7 +273,7 @@ class WorldDataset:
     def frame_labels(self, i: int) -> NDArray[np.uint8]:
         """``(n_rows, len(FRAME_TAGS)) uint8``; ``n_frames = 10 * (n_rows + 10)``."""
         arrays, k = self._locate(i)
-        (_, first), (_, last) = arrays["offsets"][k : k + 2]
+        (_, first, _), (_, last, _) = arrays["offsets"][k : k + 2]
         return arrays["frames"][first:last]
 
     def clip_labels(self, i: int) -> NDArray[np.uint8]:
@@ -256,8 +285,8 @@ class WorldDataset:
         return scene_from_dict(self._clips[i]["scene"])
 
     def records(self, i: int) -> list[dict[str, Any]]:
-        """The question records of clip ``i``."""
-        return self._records[self._clips[i]["scene"]["id"]]
+        """The question records of clip ``i``, of which an empty clip has few."""
+        return self._records.get(self._clips[i]["scene"]["id"], [])
 
     @cached_property
     def _clips(self) -> list[dict[str, Any]]:

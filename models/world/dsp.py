@@ -69,14 +69,19 @@ def loudness(x: Audio) -> float:
 
 
 def room_response(rt60_s: float, wet: float, cutoff_hz: float, rng: np.random.Generator) -> Audio:
-    """Impulse response: the direct path, then decaying noise of ``wet`` times its energy.
+    """Impulse response: the direct path, then echoes and noise of ``wet`` times its energy.
 
-    The tail is low-passed at ``cutoff_hz``, as walls and air do; its length is ``rt60_s``.
+    The tail is low-passed at ``cutoff_hz``, as walls and air do; its length is ``rt60_s``. The
+    first reflections, off floor, walls and desk, are single echoes within 5 to 40 ms.
     """
     n = round(rt60_s * RATE_HZ)
     t = np.arange(n) / RATE_HZ
     tail = band(noise(rng, n) * np.exp(-6.9 * t / rt60_s), 100, cutoff_hz)
     tail[: RATE_HZ // 200] = 0.0
+    echoes = rng.integers(RATE_HZ // 200, RATE_HZ // 25, 6)
+    tail[echoes] += (
+        rng.choice([-1, 1], 6) * 12 * float(np.abs(tail).mean()) * np.exp(-t[echoes] / 0.02)
+    )
     tail *= np.sqrt(wet / max(1e-12, float(np.sum(tail**2))))
     tail[0] = 1.0
     return tail.astype(np.float32)

@@ -25,6 +25,7 @@ from tinygiant.runtime.audio import resample
 from tinygiant.runtime.errors import MissingEngineError
 
 from .dsp import RATE_HZ, Audio, loudness
+from .recordings import RECORDINGS, SPOKEN, STAMPS, Note, Recording
 from .sounds import bed
 from .vocabulary import (
     BACKGROUNDS,
@@ -34,7 +35,7 @@ from .vocabulary import (
     WORDS,
     Split,
 )
-from .voices import VOICES, Voice
+from .voices import SPEAKERS, VOICES, Voice
 
 __all__ = [
     "NOTE_RANGE",
@@ -49,9 +50,18 @@ __all__ = [
 # The shifted split plays another sound font: the same instruments, recorded by other people.
 SOUND_FONTS: dict[str, Path] = {
     "fluid": Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"),
+    "fluid-gs": Path("/usr/share/sounds/sf2/FluidR3_GS.sf2"),
     "timgm": Path("/usr/share/sounds/sf2/TimGM6mb.sf2"),
 }
-_FONT_PACKAGE = {"fluid": "fluid-soundfont-gm", "timgm": "timgm6mb-soundfont"}
+_FONT_PACKAGE = {
+    "fluid": "fluid-soundfont-gm",
+    "fluid-gs": "fluid-soundfont-gs",
+    "timgm": "timgm6mb-soundfont",
+}
+# The fonts whose instruments play melodies; the third has sound effects alone.
+_MELODIC = ("fluid", "timgm")
+# A recorded event lasts this long at most: so a clip has room for four.
+_RECORDING_S = 1.2
 # Notes from an octave below an instrument's lowest tonic: 12 tonics and a melody of 17 semitones.
 NOTE_RANGE = 12 + 12 + 17
 _VELOCITIES = (75, 112)
@@ -61,7 +71,7 @@ _BED_S = 30
 # A single hum has a single pitch, and who heard only that takes another hum for wind. The splits
 # that are asked about have one that training has not.
 _RECORDINGS: dict[Split, int] = {"train": 16, "validation": 1, "test": 1, "shifted": 1}
-_VERSION = "banks-2"
+_VERSION = "banks-3"
 
 
 @dataclass(frozen=True)
@@ -70,13 +80,26 @@ class Banks:
 
     ``notes[font]``: ``(n_instruments, NOTE_RANGE, 2 velocities, n)``; ``words``: ``(n,)`` with
     ``index["voice|setting|word"] = (start, length)``; ``beds[split]``:
-    ``(n_backgrounds, n_recordings, n)``.
+    ``(n_backgrounds, n_recordings, n)``; ``recordings``: ``(n,)`` with, for each of RECORDINGS,
+    the ``(start, length)`` of its variants.
     """
 
     notes: dict[str, NDArray[np.int16]]
     words: NDArray[np.int16]
     index: dict[str, tuple[int, int]]
     beds: dict[Split, NDArray[np.int16]]
+    recordings: NDArray[np.int16]
+    recorded: list[list[tuple[int, int]]]
+
+    def recording_duration_s(self, number: int) -> float:
+        """Length of a recording's longest variant as it lies in the bank."""
+        return max(length for _, length in self.recorded[number]) / RATE_HZ
+
+    def recording(self, number: int, variant: int) -> Audio:
+        """Number ``number`` of RECORDINGS, ``(n,) float32``; a note has variants of pitch."""
+        variants = self.recorded[number]
+        start, length = variants[variant % len(variants)]
+        return _to_float(self.recordings[start : start + length])
 
     def word_duration_s(self, voice: str, setting: int, word: str) -> float:
         """Length of a spoken word as it lies in the bank."""
@@ -108,6 +131,11 @@ def check_engines() -> None:
                 f"the sound font {path} was not found: "
                 f"install the Debian package {_FONT_PACKAGE[font]}"
             )
+    if not Path(STAMPS).is_dir():
+        raise MissingEngineError(
+            f"the recordings in {STAMPS} were not found: "
+            "install the Debian package tuxpaint-stamps-default"
+        )
 
 
 def load_banks(cache_dir: Path, threads: int = 2) -> Banks:
@@ -127,16 +155,18 @@ def load_banks(cache_dir: Path, threads: int = 2) -> Banks:
             building.rename(folder)
     index = json.loads((folder / "words.json").read_text())
     return Banks(
-        notes={font: np.load(folder / f"notes-{font}.npy", mmap_mode="r") for font in SOUND_FONTS},
+        notes={font: np.load(folder / f"notes-{font}.npy", mmap_mode="r") for font in _MELODIC},
         words=np.load(folder / "words.npy", mmap_mode="r"),
         index={key: (start, length) for key, (start, length) in index.items()},
         beds={split: np.load(folder / f"beds-{split}.npy", mmap_mode="r") for split in SPLITS},
+        recordings=np.load(folder / "recordings.npy", mmap_mode="r"),
+        recorded=json.loads((folder / "recordings.json").read_text()),
     )
 
 
 def _build(folder: Path, scratch: Path, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
-        for font in SOUND_FONTS:
+        for font in _MELODIC:
             rendered = pool.map(partial(_instrument_notes, font, scratch=scratch), INSTRUMENTS)
             np.save(folder / f"notes-{font}.npy", np.stack(list(rendered)))
     index: dict[str, tuple[int, int]] = {}
@@ -149,18 +179,55 @@ def _build(folder: Path, scratch: Path, threads: int) -> None:
         for setting in range(len(voice.settings))
         for word in WORDS
     ]
+    jobs += [(voice, 0, word) for voice in set(SPEAKERS.values()) for word in SPOKEN[voice.name]]
     with ThreadPoolExecutor(threads) as pool:
         spoken = pool.map(lambda job: speak(job[0], job[1], job[2], scratch), jobs)
         for (voice, setting, word), audio in zip(jobs, spoken, strict=True):
             index[f"{voice.name}|{setting}|{word}"] = (position, audio.size)
             chunks.append(audio)
             position += audio.size
+    sounds: list[NDArray[np.int16]] = []
+    recorded: list[list[tuple[int, int]]] = []
+    for recording in RECORDINGS:
+        variants = _recorded(recording, scratch)
+        starts = np.cumsum([sum(map(len, sounds)), *map(len, variants)])
+        recorded.append([(int(s), len(v)) for s, v in zip(starts, variants, strict=False)])
+        sounds += variants
+    np.save(folder / "recordings.npy", np.concatenate(sounds))
+    (folder / "recordings.json").write_text(json.dumps(recorded))
     words = np.concatenate(chunks)
     np.save(folder / "words.npy", words)
     (folder / "words.json").write_text(json.dumps(index))
     for number, split in enumerate(SPLITS):
         babble = _babble(words, index, split)
         np.save(folder / f"beds-{split}.npy", _beds(number, _RECORDINGS[split], babble))
+
+
+def _recorded(recording: Recording, scratch: Path) -> list[NDArray[np.int16]]:
+    """The variants of a recording: at most 1.2 s, trimmed, faded out, at one level."""
+    if isinstance(recording.source, Note):
+        note = recording.source
+        played = [
+            _to_float(samples)
+            for samples in render_notes(
+                note.font, note.program, [(key, 100) for key in note.keys], scratch, note.bank
+            )
+        ]
+    else:
+        samples, rate_hz = sf.read(Path(STAMPS) / recording.source, dtype="float32", always_2d=True)
+        played = [resample(samples.mean(axis=1), rate_hz, RATE_HZ)]
+    return [_to_int16(_event(samples)) for samples in played]
+
+
+def _event(samples: Audio) -> Audio:
+    """What is heard of a recording as one event: from its first sound, 1.2 s at most."""
+    audible = np.flatnonzero(np.abs(samples) > 0.05 * np.abs(samples).max())
+    first = max(0, int(audible[0]) - RATE_HZ // 200)
+    last = min(int(audible[-1]) + RATE_HZ // 50, first + round(_RECORDING_S * RATE_HZ))
+    cut = samples[first:last].copy()
+    fade = min(cut.size // 4, RATE_HZ // 10)
+    cut[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+    return _levelled(cut)
 
 
 def _beds(split: int, n_recordings: int, babble: Audio) -> NDArray[np.int16]:
@@ -188,6 +255,9 @@ def _babble(words: NDArray[np.int16], index: dict[str, tuple[int, int]], split: 
 
 def speak(voice: Voice, setting: int, word: str, scratch: Path) -> NDArray[np.int16]:
     """One word by one voice: trimmed of silence, 48 kHz."""
+    if voice.engine == "recorded":
+        samples, rate_hz = sf.read(Path(STAMPS) / SPOKEN[voice.name][word], dtype="float32")
+        return _word(samples if samples.ndim == 1 else samples.mean(axis=1), rate_hz)
     pitch, speed = voice.settings[setting]
     out = scratch / f"{voice.name}-{setting}-{word}.wav"
     if voice.engine == "espeak-ng":
@@ -199,6 +269,10 @@ def speak(voice: Voice, setting: int, word: str, scratch: Path) -> NDArray[np.in
     subprocess.run(command, check=True, capture_output=True)
     samples, rate_hz = sf.read(out, dtype="float32")
     out.unlink()
+    return _word(samples, rate_hz)
+
+
+def _word(samples: Audio, rate_hz: int) -> NDArray[np.int16]:
     audible = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
     margin = rate_hz // 100
     samples = samples[max(0, audible[0] - margin) : audible[-1] + margin]
@@ -206,15 +280,17 @@ def speak(voice: Voice, setting: int, word: str, scratch: Path) -> NDArray[np.in
 
 
 def render_notes(
-    font: str, program: int, notes: list[tuple[int, int]], scratch: Path
+    font: str, program: int, notes: list[tuple[int, int]], scratch: Path, bank: int = 0
 ) -> NDArray[np.int16]:
     """``(midi, velocity)`` notes of a General MIDI program: ``(n_notes, 1.15 s) int16``.
+
+    ``bank`` 128 is percussion, whose keys are its sounds.
 
     One fluidsynth run without its reverberation and chorus, cut at the known times.
     """
     midi_path = scratch / f"{font}-{program}.mid"
     wave_path = midi_path.with_suffix(".wav")
-    midi_path.write_bytes(_midi_file(program, notes, _NOTE_S, _NOTE_SLOT_S))
+    midi_path.write_bytes(_midi_file(program, notes, _NOTE_S, _NOTE_SLOT_S, bank))
     command = ["fluidsynth", "-ni", "-R", "0", "-C", "0", "-g", "0.8", "-r", str(RATE_HZ)]
     command += ["-F", str(wave_path), str(SOUND_FONTS[font]), str(midi_path)]
     subprocess.run(command, check=True, capture_output=True)
@@ -245,7 +321,9 @@ def _to_int16(samples: Audio) -> NDArray[np.int16]:
     return np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
 
 
-def _midi_file(program: int, notes: list[tuple[int, int]], note_s: float, slot_s: float) -> bytes:
+def _midi_file(
+    program: int, notes: list[tuple[int, int]], note_s: float, slot_s: float, bank: int
+) -> bytes:
     """A one-track MIDI file playing ``(midi, velocity)`` notes one by one, each in its slot.
 
     Written by hand because it is thirty lines: 480 ticks a quarter at 120 quarters a minute make
@@ -259,11 +337,13 @@ def _midi_file(program: int, notes: list[tuple[int, int]], note_s: float, slot_s
             out = bytes([0x80 | ticks & 0x7F]) + out
         return out
 
-    track = b"\x00\xff\x51\x03\x07\xa1\x20" + bytes([0, 0xC0, program])
+    channel = 9 if bank == 128 else 0
+    select = bytes([0, 0xB0, 0, bank]) if bank < 128 else b""
+    track = b"\x00\xff\x51\x03\x07\xa1\x20" + select + bytes([0, 0xC0 | channel, program])
     gap_s = 0.0
     for midi, velocity in notes:
-        track += delta(gap_s) + bytes([0x90, midi, velocity])
-        track += delta(note_s) + bytes([0x80, midi, 0])
+        track += delta(gap_s) + bytes([0x90 | channel, midi, velocity])
+        track += delta(note_s) + bytes([0x80 | channel, midi, 0])
         gap_s = slot_s - note_s
     track += delta(gap_s) + b"\xff\x2f\x00"
     header = b"MThd" + struct.pack(">IHHH", 6, 0, 1, 480)

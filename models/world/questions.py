@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .scene import Item, Scene, timeline
-from .thought import describe
+from .thought import describe, sentence
 from .vocabulary import (
     BACKGROUNDS,
     INSTRUMENTS,
@@ -25,6 +25,7 @@ from .vocabulary import (
     SOUND_CLASSES,
     WORD_CATEGORY,
 )
+from .wordings import word_question
 
 __all__ = ["CATEGORIES", "QUESTION_TYPES", "ask", "question_records"]
 
@@ -33,14 +34,31 @@ _Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Draft:
-    """A question before its choices are shuffled; ``wrong`` are at most three wrong choices."""
+    """A question before it is put into words; ``wrong`` are at most three wrong choices.
 
-    texts: tuple[str, ...]
+    ``slots`` fill the phrasings of its type. ``plain`` is the answer without choices,
+    ``plain_summary`` and ``plain_reasoning`` its thought, where choices make a difference.
+    """
+
+    slots: dict[str, str]
     answer: str
     wrong: tuple[str, ...]
     planning: str
     reasoning: str
     summary: str
+    plain: str | None = None
+    plain_summary: str | None = None
+    plain_reasoning: str | None = None
+
+
+@dataclass(frozen=True)
+class _Absent:
+    """A question about what is not there: it is asked without choices only."""
+
+    slots: dict[str, str]
+    answer: str
+    planning: str
+    reasoning: str
 
 
 def _pick(rng: _Rng, pool: list[str] | tuple[str, ...], n: int) -> tuple[str, ...]:
@@ -53,6 +71,11 @@ def _n_wrong(rng: _Rng) -> int:
 
 def _kinds(scene: Scene) -> list[str]:
     return sorted({s.kind for s in scene.sounds})
+
+
+def _in_order(scene: Scene) -> list[str]:
+    """The classes of sounds, each once, by their first start."""
+    return list(dict.fromkeys(item.label for item in timeline(scene) if item.sound))
 
 
 def _unique(scene: Scene) -> list[Item]:
@@ -72,16 +95,15 @@ def _sound_heard(scene: Scene, rng: _Rng) -> Draft | None:
     answer = _pick(rng, kinds, 1)[0]
     absent = [c for c in SOUND_CLASSES if c not in kinds]
     return Draft(
-        (
-            "Which of these sounds can be heard?",
-            "Which sound is in the recording?",
-            "What sound do you hear?",
-        ),
+        {},
         answer,
         _pick(rng, absent, _n_wrong(rng)),
         "List the sounds and find the one among the choices.",
         f"The list has {answer}.",
         f"The sound is {answer}.",
+        plain=" and ".join(_in_order(scene)),
+        plain_summary=f"The sounds are {' and '.join(_in_order(scene))}.",
+        plain_reasoning=f"The list has {', '.join(_in_order(scene))}.",
     )
 
 
@@ -92,11 +114,7 @@ def _sound_absent(scene: Scene, rng: _Rng) -> Draft | None:
     answer = _pick(rng, [c for c in SOUND_CLASSES if c not in kinds], 1)[0]
     heard = _pick(rng, kinds, 3)
     return Draft(
-        (
-            "Which of these sounds is not heard?",
-            "Which sound is missing from the recording?",
-            "Which of these sounds does not occur?",
-        ),
+        {},
         answer,
         heard,
         "List the sounds and find the choice that is missing.",
@@ -112,11 +130,7 @@ def _background(scene: Scene, rng: _Rng) -> Draft | None:
     answer = scene.background.kind if scene.background else "none"
     pool = [b for b in (*BACKGROUNDS, "none") if b != answer]
     return Draft(
-        (
-            "What is in the background?",
-            "Which background noise is there?",
-            "What is heard behind everything else?",
-        ),
+        {},
         answer,
         _pick(rng, pool, 3),
         "Listen to what is under the whole clip.",
@@ -133,11 +147,7 @@ def _distance(scene: Scene, rng: _Rng) -> Draft | None:
     near = bool(item.sound and item.sound.near)
     answer, other = ("near", "far") if near else ("far", "near")
     return Draft(
-        (
-            f"Is the {item.label} near or far?",
-            f"How far away is the {item.label}?",
-            f"Does the {item.label} come from near or far?",
-        ),
+        {"item": item.label},
         answer,
         (other,),
         f"Listen to the distance of the {item.label}.",
@@ -151,11 +161,7 @@ def _instrument(scene: Scene, rng: _Rng) -> Draft | None:
         return None
     answer = scene.music.instrument
     return Draft(
-        (
-            "Which instrument plays?",
-            "Which instrument plays the melody?",
-            "What is the music played on?",
-        ),
+        {},
         answer,
         _pick(rng, [i for i in INSTRUMENTS if i != answer], _n_wrong(rng)),
         "Listen to the timbre of the music.",
@@ -169,7 +175,7 @@ def _tempo(scene: Scene, rng: _Rng) -> Draft | None:
         return None
     answer, other = ("fast", "slow") if scene.music.fast else ("slow", "fast")
     return Draft(
-        ("Is the music fast or slow?", "What is the tempo of the music?", "How fast is the music?"),
+        {},
         answer,
         (other,),
         "Listen to the speed of the notes.",
@@ -183,11 +189,7 @@ def _mode(scene: Scene, rng: _Rng) -> Draft | None:
         return None
     answer, other = ("major", "minor") if scene.music.major else ("minor", "major")
     return Draft(
-        (
-            "Is the music in major or minor?",
-            "Which mode is the music in?",
-            "Are the chords major or minor?",
-        ),
+        {},
         answer,
         (other,),
         "Listen to the third of the chords.",
@@ -222,6 +224,8 @@ def _pair(scene: Scene, rng: _Rng) -> Draft | None:
                 direction if scene.music.rising else direction[::-1],
             ]
         )
+    if not groups:
+        return None
     if len(groups) > 1:
         chosen = sorted(int(k) for k in rng.permutation(len(groups))[:2])
         facts = [groups[k][int(rng.integers(len(groups[k])))] for k in chosen]
@@ -232,11 +236,7 @@ def _pair(scene: Scene, rng: _Rng) -> Draft | None:
     (right_a, wrong_a), (right_b, wrong_b) = facts
     answer = f"{right_a} and {right_b}"
     return Draft(
-        (
-            "Which pair fits the recording?",
-            "Which two are both true of the recording?",
-            "Which two belong to what is heard?",
-        ),
+        {},
         answer,
         (f"{right_a} and {wrong_b}", f"{wrong_a} and {right_b}", f"{wrong_a} and {wrong_b}"),
         "List what is heard and check both parts of each choice.",
@@ -260,11 +260,7 @@ def _count(scene: Scene, rng: _Rng) -> Draft | None:
     wrong = tuple(str(k) for k in range(1, top + 1) if k != most)
     each = ", ".join(f"{kind} {k}" for k in range(1, most + 1))
     return Draft(
-        (
-            f"How many times is the {kind} heard?",
-            f"How often does the {kind} occur?",
-            f"Count the {kind} sounds. How many are there?",
-        ),
+        {"item": kind},
         str(most),
         wrong,
         f"List the sounds and count the {kind}.",
@@ -278,11 +274,7 @@ def _meter(scene: Scene, rng: _Rng) -> Draft | None:
         return None
     answer, other = ("three", "four") if scene.music.meter == 3 else ("four", "three")
     return Draft(
-        (
-            "How many beats are in each bar of the music?",
-            "Is the music in three or in four?",
-            "How many beats lie from one strong beat to the next?",
-        ),
+        {},
         answer,
         (other,),
         "Count the beats from one chord to the next.",
@@ -298,11 +290,7 @@ def _word_count(scene: Scene, rng: _Rng) -> Draft | None:
     n = len(words)
     each = ", ".join(f"{word} {k}" for k, word in enumerate(words, 1))
     return Draft(
-        (
-            "How many words are spoken?",
-            "How many words does the speaker say?",
-            "Count the spoken words.",
-        ),
+        {},
         str(n),
         tuple(str(k) for k in (1, 2, 3) if k != n),
         "Write down the words and count them.",
@@ -322,11 +310,7 @@ def _end_of_line(scene: Scene, rng: _Rng, first: bool) -> Draft | None:
     answer = (items[0] if first else items[-1]).label
     where = "first" if first else "last"
     return Draft(
-        (
-            f"Which of these starts {where}?",
-            f"What comes {where}?",
-            f"Which one begins {where} in the recording?",
-        ),
+        {},
         answer,
         _pick(rng, [label for label in labels if label != answer], 3),
         f"List what is heard in order and take the {where}.",
@@ -354,11 +338,7 @@ def _neighbour(scene: Scene, rng: _Rng, after: bool) -> Draft | None:
     others = sorted(set(labels) - {anchor, answer})
     word = "after" if after else "before"
     return Draft(
-        (
-            f"What starts right {word} the {anchor}?",
-            f"Which one comes directly {word} the {anchor}?",
-            f"What is heard next to the {anchor}, {word} it?",
-        ),
+        {"item": anchor},
         answer,
         _pick(rng, others, 3),
         f"List what is heard in order and find the {anchor}.",
@@ -383,11 +363,7 @@ def _relation(scene: Scene, rng: _Rng) -> Draft | None:
     answer, other = ("before", "after") if a.start_s < b.start_s else ("after", "before")
     order = (a.label, b.label) if answer == "before" else (b.label, a.label)
     return Draft(
-        (
-            f"Does the {a.label} start before or after the {b.label}?",
-            f"When does the {a.label} start, compared with the {b.label}?",
-            f"Is the {a.label} before or after the {b.label}?",
-        ),
+        {"item": a.label, "other": b.label},
         answer,
         (other,),
         f"List what is heard in order and find the {a.label} and the {b.label}.",
@@ -404,11 +380,7 @@ def _word_order(scene: Scene, rng: _Rng) -> Draft | None:
     answer = words[0] if first else words[-1]
     where = "first" if first else "last"
     return Draft(
-        (
-            f"Which word is said {where}?",
-            f"What is the {where} word?",
-            f"Which word does the speaker say {where}?",
-        ),
+        {"where": where},
         answer,
         _pick(rng, [w for w in words if w != answer], 3),
         f"Write down the words and take the {where}.",
@@ -432,11 +404,7 @@ def _nearer(scene: Scene, rng: _Rng) -> Draft | None:
     a, b = _pick(rng, (close, distant), 2)
     word = "nearer" if nearer else "farther away"
     return Draft(
-        (
-            f"Which is {word}, the {a} or the {b}?",
-            f"Which sound is {word}: {a} or {b}?",
-            f"Of the {a} and the {b}, which is {word}?",
-        ),
+        {"item": a, "other": b, "word": word},
         answer,
         (other,),
         f"Compare the distance of the {a} and the {b}.",
@@ -454,11 +422,7 @@ def _more_often(scene: Scene, rng: _Rng) -> Draft | None:
     rare = _pick(rng, sorted(k for k in counts if k != most), 1)[0]
     a, b = _pick(rng, (most, rare), 2)
     return Draft(
-        (
-            f"Which is heard more often, the {a} or the {b}?",
-            f"Which sound occurs more times: {a} or {b}?",
-            f"Of the {a} and the {b}, which is heard more often?",
-        ),
+        {"item": a, "other": b},
         most,
         (rare,),
         f"Count the {a} and the {b}.",
@@ -472,11 +436,7 @@ def _direction(scene: Scene, rng: _Rng) -> Draft | None:
         return None
     answer, other = ("rising", "falling") if scene.music.rising else ("falling", "rising")
     return Draft(
-        (
-            "Is the melody rising or falling?",
-            "Where does the pitch of the melody go?",
-            "How does the melody move?",
-        ),
+        {},
         answer,
         (other,),
         "Compare the first and the last note.",
@@ -493,7 +453,7 @@ def _speaker(scene: Scene, rng: _Rng) -> Draft | None:
         return None
     answer, other = ("woman", "man") if scene.speech.gender == "woman" else ("man", "woman")
     return Draft(
-        ("Who is speaking?", "Is the speaker a woman or a man?", "Whose voice is it?"),
+        {},
         answer,
         (other,),
         "Listen to the pitch of the voice.",
@@ -509,16 +469,14 @@ def _word_heard(scene: Scene, rng: _Rng) -> Draft | None:
     answer = _pick(rng, words, 1)[0]
     pool = [w for ws in LEXICON.values() for w in ws if w not in words]
     return Draft(
-        (
-            "Which of these words is said?",
-            "Which word does the speaker say?",
-            "Which word can be heard?",
-        ),
+        {},
         answer,
         _pick(rng, pool, _n_wrong(rng)),
         "Write down the words and find the one among the choices.",
         f"The words are {', '.join(words)}.",
         f"The word is {answer}.",
+        plain=" ".join(words),
+        plain_summary=f"The words are {' '.join(words)}.",
     )
 
 
@@ -529,17 +487,134 @@ def _word_named(scene: Scene, rng: _Rng) -> Draft | None:
     category = WORD_CATEGORY[answer]
     pool = [w for w in LEXICON[category] if w != answer]
     return Draft(
-        (
-            f"Which {category} is named?",
-            f"Which {category} does the speaker say?",
-            f"What {category} is heard in the speech?",
-        ),
+        {"category": category},
         answer,
         _pick(rng, pool, _n_wrong(rng)),
         f"Write down the words and find the {category}.",
         f"The words are {', '.join(scene.speech.words)}. The {category} is {answer}.",
         f"The {category} is {answer}.",
     )
+
+
+# --- without choices ----------------------------------------------------------------------------
+
+
+def _yes_no(slots: dict[str, str], yes: bool, subject: str) -> Draft:
+    """A yes-or-no question about ``subject``, which the list has or has not."""
+    answer, other = ("yes", "no") if yes else ("no", "yes")
+    return Draft(
+        slots,
+        answer,
+        (other,),
+        f"List what is heard and look for {subject}.",
+        f"The list has {'' if yes else 'no '}{subject}.",
+        f"The answer is {answer}.",
+    )
+
+
+def _presence(scene: Scene, rng: _Rng) -> Draft | None:
+    """Something that is heard, or as often something of the same sort that is not."""
+    present: dict[str, list[str]] = {"sound": _kinds(scene)}
+    pools = {"sound": SOUND_CLASSES, "instrument": INSTRUMENTS, "background": BACKGROUNDS}
+    present["instrument"] = [scene.music.instrument] if scene.music else []
+    present["background"] = [scene.background.kind] if scene.background else []
+    present["word"] = list(scene.speech.words) if scene.speech else []
+    present["speaker"] = [scene.speech.gender] if scene.speech else []
+    pools |= {"word": tuple(WORD_CATEGORY), "speaker": ("woman", "man")}
+    sorts = ("sound", "sound", "sound", "instrument", "background", "word", "speaker")
+    sort = sorts[int(rng.integers(len(sorts)))]
+    yes = rng.random() < 0.5
+    if yes and not present[sort]:
+        sort = _pick(rng, [name for name in present if present[name]] or ["sound"], 1)[0]
+        yes = bool(present[sort])
+    pool = present[sort] if yes else [x for x in pools[sort] if x not in present[sort]]
+    if not pool:
+        return None
+    name = _pick(rng, pool, 1)[0]
+    thing = f"the word {name}" if sort == "word" else _with_article(name)
+    return _yes_no({"thing": thing}, yes, name)
+
+
+def _anybody(scene: Scene, rng: _Rng) -> Draft | None:
+    return _yes_no({}, scene.speech is not None, "speech")
+
+
+def _any_music(scene: Scene, rng: _Rng) -> Draft | None:
+    return _yes_no({}, scene.music is not None, "music")
+
+
+def _silent(scene: Scene, rng: _Rng) -> Draft | None:
+    nothing = scene.background is None and not timeline(scene)
+    # Nearly no clip is silent: asking the others rarely keeps the answers even.
+    if not nothing and rng.random() > 0.15:
+        return None
+    answer, other = ("yes", "no") if nothing else ("no", "yes")
+    return Draft(
+        {},
+        answer,
+        (other,),
+        "List what is heard.",
+        "The list is empty." if nothing else "The list is not empty.",
+        f"The answer is {answer}.",
+    )
+
+
+def _description(scene: Scene, rng: _Rng) -> Draft | None:
+    text = sentence(scene)
+    return Draft(
+        {},
+        text,
+        (),
+        "List what is heard in order and put it into a sentence.",
+        "The list has all that is heard.",
+        "The sentence has all that is heard.",
+    )
+
+
+def _with_article(name: str) -> str:
+    if name in _UNCOUNTED:
+        return name
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
+_UNCOUNTED = ("thunder", "applause", *BACKGROUNDS[:2])
+
+
+def _absent(scene: Scene, kind: str, rng: _Rng) -> _Absent | None:
+    """A question of type ``kind`` whose premise does not hold of the scene."""
+    if kind in ("instrument", "tempo", "mode", "meter", "direction") and scene.music is None:
+        return _Absent({}, "there is no music", "Listen to the music.", "The list has no music.")
+    if kind in ("speaker", "word heard", "word order") and scene.speech is None:
+        slots = {"where": "first" if rng.random() < 0.5 else "last"}
+        return _Absent(slots, "nobody speaks", "Listen to the voice.", "The list has no speech.")
+    if kind == "word count" and scene.speech is None:
+        return _Absent({}, "0", "Write down the words and count them.", "The list has no speech.")
+    if kind == "word named":
+        said = {WORD_CATEGORY[w] for w in scene.speech.words} if scene.speech else set()
+        category = _pick(rng, [c for c in LEXICON if c not in said], 1)[0]
+        planning = f"Write down the words and find the {category}."
+        slots = {"category": category}
+        return _Absent(slots, "none", planning, f"The list has no {category}.")
+    if kind in ("distance", "sound count"):
+        name = _pick(rng, [c for c in SOUND_CLASSES if c not in _kinds(scene)], 1)[0]
+        reasoning = f"The list has no {name}."
+        if kind == "distance":
+            planning = f"Listen to the distance of the {name}."
+            return _Absent({"item": name}, f"there is no {name}", planning, reasoning)
+        return _Absent({"item": name}, "0", f"List the sounds and count the {name}.", reasoning)
+    if kind in ("sound heard", "first", "last") and not timeline(scene):
+        return _Absent({}, "nothing", "List what is heard.", "The list is empty.")
+    if kind == "sound heard" and not scene.sounds:
+        return _Absent({}, "no sound", "List the sounds.", "The list has no sound.")
+    labels = [item.label for item in timeline(scene)]
+    if kind in ("after", "before") and labels:
+        anchor = labels[-1] if kind == "after" else labels[0]
+        if labels.count(anchor) > 1:
+            return None
+        planning = f"List what is heard in order and find the {anchor}."
+        reasoning = f"The {'last' if kind == 'after' else 'first'} is {anchor}."
+        return _Absent({"item": anchor}, "nothing", planning, reasoning)
+    return None
 
 
 # type -> (function, category, weight). Mode and meter are the hardest to hear: asked less often.
@@ -567,28 +642,58 @@ _TYPES: dict[str, tuple[Callable[[Scene, _Rng], Draft | None], str, float]] = {
     "speaker": (_speaker, "speaker", 1.0),
     "word heard": (_word_heard, "content", 0.8),
     "word named": (_word_named, "content", 1.2),
+    "presence": (_presence, "presence", 1.0),
+    "anybody": (_anybody, "presence", 0.3),
+    "any music": (_any_music, "presence", 0.3),
+    "silent": (_silent, "presence", 0.3),
+    "description": (_description, "description", 0.0),
 }
+# Types that want choices, and those that choices would spoil.
+_CHOICES_ONLY = ("sound missing", "pair")
+_PLAIN_ONLY = ("description", "silent")
 _COUNTING = {"sound count": 0.4, "word count": 0.25}
 QUESTION_TYPES: tuple[str, ...] = tuple(_TYPES)
 CATEGORIES: dict[str, str] = {name: category for name, (_, category, _) in _TYPES.items()}
 
 
-def ask(scene: Scene, kind: str, rng: _Rng, number: int = 0) -> dict[str, Any] | None:
+def ask(
+    scene: Scene, kind: str, rng: _Rng, number: int = 0, choices: bool = True, absent: bool = False
+) -> dict[str, Any] | None:
     """One question of type ``kind`` as an MMAR record, or None if the scene does not allow it.
 
-    ``thinking`` is a dict of planning, caption, reasoning and summary.
+    ``thinking`` is a dict of planning, caption, reasoning and summary. Without ``choices`` the
+    record is marked ``open``: its choices are for the match alone and hold all that is wrong.
+    ``absent`` asks about what is not there.
     """
     function, category, _ = _TYPES[kind]
-    draft = function(scene, rng)
-    if draft is None:
+    if kind in (_PLAIN_ONLY if choices else _CHOICES_ONLY):
         return None
-    choices = _pick(rng, (draft.answer, *draft.wrong), 4)
-    return {
-        "id": f"{scene.id}-q{number}",
+    if absent:
+        missing = None if choices else _absent(scene, kind, rng)
+        if missing is None:
+            return None
+        answer = missing.answer
+        summary = f"The answer is {answer}."
+        draft = Draft(missing.slots, answer, (), missing.planning, missing.reasoning, summary)
+    else:
+        found = function(scene, rng)
+        if found is None:
+            return None
+        draft = found
+    if choices:
+        answer, summary, reasoning = draft.answer, draft.summary, draft.reasoning
+        options = _pick(rng, (answer, *draft.wrong), 4)
+    else:
+        answer = draft.plain or draft.answer
+        summary = draft.plain_summary or draft.summary
+        reasoning = draft.plain_reasoning or draft.reasoning
+        options = (answer, *_all_wrong(scene, kind, answer))
+    record: dict[str, Any] = {
+        "id": f"{scene.id}-{'q' if choices else 'o'}{number}",
         "audio_path": f"audio/{scene.id}.flac",
-        "question": draft.texts[int(rng.integers(len(draft.texts)))],
-        "choices": list(choices),
-        "answer": draft.answer,
+        "question": word_question(kind, draft.slots, scene.split, choices, rng),
+        "choices": list(options),
+        "answer": answer,
         "modality": scene.modality,
         "category": category,
         "sub-category": kind,
@@ -596,24 +701,71 @@ def ask(scene: Scene, kind: str, rng: _Rng, number: int = 0) -> dict[str, Any] |
         "thinking": {
             "planning": draft.planning,
             "caption": describe(scene),
-            "reasoning": draft.reasoning,
-            "summary": draft.summary,
+            "reasoning": reasoning,
+            "summary": summary,
         },
     }
+    if not choices:
+        record["open"] = True
+    return record
 
 
-def question_records(scene: Scene, n: int = 4) -> list[dict[str, Any]]:
-    """Up to ``n`` questions of different types about one scene, fixed by the scene's seed."""
-    rng = np.random.default_rng([*scene.seed, 2])
+def _all_wrong(scene: Scene, kind: str, answer: str) -> list[str]:
+    """Every answer of a type that would be wrong: no word of them may stand in a right one."""
+    names: dict[str, tuple[str, ...]] = {
+        "background": (*BACKGROUNDS, "none"),
+        "instrument": INSTRUMENTS,
+        "distance": ("near", "far"),
+        "tempo": ("fast", "slow"),
+        "mode": ("major", "minor"),
+        "meter": ("three", "four"),
+        "sound count": ("0", "1", "2", "3", "4"),
+        "word count": ("0", "1", "2", "3"),
+        "relation": ("before", "after"),
+        "direction": ("rising", "falling"),
+        "speaker": ("woman", "man"),
+        "word heard": tuple(WORD_CATEGORY),
+        "word order": tuple(WORD_CATEGORY),
+        "word named": tuple(WORD_CATEGORY),
+        "presence": ("yes", "no"),
+        "anybody": ("yes", "no"),
+        "any music": ("yes", "no"),
+        "silent": ("yes", "no"),
+        "description": (*SOUND_CLASSES, *INSTRUMENTS, *WORD_CATEGORY, *BACKGROUNDS, *_QUALITIES),
+    }
+    # In "there is no bell" the bell is right; elsewhere every other thing is wrong.
+    pool = names.get(kind, (*SOUND_CLASSES, "music", "speech"))
+    right = set(answer.lower().replace(",", " ").replace(".", " ").split())
+    return [name for name in pool if not right >= set(name.split())]
+
+
+_QUALITIES = ("near", "far", "fast", "slow", "rising", "falling", "woman", "man")
+
+
+def question_records(scene: Scene, n: int = 4, choices: bool = True) -> list[dict[str, Any]]:
+    """Up to ``n`` questions of different types about one scene, fixed by the scene's seed.
+
+    Without ``choices``, a quarter of those that can be are about what is not there.
+    """
+    rng = np.random.default_rng([*scene.seed, 2 if choices else 3])
     # Weighted order without replacement: smallest of exponential variables over the weights.
-    keys = {name: rng.exponential() / weight for name, (_, _, weight) in _TYPES.items()}
+    keys = {
+        name: rng.exponential() / weight for name, (_, _, weight) in _TYPES.items() if weight > 0
+    }
     # A scene with a large count allows few other types: counting in competition with them would be
     # asked about large counts most. So whether to count is decided first, whatever the scene is.
     for name, probability in _COUNTING.items():
         keys[name] = -1.0 if rng.random() < probability else math.inf
+    if not choices:
+        keys["description"] = -2.0 if rng.random() < 0.4 else math.inf
     records: list[dict[str, Any]] = []
     for kind in sorted((k for k in keys if keys[k] < math.inf), key=lambda name: keys[name]):
-        record = ask(scene, kind, rng, len(records))
+        absent = not choices and rng.random() < 0.25
+        record = ask(scene, kind, rng, len(records), choices, absent)
+        if record is None and absent:
+            record = ask(scene, kind, rng, len(records), choices)
+        if record is None and not choices and not timeline(scene):
+            record = ask(scene, kind, rng, len(records), choices, absent=True)
         if record is not None:
             records.append(record)
             if len(records) == n:

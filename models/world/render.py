@@ -9,9 +9,9 @@ import soundfile as sf
 
 from tinygiant.runtime.audio import resample
 
-from .dsp import RATE_HZ, Audio, convolve, loudness, muffle, room_response
+from .dsp import RATE_HZ, Audio, band, convolve, loudness, muffle, room_response
 from .engines import Banks
-from .scene import Music, Scene, Speech
+from .scene import Copy, Music, Scene, SoundEvent, Speech
 from .sounds import synthesise
 from .vocabulary import BACKGROUNDS
 
@@ -42,20 +42,30 @@ def render(scene: Scene, banks: Banks) -> Audio:
     if scene.music or scene.speech:
         mix += convolve(dry, near_room)[:n]
     for event in scene.sounds:
-        sound = synthesise(event.kind, event.params, np.random.default_rng(event.grain))
+        sound = _sound(event, banks)
         heard = convolve(sound, near_room if event.near else far_room)
         _add(mix, heard, event.start_s, event.level_db)
     if scene.background:
         recordings = banks.beds[scene.split][BACKGROUNDS.index(scene.background.kind)]
         which, offset = divmod(scene.background.offset * len(recordings), 1.0)
         recording = recordings[int(which)]
-        first = int(offset * (recording.size - n))
+        first = int(offset * max(0, recording.size - n))
         layer = recording[first : first + n].astype(np.float32) * np.float32(1 / 32768)
         mix += layer * np.float32(10 * _FULL_LEVEL * 10 ** (scene.background.level_db / 20))
     hiss = rng.standard_normal(n, np.float32)
     mix += hiss * np.float32(_FULL_LEVEL * 10 ** (scene.noise_db / 20))
     mix *= np.float32(0.9 / max(1e-6, float(np.abs(mix).max())) * 10 ** (scene.gain_db / 20))
     return _copy(mix, scene.copy)
+
+
+def _sound(event: SoundEvent, banks: Banks) -> Audio:
+    rng = np.random.default_rng(event.grain)
+    if event.recording is None:
+        return synthesise(event.kind, event.params, rng)
+    recorded = banks.recording(event.recording, int(rng.integers(3)))
+    rate = event.params["rate"]
+    positions = np.arange(max(1, int(recorded.size / rate))) * rate
+    return np.asarray(np.interp(positions, np.arange(recorded.size), recorded), np.float32)
 
 
 def _add(mix: Audio, layer: Audio, start_s: float, level_db: float) -> None:
@@ -108,17 +118,31 @@ def _add_speech(mix: Audio, speech: Speech, banks: Banks) -> None:
         mix[first : first + audio.size] += gain * audio
 
 
-def _copy(samples: Audio, copy: str) -> Audio:
+def _copy(samples: Audio, copy: Copy) -> Audio:
+    """The clip as the other end has it, as many samples, peak at most 1."""
     if copy == "8 kHz":
-        there = resample(samples, RATE_HZ, 8000)
-        back = resample(there, 8000, RATE_HZ)
-        return np.clip(np.resize(back, samples.size), -1, 1)
-    if copy == "mp3":
-        buffer = io.BytesIO()
-        sf.write(buffer, samples, RATE_HZ, format="MP3", subtype="MPEG_LAYER_III")
-        buffer.seek(0)
-        back = sf.read(buffer, dtype="float32")[0]
-        out = np.zeros_like(samples)
-        out[: back.size] = back[: out.size]
-        return np.clip(out, -1, 1)
-    return samples
+        back = resample(resample(samples, RATE_HZ, 8000), 8000, RATE_HZ)
+    elif copy == "telephone":
+        narrow = band(samples.astype(np.float64), 300, 3400).astype(np.float32)
+        back = resample(_coded(resample(narrow, RATE_HZ, 8000), 8000, "WAV", "ULAW"), 8000, RATE_HZ)
+    elif copy == "laptop":
+        # A small capsule: 200 Hz to 9 kHz, a peak near 4 kHz, soft clipping.
+        x = samples.astype(np.float64)
+        x = band(x, 200, 9000) + 0.6 * band(x, 3000, 5000)
+        back = np.tanh(1.5 * x).astype(np.float32)
+    elif copy == "mp3":
+        back = _coded(samples, RATE_HZ, "MP3", "MPEG_LAYER_III")
+    elif copy == "vorbis":
+        back = _coded(samples, RATE_HZ, "OGG", "VORBIS")
+    else:
+        return samples
+    out = np.zeros_like(samples)
+    out[: back.size] = back[: out.size]
+    return np.clip(out, -1, 1)
+
+
+def _coded(samples: Audio, rate_hz: int, container: str, subtype: str) -> Audio:
+    buffer = io.BytesIO()
+    sf.write(buffer, samples, rate_hz, format=container, subtype=subtype)
+    buffer.seek(0)
+    return np.asarray(sf.read(buffer, dtype="float32")[0])

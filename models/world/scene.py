@@ -1,7 +1,7 @@
 """A scene: everything that is heard in one clip, as data, and its seeded sampling.
 
 The contract: a scene alone (with the banks) fixes the audio, the labels, the questions and the
-answers. ``sample_scene(split, index, seed)`` is a pure function of its arguments.
+answers. ``sample_scene`` is a pure function of its arguments.
 
 Continuous parameters are drawn by ``draw``: each range is cut into bands, and train, validation
 and test own different, interleaved bands; the shifted split lies outside the range. So no value of
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .recordings import SPOKEN, recordings_of
 from .sounds import SOUND_PARAMETERS
 from .vocabulary import (
     BACKGROUNDS,
@@ -25,16 +26,20 @@ from .vocabulary import (
     MODALITIES,
     SOUND_CLASSES,
     SPLITS,
+    WORD_CATEGORY,
+    Kind,
     Modality,
     Split,
 )
-from .voices import VOICE_BY_NAME, VOICES, Gender
+from .voices import SPEAKERS, VOICE_BY_NAME, VOICES, Gender
 
 __all__ = [
     "MAX_DURATION_S",
     "Background",
+    "Copy",
     "Item",
     "Music",
+    "RecordingDuration",
     "Room",
     "Scene",
     "SoundEvent",
@@ -47,10 +52,15 @@ __all__ = [
     "timeline",
 ]
 
-MIN_DURATION_S, MAX_DURATION_S = 3.0, 8.0
+MIN_DURATION_S, MAX_DURATION_S = 3.0, 10.0
+# A clip of 29 s and its silent margin fill Whisper's window.
+_LONG_S, _LONGEST_S, _SHORTEST_S = 10.5, 29.0, 0.3
 
 # (voice, setting, word) -> seconds: all that sampling must know of the word bank.
 WordDuration = Callable[[str, int, str], float]
+RecordingDuration = Callable[[int], float]  # number in RECORDINGS -> seconds
+# Through what finished audio went: nothing, a low rate, codecs, a telephone, a laptop's microphone.
+Copy = Literal["none", "8 kHz", "mp3", "vorbis", "telephone", "laptop"]
 
 _BANDS = 20
 _OWNER: dict[Split, tuple[int, ...]] = {
@@ -62,7 +72,11 @@ _OWNER: dict[Split, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class SoundEvent:
-    """One procedural event; ``params`` are named as in ``SOUND_PARAMETERS``."""
+    """One event; ``params`` are named as in ``SOUND_PARAMETERS``.
+
+    A recorded one has the number of its recording, and as ``params`` its length and how many times
+    as fast it is played (``rate``).
+    """
 
     kind: str
     start_s: float
@@ -70,6 +84,7 @@ class SoundEvent:
     level_db: float
     params: dict[str, float]
     grain: int
+    recording: int | None = None
 
     @property
     def end_s(self) -> float:
@@ -156,7 +171,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip. ``copy`` says through what the finished audio went: nothing, 8 kHz, or mp3."""
+    """One clip. ``copy`` says through what the finished audio went."""
 
     id: str
     split: Split
@@ -170,7 +185,8 @@ class Scene:
     room: Room
     noise_db: float
     gain_db: float
-    copy: Literal["none", "8 kHz", "mp3"] = "none"
+    copy: Copy = "none"
+    kind: Kind = "core"
 
 
 @dataclass(frozen=True)
@@ -208,25 +224,52 @@ def draw(rng: np.random.Generator, split: Split, low: float, high: float) -> flo
     return low + (high - low) * (number + rng.uniform(0.05, 0.95)) / _BANDS
 
 
+# Of a hundred clips of training, how many are of each kind.
+_MIXED: dict[Kind, float] = {"core": 0.64, "long": 0.14, "short": 0.12, "empty": 0.1}
+# How often a sound that has recordings is one of them.
+_RECORDED = {"train": 0.5, "validation": 0.5, "test": 0.0, "shifted": 0.0}
+
+
 def sample_scene(
     split: Split,
     index: int,
     seed: int,
     word_duration_s: WordDuration,
     modality: Modality | None = None,
+    kind: Kind = "core",
+    recording_duration_s: RecordingDuration | None = None,
 ) -> Scene:
     """Clip ``index`` of ``split``.
 
     ``modality`` None takes the modalities in turn, so that any run of clips holds them equally.
+    Without ``recording_duration_s`` no real recording is heard. Of a test's clips of another kind
+    than ``real`` no sound is a recording, so that the two can be told apart.
     """
     key = (seed, SPLITS.index(split), index)
     rng = np.random.default_rng(key)
-    kind = modality or MODALITIES[index % len(MODALITIES)]
-    sounds = _sample_sounds(rng, split, alone=kind == "sound") if "sound" in kind else []
-    music = _sample_music(rng, split) if "music" in kind else None
-    speech = _sample_speech(rng, split, word_duration_s) if "speech" in kind else None
-    placed_sounds, placed_music, placed_speech, end_s = _place(rng, sounds, music, speech)
-    shifted = split == "shifted"
+    if kind == "mixed":
+        kind = list(_MIXED)[int(rng.choice(len(_MIXED), p=list(_MIXED.values())))]
+    parts = modality or MODALITIES[index % len(MODALITIES)]
+    if kind == "short":
+        parts = "sound" if rng.random() < 0.6 else "speech"
+    elif kind == "empty" or (kind == "real" and "music" in parts):
+        parts = "sound"
+    recorded = 0.0 if recording_duration_s is None else _RECORDED[split]
+    if kind == "real":
+        recorded = 1.0
+    sounds: list[SoundEvent] = []
+    music = speech = None
+    if kind != "empty":
+        if "sound" in parts:
+            alone = parts == "sound"
+            sounds = _sample_sounds(rng, split, alone, kind, recorded, recording_duration_s)
+        if "music" in parts:
+            music = _sample_music(rng, split)
+        if "speech" in parts:
+            speech = _sample_speech(rng, split, word_duration_s, kind, recorded)
+    placed_sounds, placed_music, placed_speech, duration_s = _place(
+        rng, sounds, music, speech, kind
+    )
     quiet = rng.random() < 0.5
     background = Background(
         kind=BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))],
@@ -234,30 +277,52 @@ def sample_scene(
         offset=float(rng.random()),
     )
     room = Room(
-        rt60_s=draw(rng, split, 0.3, 0.7),
+        rt60_s=draw(rng, split, 0.2, 0.8),
         wet_near=draw(rng, split, 0.02, 0.1),
         wet_far=draw(rng, split, 0.9, 2.0),
         far_cutoff_hz=draw(rng, split, 1200, 2000),
     )
-    copies: tuple[Literal["8 kHz", "mp3"], ...] = ("8 kHz", "mp3")
+    shifted = split == "shifted"
+    noise_db = float(rng.uniform(-48, -38) if shifted else rng.uniform(-66, -50))
+    gain_db = float(rng.uniform(-10, 0))
+    if kind == "empty":
+        gain_db = float(rng.uniform(-55, -6))
+        if quiet and rng.random() < 0.5:
+            noise_db = -400.0  # digital silence
     return Scene(
         id=f"{split}-{index:06d}",
         split=split,
-        modality=kind,
+        modality=parts,
         seed=key,
-        duration_s=min(MAX_DURATION_S, max(MIN_DURATION_S, end_s + float(rng.uniform(0.25, 0.6)))),
+        duration_s=duration_s,
         sounds=placed_sounds,
         music=placed_music,
         speech=placed_speech,
         background=None if quiet else background,
         room=room,
-        noise_db=float(rng.uniform(-48, -38) if shifted else rng.uniform(-66, -50)),
-        gain_db=float(rng.uniform(-10, 0)),
-        copy=copies[int(rng.integers(2))] if shifted else "none",
+        noise_db=noise_db,
+        gain_db=gain_db,
+        copy=_sample_copy(rng, split),
+        kind=kind,
     )
 
 
-def _sample_sounds(rng: np.random.Generator, split: Split, alone: bool) -> list[SoundEvent]:
+def _sample_copy(rng: np.random.Generator, split: Split) -> Copy:
+    """Shifted clips go through copies that no other split's clips do."""
+    if split == "shifted":
+        return "8 kHz" if rng.random() < 0.5 else "mp3"
+    copies: tuple[Copy, ...] = ("vorbis", "telephone", "laptop")
+    return copies[int(rng.integers(3))] if rng.random() < 0.4 else "none"
+
+
+def _sample_sounds(
+    rng: np.random.Generator,
+    split: Split,
+    alone: bool,
+    kind: Kind,
+    recorded: float,
+    recording_duration_s: RecordingDuration | None,
+) -> list[SoundEvent]:
     """Events with placeholder starts, in order. The first class drawn is the counted one.
 
     Its count is uniform (1..4 alone, 1..3 in a mixture), so that a count cannot be guessed.
@@ -265,22 +330,37 @@ def _sample_sounds(rng: np.random.Generator, split: Split, alone: bool) -> list[
     most = 4 if alone else 3
     count = int(rng.integers(1, most + 1))
     others = int(rng.integers(1 if alone and count < most else 0, most - count + 1))
-    classes = [str(c) for c in rng.permutation(SOUND_CLASSES)[: 1 + others]]
-    kinds = [classes[0]] * count + classes[1:]
+    if kind == "short":
+        count, others = 1, 0
+    elif kind == "long":
+        others += int(rng.integers(0, 3))
+    known = [c for c in SOUND_CLASSES if kind != "real" or recordings_of(c, split)]
+    classes = [str(c) for c in rng.permutation(known)[: 1 + others]]
+    names = [classes[0]] * count + classes[1:]
     events = []
-    for kind in rng.permutation(kinds):
+    for name in rng.permutation(names):
+        name = str(name)
         near = bool(rng.random() < 0.5)
+        found = recordings_of(name, split)
+        recording = None
+        if found and recording_duration_s is not None and rng.random() < recorded:
+            recording = int(rng.choice(found))
+            rate = draw(rng, split, 0.88, 1.14)
+            params = {"duration_s": recording_duration_s(recording) / rate, "rate": rate}
+        else:
+            params = {
+                parameter: draw(rng, split, low, high)
+                for parameter, (low, high) in SOUND_PARAMETERS[name].items()
+            }
         events.append(
             SoundEvent(
-                kind=str(kind),
+                kind=name,
                 start_s=0.0,
                 near=near,
                 level_db=draw(rng, split, -5, 0) if near else draw(rng, split, -13, -9),
-                params={
-                    name: draw(rng, split, low, high)
-                    for name, (low, high) in SOUND_PARAMETERS[str(kind)].items()
-                },
+                params=params,
                 grain=int(rng.integers(2**31)),
+                recording=recording,
             )
         )
     return events
@@ -312,14 +392,28 @@ def _sample_music(rng: np.random.Generator, split: Split) -> Music:
     )
 
 
-def _sample_speech(rng: np.random.Generator, split: Split, word_duration_s: WordDuration) -> Speech:
+def _sample_speech(
+    rng: np.random.Generator,
+    split: Split,
+    word_duration_s: WordDuration,
+    kind: Kind,
+    recorded: float,
+) -> Speech:
     gender = "woman" if rng.random() < 0.5 else "man"
-    voices = [v for v in VOICES[split] if v.gender == gender]
-    voice = voices[int(rng.integers(len(voices)))]
+    if rng.random() < (1.0 if kind == "real" else 0.2 * recorded):
+        voice = SPEAKERS[split]
+        spoken = tuple(SPOKEN[voice.name])
+    else:
+        voices = [v for v in VOICES[split] if v.gender == gender]
+        voice = voices[int(rng.integers(len(voices)))]
+        spoken = tuple(WORD_CATEGORY)
     setting = int(rng.integers(len(voice.settings)))
     rate = draw(rng, split, 0.94, 1.06)
-    categories = rng.permutation(list(LEXICON))[: int(rng.integers(1, 4))]
-    words = tuple(str(rng.choice(LEXICON[str(c)])) for c in categories)
+    pools = [[w for w in words if w in spoken] for words in LEXICON.values()]
+    pools = [pool for pool in pools if pool]
+    n_words = 1 if kind == "short" else int(rng.integers(1, 4))
+    chosen = [pools[int(k)] for k in rng.permutation(len(pools))[:n_words]]
+    words = tuple(str(rng.choice(pool)) for pool in chosen)
     starts, ends, now = [], [], 0.0
     for word in words:
         starts.append(now)
@@ -334,12 +428,15 @@ def _place(
     sounds: list[SoundEvent],
     music: Music | None,
     speech: Speech | None,
+    kind: Kind,
 ) -> tuple[tuple[SoundEvent, ...], Music | None, Speech | None, float]:
-    """Put the items on the time line in a random order; returns them and the end of the last.
+    """Put the items on the time line in a random order; returns them and the clip's length.
 
     Two sound events never overlap; music may run on under what follows it, speech rarely. If a
     try is too long the gaps shrink, never the content: counts and orders stay uniform.
     """
+    if kind == "empty":
+        return (), None, None, float(rng.choice([rng.uniform(0.5, 6), rng.uniform(6, 20)]))
     order: list[SoundEvent | Music | Speech] = list(sounds)
     labels = len({s.kind for s in sounds})
     for extra in (music, speech):
@@ -348,8 +445,21 @@ def _place(
             order.insert(_insertion(rng, len(order), labels), extra)
     for attempt in range(13):
         starts, end_s = _starts(rng, order, 1.0 - attempt / 12)
-        if end_s + 0.2 <= MAX_DURATION_S:
+        if kind == "long" or end_s + 0.2 <= MAX_DURATION_S:
             break
+    if kind == "short":
+        start = float(rng.uniform(0, 0.12))
+        starts, end_s = [start], start + order[0].end_s - order[0].start_s
+        duration_s = max(_SHORTEST_S, end_s + float(rng.uniform(0.03, 0.4)))
+    elif kind == "long":
+        duration_s = max(float(rng.uniform(_LONG_S, _LONGEST_S)), min(end_s + 0.3, _LONGEST_S))
+        # What is left over goes between the items, and before and after them.
+        shares = rng.dirichlet(np.ones(len(order) + 1))
+        before = np.cumsum(shares)[:-1] * max(0.0, duration_s - end_s - 0.2)
+        starts = [start + float(gap) for start, gap in zip(starts, before, strict=True)]
+    else:
+        duration_s = end_s + float(rng.uniform(0.25, 0.6))
+        duration_s = min(MAX_DURATION_S, max(MIN_DURATION_S, duration_s))
     placed_sounds: list[SoundEvent] = []
     for item, start in zip(order, starts, strict=True):
         if isinstance(item, SoundEvent):
@@ -362,7 +472,7 @@ def _place(
                 starts_s=tuple(start + s for s in item.starts_s),
                 ends_s=tuple(start + e for e in item.ends_s),
             )
-    return tuple(placed_sounds), music, speech, end_s
+    return tuple(placed_sounds), music, speech, duration_s
 
 
 def _insertion(rng: np.random.Generator, n_items: int, n_labels: int) -> int:

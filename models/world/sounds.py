@@ -34,6 +34,15 @@ SOUND_PARAMETERS: dict[str, dict[str, tuple[float, float]]] = {
     "water drop": {"duration_s": (0.16, 0.24), "pitch_hz": (480, 850), "sweep": (2.0, 2.8)},
     "alarm beep": {"duration_s": (0.25, 0.4), "pitch_hz": (1900, 2700), "odd": (0.1, 0.35)},
     "engine": {"duration_s": (0.6, 0.75), "pitch_hz": (38, 55), "rise": (1.8, 2.6)},
+    "cow": {"duration_s": (0.7, 1.1), "pitch_hz": (110, 190), "formant_hz": (380, 650)},
+    "sheep": {"duration_s": (0.5, 0.8), "pitch_hz": (260, 430), "formant_hz": (900, 1500)},
+    "duck": {"duration_s": (0.16, 0.28), "pitch_hz": (170, 280), "formant_hz": (1100, 1900)},
+    "cat meow": {"duration_s": (0.5, 0.8), "pitch_hz": (480, 760), "formant_hz": (1100, 1800)},
+    "insect buzz": {"duration_s": (0.6, 0.9), "pitch_hz": (160, 320), "flutter_hz": (4, 9)},
+    "thunder": {"duration_s": (0.9, 1.2), "pitch_hz": (70, 160), "decay_s": (0.25, 0.5)},
+    "applause": {"duration_s": (0.8, 1.2), "pitch_hz": (900, 1700), "claps_a_second": (90, 260)},
+    "drum": {"duration_s": (0.2, 0.35), "pitch_hz": (60, 180), "snare": (0.1, 0.9)},
+    "helicopter": {"duration_s": (0.8, 1.1), "pitch_hz": (9, 15), "tone_hz": (60, 110)},
 }
 
 
@@ -174,6 +183,81 @@ def _engine(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
     return band(pulses, 30, 1500) + 0.8 * rumble
 
 
+def _call(
+    p: _Params, glide: NDArray[np.float64], width: float, breath: float, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """An animal's call: a voiced tone of pitch ``glide`` times ``pitch_hz`` through a formant."""
+    t = _time(p)
+    wobble = 1 + 0.02 * np.cumsum(noise(rng, t.size)) / t.size**0.5
+    phase = swept(p["pitch_hz"] * glide * wobble)
+    tone = _harmonics(phase, p["pitch_hz"], p["formant_hz"], width, 16)
+    air = band(noise(rng, t.size), p["formant_hz"] * 0.6, p["formant_hz"] * 2.5)
+    x = t / t[-1]
+    return np.asarray((tone + breath * air) * np.minimum(1, x / 0.08) * (1 - x) ** 0.5)
+
+
+def _cow(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    x = np.linspace(0, 1, _time(p).size)
+    return _call(p, 0.85 + 0.3 * np.sin(np.pi * x**0.6), 1.0, 0.15, rng)
+
+
+def _sheep(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    t = _time(p)
+    tremble = np.sin(2 * np.pi * rng.uniform(7, 11) * t)
+    return _call(p, 1.0 + 0.05 * tremble, 0.7, 0.25, rng) * (0.65 + 0.35 * tremble)
+
+
+def _duck(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    return _call(p, np.linspace(1.15, 0.85, _time(p).size), 0.45, 0.35, rng)
+
+
+def _meow(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    x = np.linspace(0, 1, _time(p).size)
+    return _call(p, 0.8 + 0.35 * np.sin(np.pi * x**0.8), 0.6, 0.08, rng)
+
+
+def _buzz(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    t = _time(p)
+    flutter = np.sin(2 * np.pi * p["flutter_hz"] * t + rng.uniform(0, 6.28))
+    phase = swept(p["pitch_hz"] * (1 + 0.04 * flutter))
+    saw = sum(np.sin(k * phase) / k**0.6 for k in range(1, 20))
+    return np.asarray(saw * (0.75 + 0.25 * flutter) * np.abs(np.sin(np.pi * t / t[-1])) ** 0.5)
+
+
+def _thunder(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    t = _time(p)
+    crack = band(noise(rng, t.size), 200, 3000) * np.exp(-t / 0.05)
+    rolls = np.interp(t, np.linspace(0, t[-1], 9), rng.uniform(0.3, 1, 9))
+    rumble = band(noise(rng, t.size), 25, p["pitch_hz"]) * rolls * np.exp(-t / p["decay_s"])
+    return np.asarray(0.4 * crack + 3 * rumble * np.minimum(1, t / 0.03))
+
+
+def _applause(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    t = _time(p)
+    hits = np.zeros(t.size)
+    places = rng.integers(0, t.size, int(p["claps_a_second"] * t[-1]))
+    hits[places] = rng.uniform(0.3, 1, places.size)
+    decay = np.exp(-np.arange(RATE_HZ // 50) / (0.004 * RATE_HZ))
+    envelope = np.convolve(hits, decay)[: t.size]
+    hands = band(noise(rng, t.size), p["pitch_hz"] * 0.6, p["pitch_hz"] * 2.2)
+    return np.asarray(hands * envelope)
+
+
+def _drum(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    t = _time(p)
+    skin = np.sin(swept(p["pitch_hz"] * (1 + 0.7 * np.exp(-t / 0.02)))) * np.exp(-t / 0.09)
+    wires = band(noise(rng, t.size), 1200, 9000) * np.exp(-t / 0.06)
+    return np.asarray(skin + 0.35 * p["snare"] * wires)
+
+
+def _helicopter(p: _Params, rng: np.random.Generator) -> NDArray[np.float64]:
+    t = _time(p)
+    blades = (p["pitch_hz"] * t + rng.uniform()) % 1.0
+    thump = np.exp(-5 * blades)
+    tone = np.sin(2 * np.pi * p["tone_hz"] * t)
+    return np.asarray((band(noise(rng, t.size), 60, 1200) + 0.8 * tone) * (0.15 + thump))
+
+
 _SYNTHESIS: dict[str, Callable[[_Params, np.random.Generator], NDArray[np.float64]]] = {
     "dog bark": _bark,
     "door knock": _knock,
@@ -189,7 +273,33 @@ _SYNTHESIS: dict[str, Callable[[_Params, np.random.Generator], NDArray[np.float6
     "water drop": _drop,
     "alarm beep": _beep,
     "engine": _engine,
+    "cow": _cow,
+    "sheep": _sheep,
+    "duck": _duck,
+    "cat meow": _meow,
+    "insect buzz": _buzz,
+    "thunder": _thunder,
+    "applause": _applause,
+    "drum": _drum,
+    "helicopter": _helicopter,
 }
+
+
+def _coloured(x: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """A sound as other sources of its class would have it: a resonance, a tilt, a little grit.
+
+    Without it a class is one formula, and what a model learns of it is that formula.
+    """
+    if rng.random() < 0.3:
+        return x
+    peak = float(np.abs(x).max()) + 1e-9
+    centre = 10 ** rng.uniform(2.3, 3.7)
+    x = x + rng.uniform(-0.5, 1.2) * band(x, centre / 1.3, centre * 1.3)
+    drive = rng.uniform(0.0, 2.5)
+    x = np.tanh(drive * x / peak) if drive > 1 else x / peak
+    follow = band(np.abs(x), 0.1, 40)
+    grit = band(noise(rng, x.size), centre / 2, centre * 3)
+    return np.asarray(x + rng.uniform(0, 0.25) * grit * np.maximum(0, follow))
 
 
 def synthesise(kind: str, params: _Params, rng: np.random.Generator) -> Audio:
@@ -197,7 +307,7 @@ def synthesise(kind: str, params: _Params, rng: np.random.Generator) -> Audio:
 
     ``params`` holds one value for every name of ``SOUND_PARAMETERS[kind]``.
     """
-    out = _SYNTHESIS[kind](params, rng)
+    out = _coloured(_SYNTHESIS[kind](params, rng), rng)
     fade = min(out.size // 4, RATE_HZ // 50)
     out[-fade:] *= np.linspace(1, 0, fade)
     return (out / max(1e-9, float(np.abs(out).max()))).astype(np.float32)

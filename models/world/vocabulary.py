@@ -12,12 +12,14 @@ __all__ = [
     "BACKGROUNDS",
     "INSTRUMENTS",
     "INSTRUMENT_PROGRAMS",
+    "KINDS",
     "LEXICON",
     "MODALITIES",
     "SOUND_CLASSES",
     "SPLITS",
     "WORDS",
     "WORD_CATEGORY",
+    "Kind",
     "Modality",
     "Split",
 ]
@@ -32,6 +34,11 @@ Modality = Literal[
     "mix-music-speech",
     "mix-sound-music-speech",
 ]
+
+# What sort of clip: 3 to 10 s; 10 to 30 s; one thing in 0.3 to 2 s; nothing, or a background alone;
+# as core, of real recordings only; or any of these, as training has them.
+Kind = Literal["core", "long", "short", "empty", "real", "mixed"]
+KINDS: tuple[Kind, ...] = ("core", "long", "short", "empty", "real", "mixed")
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test", "shifted")
 
@@ -62,6 +69,15 @@ SOUND_CLASSES: tuple[str, ...] = (
     "water drop",
     "alarm beep",
     "engine",
+    "cow",
+    "sheep",
+    "duck",
+    "cat meow",
+    "insect buzz",
+    "thunder",
+    "applause",
+    "drum",
+    "helicopter",
 )
 
 BACKGROUNDS: tuple[str, ...] = ("rain", "wind", "crowd", "hum")

@@ -1,8 +1,10 @@
 """The voices of each split: no voice is heard in two of them.
 
-A voice is a name of espeak-ng (language + variant) or of flite; a *setting* is one pitch and speed
-at which the word bank holds all its words. espeak-ng silently ignores an unknown variant, so every
-voice here was checked to differ from the plain voice and to have the pitch of its gender.
+A voice is synthetic, except for the people of ``SPEAKERS``, who were recorded and say only the
+words of ``recordings.SPOKEN``. A synthetic one is a name of espeak-ng (language + variant) or of
+flite; a *setting* is one pitch and speed at which the word bank holds all its words. espeak-ng
+silently ignores an unknown variant, so every voice here was checked to differ from the plain voice
+and to have the pitch of its gender.
 """
 
 from __future__ import annotations
@@ -12,20 +14,21 @@ from typing import Literal
 
 from .vocabulary import Split
 
-__all__ = ["VOICES", "VOICE_BY_NAME", "Gender", "Voice"]
+__all__ = ["SPEAKERS", "VOICES", "VOICE_BY_NAME", "Gender", "Voice"]
 
 Gender = Literal["woman", "man"]
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One synthetic speaker; ``settings`` are (pitch, speed) in the engine's own units.
+    """One speaker; ``settings`` are (pitch, speed) in the engine's own units.
 
-    espeak-ng: pitch 0..99, words a minute. flite: mean pitch in Hz, duration stretch.
+    espeak-ng: pitch 0..99, words a minute. flite: mean pitch in Hz, duration stretch. A recorded
+    speaker has a single setting, which means nothing.
     """
 
     name: str
-    engine: Literal["espeak-ng", "flite"]
+    engine: Literal["espeak-ng", "flite", "recorded"]
     gender: Gender
     settings: tuple[tuple[float, float], ...]
 
@@ -72,4 +75,15 @@ VOICES: dict[Split, tuple[Voice, ...]] = {
         Voice("awb", "flite", "man", ((110.0, 1.0), (125.0, 1.2))),
     ),
 }
-VOICE_BY_NAME: dict[str, Voice] = {v.name: v for voices in VOICES.values() for v in voices}
+# People, by split. Validation hears the one of training, shifted clips the one of the tests.
+_AMERICAN = Voice("person-us", "recorded", "woman", ((0.0, 0.0),))
+_BRITISH = Voice("person-gb", "recorded", "woman", ((0.0, 0.0),))
+SPEAKERS: dict[Split, Voice] = {
+    "train": _AMERICAN,
+    "validation": _AMERICAN,
+    "test": _BRITISH,
+    "shifted": _BRITISH,
+}
+VOICE_BY_NAME: dict[str, Voice] = {
+    voice.name: voice for voices in (*VOICES.values(), SPEAKERS.values()) for voice in voices
+}

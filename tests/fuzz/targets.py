@@ -463,6 +463,96 @@ def check_request(data: bytes) -> None:
     refused(ApiError, lambda: parse_chat(data, "nano", 512))
 
 
+def message_seeds() -> list[bytes]:
+    """Content parts and roles; see :func:`check_messages`."""
+    clip = {"type": "input_audio", "input_audio": {"data": "UklGRg=="}}
+    text = {"type": "text", "text": "What?"}
+    turns: list[list[dict[str, Any]]] = [
+        [{"role": "user", "content": [clip, text]}],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [clip, text]},
+            {"role": "assistant", "content": None, "tool_calls": [{}], "reasoning_content": "x"},
+            {"role": "tool", "content": [{"type": "refusal", "refusal": "no"}]},
+            {"role": "user", "content": "And?"},
+        ],
+    ]
+    schema = {"type": "object", "properties": {"answer": {"enum": ["a", "b"]}}}
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+    fields = [{}, {"response_format": wanted, "stop": ["."], "n": 2, "tools": [{}], "x": 1}]
+    return [
+        json.dumps({"messages": messages} | more).encode()
+        for messages, more in zip(turns, fields, strict=True)
+    ]
+
+
+def check_messages(data: bytes) -> None:
+    """Lenient: whatever is taken has a clip, a question, and says what was left out in lines."""
+    from tinygiant.runtime.serve.chat import parse_chat
+    from tinygiant.runtime.serve.errors import ApiError
+
+    asked = refused(ApiError, lambda: parse_chat(data, "nano", 512))
+    if asked is not None:
+        assert isinstance(asked.audio, bytes) and isinstance(asked.question, str)
+        assert len(asked.form.ignored) <= 32
+        assert not any("\n" in line or "\r" in line for line in asked.form.ignored)
+        strict = refused(ApiError, lambda: parse_chat(data, "nano", 512, strict=True))
+        assert strict is None or strict == asked
+
+
+def data_uri_seeds() -> list[bytes]:
+    return [
+        b"data:audio/wav;base64,UklGRg==",
+        b"DATA:;charset=x;base64,Ukl\nGRg==\n",
+        b"UklGRg==\r\n",
+        b"data:audio/wav,RIFF",
+    ]
+
+
+def check_data_uri(data: bytes) -> None:
+    """What is taken is what the standard library decodes, white space left out."""
+    import base64
+
+    from tinygiant.runtime.serve.errors import ApiError
+    from tinygiant.runtime.serve.parts import decode_clip
+
+    text = data.decode("utf-8", "surrogateescape")
+    part = {"type": "input_audio", "input_audio": {"data": text}}
+    clip = refused(ApiError, lambda: decode_clip(part))
+    if clip is not None:
+        encoded = re.sub(r"[ \t\r\n]", "", text.rpartition(",")[2])
+        assert base64.b64encode(clip).decode() == encoded or clip == base64.b64decode(encoded)
+
+
+def form_seeds() -> list[bytes]:
+    def part(name: str, value: bytes, more: str = "") -> bytes:
+        head = f'--x\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
+        return head.encode() + value + b"\r\n"
+
+    file = part("file", b"RIFF\x00\xff", '; filename="a.wav"')
+    return [
+        file + part("model", b"nano") + part("response_format", b"text") + b"--x--\r\n",
+        part("stream", b"true") + part("timestamp_granularities[]", b"word") + file + b"--x--",
+        file + part("question", "Wer spricht? \u00e4".encode()) + b"--x--\r\n",
+    ]
+
+
+def check_form(data: bytes) -> None:
+    import asyncio
+    import logging
+
+    from tinygiant.runtime.serve.errors import ApiError
+    from tinygiant.runtime.serve.transcriptions import FORMATS, parse_transcription
+
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    parsing = parse_transcription(headers, data, "nano", "What is said?")
+    asked = refused(ApiError, lambda: asyncio.run(parsing))
+    if asked is not None:
+        assert asked.response_format in FORMATS
+        assert isinstance(asked.audio, bytes) and len(asked.audio) <= len(data)
+
+
 # -- checkpoints
 
 
@@ -522,6 +612,9 @@ TARGETS: dict[str, Target] = {
     "prompt": Target(prompt_seeds, check_prompt),
     "answer": Target(answer_seeds, check_answer),
     "request": Target(request_seeds, check_request),
+    "messages": Target(message_seeds, check_messages),
+    "data_uri": Target(data_uri_seeds, check_data_uri),
+    "form": Target(form_seeds, check_form),
     "safetensors": Target(safetensors_seeds, check_safetensors),
     "checkpoint_index": Target(index_seeds, check_index),
 }
