@@ -117,7 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "clip", metavar="CLIP", nargs="?",
-        help="audio file (wav, flac, mp3, ogg, ...); - reads standard input",
+        help="audio file (wav, flac, mp3, ogg; m4a, mp4, webm and others with FFmpeg); - reads "
+        "standard input",
     )  # fmt: skip
     parser.add_argument(
         "question", metavar="QUESTION", nargs="?",
