@@ -65,6 +65,7 @@ def model_card(
             f"{tokens.agreement:.1%} choose PyTorch's token; of the {tokens.n_decided} at which "
             f"PyTorch's best token leads clearly, {tokens.decided_agreement:.1%}.",
         ]
+    lines += _quality(verification)
     lines += [
         "",
         "## Limits",
@@ -95,6 +96,19 @@ def _implementation(manifest: Manifest) -> tuple[str, ...]:
         "It is an independent implementation: the paper's authors have released neither code nor",
         "weights.",
     )
+
+
+def _quality(verification: Verification) -> list[str]:
+    """What quantizing the decoder cost, and what was not chosen for costing more."""
+    quality = verification.quality
+    if quality is None:
+        return []
+    lines = ["", f"Quantized decoder against its float32 one: {quality.line}."]
+    if not quality.judged:
+        lines.append("The weights are random, so this proves nothing about quality.")
+    for name, why in quality.refused.items():
+        lines.append(f"Not `{name}`: {why}.")
+    return lines
 
 
 def graph_table(reports: Sequence[GraphReport], verification: Verification) -> str:

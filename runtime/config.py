@@ -38,7 +38,9 @@ __all__ = [
     "ProjectorInput",
     "PromptConfig",
     "PromptPart",
+    "QuestionKind",
     "Role",
+    "Scope",
     "ThoughtForm",
     "config_from_dict",
     "config_to_dict",
@@ -284,6 +286,27 @@ class AnswerForm:
         return self.thought is None and not self.response_open
 
 
+QuestionKind = Literal["choices", "open", "choices-at-once", "open-at-once"]
+"""With or without choices; ``at-once``: without a thought."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a model was trained for. None or empty: not known.
+
+    Attributes:
+        shortest_s: seconds of the shortest clips.
+        longest_s: seconds of the longest clips.
+        questions: the kinds of questions.
+        languages: the languages of the questions, as ISO 639-1 codes.
+    """
+
+    shortest_s: float | None = None
+    longest_s: float | None = None
+    questions: tuple[QuestionKind, ...] = ()
+    languages: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A whole model.
@@ -306,6 +329,7 @@ class ModelConfig:
     beyond_chunk: Literal["chunks", "dropped"] = "chunks"
     audio_context: AudioContext = "full"
     clip_margin_s: float = 1.0
+    scope: Scope = Scope()
 
     def __post_init__(self) -> None:
         problems = list(_number_problems(self, ""))

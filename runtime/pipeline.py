@@ -28,6 +28,7 @@ from .asking import MAX_NEW_TOKENS, Asked, AskKeywords, AskOptions, check
 from .audio import Audio, AudioSource, read_audio
 from .bundle import Bundle, default_bundle_path
 from .decoder import Decoder
+from .drafting import make_decoder
 from .embeddings import TokenEmbeddings
 from .encode import Encoded, EncodedCache, Projection, audio_key, encode, project
 from .errors import BundleError, QuestionError, UsageError
@@ -38,8 +39,9 @@ from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
 from .ort.pool import GraphPool
 from .ort.sessions import SessionSettings
-from .preprocess import preprocess
+from .preprocess import chunks_s, preprocess
 from .prompt import Prompt, compose
+from .scope import require_positions
 from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation
 from .stages import Clock, Returning
@@ -220,7 +222,7 @@ class TinyGiant:
         What is bound to a graph keeps it there: delete the decoder before the block ends.
         """
         with self._pool.use(self.config.decoder.graph) as graph:
-            yield Decoder(
+            yield make_decoder(
                 graph,
                 self._embeddings,
                 self.config.decoder,
@@ -236,7 +238,7 @@ class TinyGiant:
             clips = [_read(source, asked.options) for source in sources]
             faults = [why_unheard(clip.samples, clip.sampling_rate_hz) for clip in clips]
             unheard = faults[0] if all(faults) else None
-        heard, *others = (account(clip, self.config) for clip in clips)
+        heard, *others = (account(clip, asked, self.config) for clip in clips)
         if unheard is not None and not asked.options.raw:
             silent = silent_choice(asked.choices or ())
             if asked.choices is None or silent is not None:
@@ -248,6 +250,14 @@ class TinyGiant:
             heard = dataclasses.replace(heard, notes=(*heard.notes, guess))
         yield from map(AudioRead, (heard, *others))
 
+        writer = self._writer(asked)
+        room = asked.max_written
+        if writer is not None and not asked.is_scored:
+            room = writer.max_tokens
+        longest = max(clips, key=lambda clip: clip.used_s)
+        durations_s = chunks_s(longest.used_s, self.config)
+        require_positions(self.config, durations_s, asked.prompt.n_text, room, longest.source)
+
         with clock.stage("encode"):
             encoded, cached = self._encode(clips)
         yield StreamsReady(cached, clock.seconds("encode"))
@@ -257,11 +267,9 @@ class TinyGiant:
             parts = self._compose(asked.prompt, projections)
             n_tokens = sum(part.shape[1] for part in parts)
 
-        writer = self._writer(asked)
         transcript = Transcript(self._tokenizer, self.config.answer, asked, writer)
         first_token_s = 0.0
         drafter = self._drafter(asked)
-        room = asked.max_written if writer is None else writer.max_tokens
         with self.decoder(n_tokens + room, drafter) as decoder:
             with clock.stage("prefill"):
                 logits = self._prefill(decoder, parts, asked.prompt, clips)

@@ -20,7 +20,7 @@ from .config import LogMel, ModelConfig
 from .features import log_mel
 from .resampling import sinc_resample
 
-__all__ = ["Chunk", "n_chunks", "preprocess"]
+__all__ = ["Chunk", "chunks_s", "n_chunks", "preprocess"]
 
 Array = NDArray[np.float32]
 
@@ -50,8 +50,7 @@ def preprocess(audio: Audio, config: ModelConfig) -> tuple[Chunk, ...]:
     clip_s = audio.samples.size / audio.sampling_rate_hz
     sounds: dict[tuple[str, int], Array] = {}
     chunks = []
-    for index in range(n_chunks(clip_s, config)):
-        duration_s = min(config.chunk_s, clip_s - index * config.chunk_s)
+    for index, duration_s in enumerate(chunks_s(clip_s, config)):
         known: dict[tuple[LogMel, float, int], tuple[Array, ...]] = {}
         windows = {}
         for encoder in config.encoders:
@@ -69,6 +68,12 @@ def preprocess(audio: Audio, config: ModelConfig) -> tuple[Chunk, ...]:
             windows[encoder.graph] = known[key]
         chunks.append(Chunk(duration_s, config.audio_rows(duration_s), windows))
     return tuple(chunks)
+
+
+def chunks_s(duration_s: float, config: ModelConfig) -> list[float]:
+    """Seconds of sound in each chunk of a clip of ``duration_s`` seconds."""
+    starts_s = (index * config.chunk_s for index in range(n_chunks(duration_s, config)))
+    return [min(config.chunk_s, duration_s - start_s) for start_s in starts_s]
 
 
 def n_chunks(duration_s: float, config: ModelConfig) -> int:

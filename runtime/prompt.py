@@ -61,6 +61,11 @@ class Prompt:
     n_fixed: int
 
     @property
+    def n_text(self) -> int:
+        """Token ids in all, without audio rows."""
+        return sum(len(ids) for ids in self.parts if ids is not None)
+
+    @property
     def prefix_ids(self) -> tuple[int, ...]:
         """Token ids before the first audio rows."""
         before = self.parts[: self.parts.index(None)]

@@ -48,7 +48,7 @@ CASES = {
     "and the other way": (["--mellow", "mizar.ckpt"], 6, "another model's checkpoint"),
     "no such file": (["--mizar", "nothing.ckpt"], 6, "no such file"),
     "a hub name without permission": (["--mellow", "soham97/mellow"], 6, "add --allow-download"),
-    "two models": (["--mizar", "mizar.ckpt", "--mellow", "mellow.ckpt"], 2, "name one model"),
+    "two models": (["--mizar", "mizar.ckpt", "--mellow", "mellow.ckpt"], 2, "several; give one"),
     "context": (["--mizar", "mizar.ckpt", "--audio-context", "clip"], 2, "--audio-context"),
     "recipe": (["--mizar", "mizar.ckpt", "--recipe", "int3"], 2, "int3"),
 }

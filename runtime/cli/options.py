@@ -188,7 +188,7 @@ def _add_sound(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--list-devices", action="store_true", help="list microphones and exit")
     group.add_argument(
         "--max-audio", type=seconds, default=300.0, metavar="S",
-        help="longest clip to accept, in seconds (%(default)g)",
+        help="longest clip to accept, in seconds (%(default)g); a model may have room for less",
     )  # fmt: skip
     group.add_argument(
         "--pcm-rate", type=at_least_one, metavar="HZ",
