@@ -127,7 +127,7 @@ def test_rows_and_greedy_text_are_the_references(
     asked = text.lower() if world.name == "mizar" else text
     assert list(prepared.asked.prompt.parts[-1] or ()) == world.ids(asked)
     wanted = world.answer([rows] * (1 if world.name == "mizar" else 2), asked)
-    answer = model.ask(clip, text, max_new_tokens=N_TOKENS)
+    answer = model.ask(clip, text, max_new_tokens=N_TOKENS, raw=True)
     assert answer.raw_text == wanted
     assert answer.text == wanted.strip()
     assert (answer.plan, answer.audio_analysis, answer.logic, answer.summary) == ("", "", "", "")
@@ -176,10 +176,15 @@ def test_choices_are_written_as_trained_and_the_answer_is_one_of_them(
 def test_a_second_question_reads_the_sound_no_more(world: World, model: TinyGiant) -> None:
     clip, fresh = world.clip(4.0, seed=3), load(world.bundle, threads=1, verify=False)
     questions = ("What is it?", "Is it loud?", "What is it?")
-    answers = [model.ask(clip, question, max_new_tokens=N_TOKENS) for question in questions]
+    answers = [
+        model.ask(clip, question, max_new_tokens=N_TOKENS, raw=True) for question in questions
+    ]
     assert [answer.timings.encode_cached for answer in answers] == [False, True, True]
     assert answers[0].raw_text == answers[2].raw_text
-    assert fresh.ask(clip, questions[1], max_new_tokens=N_TOKENS).raw_text == answers[1].raw_text
+    assert (
+        fresh.ask(clip, questions[1], max_new_tokens=N_TOKENS, raw=True).raw_text
+        == answers[1].raw_text
+    )
     with model.decoder(600) as decoder:
         fed: list[int] = []
         feed = decoder.feed
@@ -200,9 +205,12 @@ def test_a_second_question_reads_the_sound_no_more(world: World, model: TinyGian
 
 def test_another_clip_is_not_taken_for_the_one_before(world: World, model: TinyGiant) -> None:
     one, two = world.clip(4.0, seed=1), world.clip(4.0, seed=2)
-    texts = [model.ask(clip, "What?", max_new_tokens=N_TOKENS).raw_text for clip in (one, two, one)]
+    texts = [
+        model.ask(clip, "What?", max_new_tokens=N_TOKENS, raw=True).raw_text
+        for clip in (one, two, one)
+    ]
     fresh = load(world.bundle, threads=1, verify=False)
-    assert fresh.ask(two, "What?", max_new_tokens=N_TOKENS).raw_text == texts[1]
+    assert fresh.ask(two, "What?", max_new_tokens=N_TOKENS, raw=True).raw_text == texts[1]
     assert texts[0] == texts[2]
 
 
@@ -212,13 +220,13 @@ def test_questions_about_two_clips(world: World, model: TinyGiant) -> None:
         with pytest.raises(QuestionError, match="2 clips given, mizar-159m hears one at a time"):
             model.ask([one, two], "What differs?")
         return
-    answer = model.ask([one, two], "What differs?", max_new_tokens=N_TOKENS)
+    answer = model.ask([one, two], "What differs?", max_new_tokens=N_TOKENS, raw=True)
     assert answer.raw_text == world.answer([world.rows(one), world.rows(two)], "What differs?")
     assert [account.source for account in (answer.audio, *answer.more_audio)] == [
         str(one), str(two),
     ]  # fmt: skip
     assert answer.tokens.audio == 2 * 129
-    swapped = model.ask([two, one], "What differs?", max_new_tokens=N_TOKENS)
+    swapped = model.ask([two, one], "What differs?", max_new_tokens=N_TOKENS, raw=True)
     assert swapped.raw_text == world.answer([world.rows(two), world.rows(one)], "What differs?")
     with pytest.raises(QuestionError, match="3 clips given, mellow-167m hears one or 2 at a time"):
         model.ask([one, two, one], "What differs?")

@@ -115,7 +115,7 @@ def _question(
     excused = same < N_TOKENS and margins[same] < TIE
     yield f"{where} ids unlike", 0.0 if excused else float(N_TOKENS - same), 0
     if not listed:
-        answer = model.ask(audio, question, max_new_tokens=N_TOKENS)
+        answer = model.ask(audio, question, max_new_tokens=N_TOKENS, raw=True)
         hidden = set(model.config.answer.hidden_token_ids)
         text = tokenizer.decode(token for token in wanted_ids if token not in hidden)
         yield f"{where} text unlike", 0.0 if excused else float(answer.raw_text != text), 0
