@@ -345,7 +345,7 @@ def restore_sigint() -> None:
 
 @pytest.mark.parametrize("moment", ["reading", "writing"])
 def test_an_interrupt_ends_with_130(tiny_bundle: Path, clip: Path, moment: str) -> None:
-    options = ("--bundle", tiny_bundle, "--max-new-tokens", 4000)
+    options = ("--bundle", tiny_bundle, "--max-new-tokens", 3_500)
     source = "-" if moment == "reading" else clip
     child = process(source, "What?", *options, stdin=subprocess.PIPE, preexec_fn=restore_sigint)
     assert child.stdin is not None
