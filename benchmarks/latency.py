@@ -56,7 +56,7 @@ def measure(
             answers.append(answer)
             gaps_s.append(gaps)
         counted = answers[1:]
-        again = model.ask(clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600)
+        again = model.ask(clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600, raw=True)
         row: dict[str, Any] = {"seconds": duration_s, "prompt_tokens": counted[0].tokens.prompt}
         for stage in STAGES:
             row[stage] = statistics.median(getattr(a.timings, stage) for a in counted)
@@ -79,7 +79,9 @@ def _noise(duration_s: float, seed: int) -> NDArray[np.float32]:
 def _timed(model: TinyGiant, clip: Any, new_tokens: int) -> tuple[Answer, NDArray[np.float64]]:
     """An answer, and the seconds between the pieces of its text."""
     times_s = []
-    for event in model.stream(clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600):
+    for event in model.stream(
+        clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600, raw=True
+    ):
         if isinstance(event, TextPiece):
             times_s.append(time.perf_counter())
         elif isinstance(event, Finished):

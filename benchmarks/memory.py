@@ -143,7 +143,9 @@ def measure(
         noise = np.random.default_rng(seed).standard_normal(round(seconds * _RATE_HZ))
         clip = ((0.1 * noise).astype(np.float32), _RATE_HZ)
         meter.suffix = question
-        events = model.stream(clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600)
+        events = model.stream(
+            clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600, raw=True
+        )
         for event in events:
             if isinstance(event, PromptRead):
                 meter.end("prefill")

@@ -466,7 +466,7 @@ class OurQuestion:
         noise = np.random.default_rng(request["seed"]).standard_normal(round(_CLIP_S * _RATE_HZ))
         clip = ((0.1 * noise).astype(np.float32), _RATE_HZ)
         answer = self._model.ask(
-            clip, request["question"], think=True, max_new_tokens=request["new_tokens"]
+            clip, request["question"], think=True, max_new_tokens=request["new_tokens"], raw=True
         )
         config, tokens = self._model.config, answer.tokens
         read = tokens.prompt - self._n_kept

@@ -311,7 +311,7 @@ def _free_running(model: TinyGiant, reference: Reference) -> float:
         if dialogue.choices is not None:
             continue
         clip = reference.clips[dialogue.clip]
-        found = model.ask(clip, dialogue.question, max_new_tokens=NEW_TOKENS).raw_text
+        found = model.ask(clip, dialogue.question, max_new_tokens=NEW_TOKENS, raw=True).raw_text
         wanted = tokenizer.decode(token for token in dialogue.token_ids if token not in hidden)
         n_wanted += len(wanted)
         n_same += _common_prefix(found, wanted)

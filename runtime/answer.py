@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AnswerParser", "ParsedAnswer", "Section", "TextPiece", "parse_answer"]
+__all__ = ["AnswerParser", "ParsedAnswer", "Section", "TextPiece", "parse_answer", "section_of"]
 
 Section = Literal["plan", "audio_analysis", "logic", "summary", "answer", "other"]
 """Where a piece of text belongs; ``other`` is a thought outside the four parts, or a trailer."""
@@ -59,6 +59,11 @@ _HEADING_START = re.compile(
     _FLAGS,
 )
 _SLICE_CHARS = 256  # a long text is cut in slices, so that cost stays linear
+
+
+def section_of(tag: str) -> Section:
+    """Where the text inside ``<tag>`` belongs; ``other`` if it is none of the thought's parts."""
+    return _PART_OF_NAME.get(tag.lower(), "other")
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,18 @@ class AskOptions:
             the answer is written at once or, with choices, each choice is scored and the likeliest
             taken, with their probabilities in the answer. A model that knows no thought answers so
             in any case.
-        max_new_tokens: how much the model may write. With choices this bounds the thought; the
-            answer itself comes on top.
+        max_new_tokens: how much the model may write freely. Tags and choices come on top; of a free
+            answer's tokens a quarter, at most 64, is kept from the thought.
         max_audio_s: longest clip to read; an :class:`~tinygiant.runtime.audio.Audio` has been read
             already.
+        raw: let the model write whatever it wants, for those who study that. Its text is then not
+            held to the form of an answer, and a silent clip is asked about like any other.
     """
 
     think: bool = True
     max_new_tokens: int = MAX_NEW_TOKENS
     max_audio_s: float = MAX_AUDIO_S
+    raw: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -48,6 +51,7 @@ class AskKeywords(TypedDict, total=False):
     think: bool
     max_new_tokens: int
     max_audio_s: float
+    raw: bool
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Asked:
 
     @property
     def max_written(self) -> int:
-        """Tokens that may follow the prompt: the free ones, the thought's end and the choice."""
+        """Tokens that may follow the prompt where ``raw``: the thought's end and choice on top."""
         free = self.options.max_new_tokens
         if self.trie is None:
             return free

@@ -27,12 +27,14 @@ from .errors import BundleError, QuestionError
 from .prompt import check_choices, format_choice
 from .tokenizer import Tokenizer
 
-__all__ = ["ChoiceTrie", "probabilities"]
+__all__ = ["ChoiceNode", "ChoiceTrie", "probabilities"]
 
 
 @dataclass
-class _Node:
-    children: dict[int, _Node] = field(default_factory=dict)
+class ChoiceNode:
+    """Where some choices have gone the same way: what may come next, or the one that has ended."""
+
+    children: dict[int, ChoiceNode] = field(default_factory=dict)
     choice_index: int | None = None  # set in a leaf
 
 
@@ -45,13 +47,13 @@ class ChoiceTrie:
         Raises:
             QuestionError: two choices have the same tokens, or one begins with another's.
         """
-        self._root = _Node()
+        self.root = ChoiceNode()
         for index, sequence in enumerate(sequences):
-            node = self._root
+            node = self.root
             for token in sequence:
                 if node.choice_index is not None:
                     raise _alike(node.choice_index, index)
-                node = node.children.setdefault(token, _Node())
+                node = node.children.setdefault(token, ChoiceNode())
             if node.choice_index is not None or node.children:
                 raise _alike(_first_leaf(node), index)
             node.choice_index = index
@@ -102,7 +104,7 @@ class ChoiceTrie:
             BundleError: not a number among the logits of the allowed tokens.
         """
         choose = choose or _best_allowed
-        node, pending = self._root, list(unread)
+        node, pending = self.root, list(unread)
         while node.choice_index is None:
             if len(node.children) == 1:
                 [token] = node.children
@@ -173,7 +175,7 @@ def _best_allowed(logits: NDArray[np.float32], allowed: Sequence[int]) -> int:
     return allowed[greedy(logits[list(allowed)])]
 
 
-def _first_leaf(node: _Node) -> int:
+def _first_leaf(node: ChoiceNode) -> int:
     while node.choice_index is None:
         node = next(iter(node.children.values()))
     return node.choice_index

@@ -4,7 +4,8 @@
 cache and is cheap to make; the graph and the embeddings behind it are shared. The LM head runs
 only for the positions that are asked for: the last one in :meth:`Decoder.prefill` and
 :meth:`Decoder.read`, all K in :meth:`Decoder.step`. Greedy is exact: the arg-max of the logits, the
-lowest id at a tie.
+lowest id at a tie. :meth:`Decoder.write` is held to a :class:`Guide`, whose :class:`Mask` tells at
+each position which tokens may come; those that it knows beforehand are read together.
 
 With a :class:`~tinygiant.runtime.speculation.Drafter`, tokens are drafted and checked several in a
 step, and the answer is still the one that single steps give. Steps of many tokens round differently
@@ -19,7 +20,8 @@ Shapes: ``T`` tokens of a prompt, ``K`` tokens of a step, ``D`` hidden size, ``V
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,9 +30,9 @@ from numpy.typing import NDArray
 from .config import DecoderConfig, KvType
 from .errors import BundleError, UsageError
 from .kv_cache import KvCache
-from .speculation import Drafter, lead
+from .speculation import MAX_DRAFT_TOKENS, Drafter, Speculation, lead
 
-__all__ = ["PREFILL_TOKENS", "Decoder", "greedy"]
+__all__ = ["PREFILL_TOKENS", "Decoder", "Guide", "Mask", "greedy"]
 
 # Positions of one prefill run: bounds the activations (full size: about 40 KB a position and
 # layer width) while the matrix products stay large enough to be efficient.
@@ -52,6 +54,61 @@ class _Graph(Protocol):
     def bind(self) -> _Binding: ...
 
 
+class Mask:
+    """Which tokens may come next: ``only`` those in ``ids``, or all but those."""
+
+    def __init__(self, ids: NDArray[np.intp], *, only: bool) -> None:
+        """Take ``ids``, without repetition and in rising order."""
+        self.ids = ids
+        self.only = only
+
+    def best(self, logits: NDArray[np.float32]) -> int:
+        """The most likely allowed token of ``logits (V,)``, the lowest id at a tie.
+
+        Raises:
+            BundleError: not a number among the logits.
+        """
+        if self.only:
+            return int(self.ids[greedy(logits[self.ids])])
+        with self._applied(logits):
+            return greedy(logits)
+
+    def lead(self, logits: NDArray[np.float32], token: int) -> float:
+        """How far ``token`` leads before the next that is allowed, in deviations of the logits."""
+        if self.only:
+            return lead(logits, token, self.ids.tolist())
+        with self._applied(logits):
+            return lead(logits, token)
+
+    @contextmanager
+    def _applied(self, logits: NDArray[np.float32]) -> Iterator[None]:
+        """What may not come has minus infinity; in place, for a copy takes longer."""
+        kept = logits[self.ids]
+        logits[self.ids] = -np.inf
+        yield
+        logits[self.ids] = kept
+
+
+ALL = Mask(np.array([], np.intp), only=False)
+
+
+class Guide(Protocol):
+    """What holds a text to a form."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the text has ended, forced tokens apart."""
+
+    def forced(self) -> Sequence[int]:
+        """Tokens that come next whatever the model wants; they count as taken."""
+
+    def mask(self) -> Mask:
+        """Which tokens may come next; what would be forced is the only one."""
+
+    def take(self, token: int) -> bool:
+        """Go on with an allowed token; whether it is written."""
+
+
 class Decoder:
     """One sequence being read and written by the decoder graph."""
 
@@ -64,16 +121,20 @@ class Decoder:
         drafter: Drafter | None = None,
         *,
         kv_type: KvType = "fp32",
+        speculation: Speculation | None = None,
     ) -> None:
         """Start an empty sequence of at most ``capacity`` tokens, drafted by ``drafter`` if any.
 
-        ``kv_type`` is how the graph keeps keys and values: the manifest's ``kv_cache``.
+        ``kv_type`` is how the graph keeps keys and values: the manifest's ``kv_cache``. With
+        ``speculation`` (the drafter's own, if there is one) several tokens may be read in a step,
+        and what follows is doubted; without, :meth:`write` reads one by one.
 
         Raises:
             UsageError: more positions than the decoder has.
         """
         self.cache = KvCache(config, capacity, kv_type)
         self._drafter = drafter
+        self._speculation = speculation if drafter is None else drafter.speculation
         # What single steps would have read since the last exact position; empty while all is exact.
         self._inexact: list[NDArray[np.float32]] = []
         self._embeddings = embeddings
@@ -146,27 +207,27 @@ class Decoder:
                 self._inexact.append(last[:, :-n_forgotten])
             n_forgotten -= last.shape[1]
 
-    def best(self, logits: NDArray[np.float32], among: Sequence[int] | None = None) -> int:
-        """The most likely next token, of those in ``among`` if given; the lowest id at a tie.
+    def best(self, logits: NDArray[np.float32], mask: Mask = ALL) -> int:
+        """The most likely next token that ``mask`` allows; the lowest id at a tie.
 
-        ``logits (V,)`` are those after the last position that is held. Where drafts may have
-        decided which is best, that position is computed again without them.
+        ``logits (V,)`` are those after the last position that is held. Where a step of several
+        tokens may have decided which is best, it is computed again one by one.
 
         Raises:
             BundleError: not a number among the logits.
         """
-        token = _best(logits, among)
-        if not self._inexact or self._drafter is None:
+        token = mask.best(logits)
+        if not self._inexact or self._speculation is None:
             return token
-        speculation = self._drafter.speculation
-        found = lead(logits, token, among)
-        if found > speculation.guard:
+        found = mask.lead(logits, token)
+        if found > self._speculation.guard:
             return token
         start_s = time.perf_counter()
         exact = self._settle()
-        speculation.learn_reread(time.perf_counter() - start_s)
-        speculation.learn_difference(found, lead(exact, token, among))
-        return _best(exact, among)
+        self._speculation.learn_reread(time.perf_counter() - start_s)
+        best = mask.best(exact)
+        self._speculation.learn_difference(found, mask.lead(exact, token))
+        return best
 
     def generate(
         self, logits: NDArray[np.float32], *, max_new_tokens: int, stop_ids: Collection[int]
@@ -194,34 +255,94 @@ class Decoder:
             tokens = self._go_on(tokens[-1], draft)
         return None
 
+    def write(
+        self, logits: NDArray[np.float32], guide: Guide, unread: Sequence[int] = ()
+    ) -> Generator[int, None, None]:
+        """Yield the greedy tokens of a text that ``guide`` allows.
+
+        It goes on from the ``logits (V,)`` after what was read so far, or from ``unread`` tokens.
+        At the end, the last tokens may not have been read.
+
+        Raises:
+            BundleError: not a number among the logits.
+            UsageError: more tokens than the cache has room for.
+        """
+        unread = list(unread)
+        new: list[int] = []  # since the last draft
+        while True:
+            forced = guide.forced()
+            yield from forced
+            unread += forced
+            new += forced
+            if guide.done:
+                return
+            right: list[int] = []
+            if unread:
+                draft: list[int] = []
+                if self._drafter is not None:
+                    self._drafter.take(new)
+                    room = self.cache.capacity - self.cache.length - len(unread)
+                    draft = self._drafter.draft(min(room, MAX_DRAFT_TOKENS))
+                logits, right = self._read(unread, draft, guide)
+                yield from right
+                unread, new = [], right
+                if guide.done:
+                    continue
+            token = self.best(logits, guide.mask())
+            if guide.take(token):
+                yield token
+                unread, new = [token], [*new, token]
+
     def _go_on(self, token: int, draft: Sequence[int]) -> list[int]:
         """Read ``token`` and what is right of ``draft``; returns that and the token after it."""
+        logits, right = self._read([token], draft, None)
+        return [*right, self.best(logits)]
+
+    def _read(
+        self, tokens: Sequence[int], draft: Sequence[int], guide: Guide | None
+    ) -> tuple[NDArray[np.float32], list[int]]:
+        """Read ``tokens`` and what is right of ``draft``.
+
+        Returns the logits ``(V,)`` after the last token read, and the tokens that were right, which
+        ``guide`` has taken.
+        """
         start_s = time.perf_counter()
-        if not draft:
-            logits = self.step([token])[-1]
-            self._learn_cost(1, start_s)
-            return [self.best(logits)]
-        start = self.cache.length
+        self.cache.require(len(tokens) + len(draft))
         # Written down as single steps would have read them.
-        rows = self._embeddings.lookup([token, *draft])[None].astype(np.float32, copy=False)
-        logits = self._run(np.ascontiguousarray(rows), np.arange(1 + len(draft), dtype=np.int64))
-        self._inexact += [rows[:, i : i + 1] for i in range(1 + len(draft))]
-        assert self._drafter is not None
-        self._drafter.speculation.learn_reread(0.0)
-        guard = self._drafter.speculation.guard
+        rows = self._embeddings.lookup([*tokens, *draft])[None].astype(np.float32, copy=False)
+        if self._speculation is None:
+            for i in range(len(tokens) - 1):
+                self._prefill(rows[:, i : i + 1], with_logits=False)
+            rows, tokens = rows[:, len(tokens) - 1 :], tokens[-1:]
+        n_new = rows.shape[1]
+        last = len(tokens) - 1
+        logits = self._run(np.ascontiguousarray(rows), np.arange(last, n_new, dtype=np.int64))
+        if n_new > 1 or self._inexact:
+            self._inexact += [rows[:, i : i + 1] for i in range(n_new)]
+        if draft and self._speculation is not None:
+            self._speculation.learn_reread(0.0)
         right: list[int] = []
-        for row, guess in zip(logits, [*draft, None], strict=True):
-            found = greedy(row)
-            if found != guess or lead(row, found) <= guard:
-                self.truncate(start + 1 + len(right))
-                self._learn_cost(1 + len(draft), start_s)
-                return [*right, self.best(row)]
+        for row, guess in zip(logits, draft, strict=False):
+            if guide is not None and guide.done:
+                break
+            mask = ALL if guide is None else guide.mask()
+            found = mask.best(row)
+            if found != guess or mask.lead(row, found) <= self._guard:
+                break
+            if guide is not None and not guide.take(found):
+                break
             right.append(found)
-        raise AssertionError("no token equals the guess None")
+        self.truncate(self.cache.length - len(draft) + len(right))
+        self._learn_cost(n_new, start_s)
+        return logits[len(right)], right
+
+    @property
+    def _guard(self) -> float:
+        return np.inf if self._speculation is None else self._speculation.guard
 
     def _learn_cost(self, n_tokens: int, start_s: float) -> None:
-        if self._drafter is not None:
-            self._drafter.speculation.learn_cost(n_tokens, time.perf_counter() - start_s)
+        if self._speculation is not None:
+            self._speculation.learn_cost(n_tokens, time.perf_counter() - start_s)
 
     def _settle(self) -> NDArray[np.float32]:
         """Read again, one step at a time, what was drafted; returns the last logits ``(V,)``."""
@@ -273,10 +394,3 @@ def greedy(logits: NDArray[np.float32]) -> int:
     if np.isnan(logits[token]):
         raise BundleError("the decoder gave no number (NaN); the bundle's weights are damaged")
     return token
-
-
-def _best(logits: NDArray[np.float32], among: Sequence[int] | None) -> int:
-    if among is None:
-        return greedy(logits)
-    allowed = sorted(among)
-    return allowed[greedy(logits[allowed])]

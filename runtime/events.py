@@ -36,9 +36,10 @@ SCHEMA = "tinygiant.answer/1"
 """Name and version of the JSON form, published as ``schema/answer.schema.json``. Fields may be
 added within a version; removing or redefining one makes a new version."""
 
-FinishReason = Literal["stop", "length"]
-"""``stop``: the model ended its text itself. ``length``: ``max_new_tokens`` were spent; with
-choices the runtime then closed the thought, and the answer is still one of them."""
+FinishReason = Literal["stop", "length", "loop"]
+"""``stop``: the model ended its text itself. ``length``: ``max_new_tokens`` were spent; the thought
+was then closed, and there still is an answer. ``loop``: the same few tokens came again and again,
+and the part that they were in was closed."""
 
 ChoiceScoring = Literal["sum_of_log_probabilities"]
 """How choices were compared where the model did not think: by the logarithm of the probability of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from .asking import Asked
 from .choices import probabilities
 from .config import ModelConfig
-from .decoder import Decoder
+from .decoder import Decoder, Mask
 from .events import FinishReason
+from .grammar import Writer
 from .stages import Returning
 
 __all__ = ["Ending", "end_ids", "generate"]
@@ -28,26 +29,40 @@ class Ending:
 
 
 def end_ids(asked: Asked, config: ModelConfig) -> frozenset[int]:
-    """The tokens that end what is written freely: with choices, the end of the thought too."""
+    """The tokens that end what is written freely: the thought's end too, where it has a meaning."""
     thought = config.answer.thought
-    closing = () if asked.trie is None or thought is None else (thought.close_id,)
+    ends_thought = asked.thinks and (asked.trie is not None or not asked.options.raw)
+    closing = (thought.close_id,) if thought is not None and ends_thought else ()
     return frozenset((*config.decoder.stop_token_ids, *closing))
 
 
 def generate(
-    decoder: Decoder, logits: NDArray[np.float32], asked: Asked, config: ModelConfig
+    decoder: Decoder,
+    logits: NDArray[np.float32],
+    asked: Asked,
+    config: ModelConfig,
+    writer: Writer | None,
 ) -> Generator[int, None, Ending]:
     """Yield the tokens of the text after ``logits (V,)``; returns how it ended.
 
-    With choices the model thinks until it closes the thought, ends its text or has spent its
-    tokens; the thought is then closed and one of the choices written. If it is not to think, the
-    likeliest choice is written at once.
+    ``writer`` holds the text to the model's form; without one it is raw. Where a choice is to be
+    taken without a thought, each is scored, and the likeliest written.
     """
+    if writer is None:
+        return (yield from _raw(decoder, logits, asked, config))
     if asked.trie is not None and asked.is_scored:
         found = probabilities(asked.trie.log_likelihoods(decoder, logits))
-        best = int(found.argmax())
-        yield from asked.trie.sequences[best]
-        return Ending("stop", best, tuple(found.tolist()))
+        writer.choose(int(found.argmax()))
+        yield from writer.forced()
+        return Ending("stop", writer.choice_index, tuple(found.tolist()))
+    yield from decoder.write(logits, writer)
+    return Ending(writer.finish_reason, writer.choice_index)
+
+
+def _raw(
+    decoder: Decoder, logits: NDArray[np.float32], asked: Asked, config: ModelConfig
+) -> Generator[int, None, Ending]:
+    """The model's own text; of choices one is written after the thought, however it ended."""
     n_prompt = decoder.cache.length
     written: list[int] = []
     free = Returning(
@@ -66,5 +81,9 @@ def generate(
     close_id = config.answer.thought.close_id
     yield close_id
     unread = [*written[decoder.cache.length - n_prompt :], close_id]
-    choice = yield from asked.trie.decode(decoder.read, unread, decoder.best)
+
+    def choose(logits: NDArray[np.float32], allowed: Sequence[int]) -> int:
+        return decoder.best(logits, Mask(np.array(allowed, np.intp), only=True))
+
+    choice = yield from asked.trie.decode(decoder.read, unread, choose)
     return Ending(finish_reason, choice)

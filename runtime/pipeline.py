@@ -32,6 +32,7 @@ from .encode import Encoded, EncodedCache, Projection, audio_key, encode, projec
 from .errors import BundleError, UsageError
 from .events import Answer, AudioRead, Event, Finished, StreamsReady, TokenCounts
 from .generate import end_ids, generate
+from .grammar import Grammar, Vocabulary, Writer
 from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
 from .ort.pool import GraphPool
@@ -129,6 +130,7 @@ class TinyGiant:
         self._embeddings = TokenEmbeddings.open(bundle)
         self._cache = EncodedCache()
         self._speculation = Speculation() if speculate else None
+        self._vocabulary: Vocabulary | None = None  # once it is needed
         # What every prompt begins with, and its keys and values once they are known.
         self._prefix: tuple[tuple[int, ...], KvSnapshot] | None = None
         _check_tokenizer(self._tokenizer, bundle)
@@ -177,7 +179,7 @@ class TinyGiant:
             choices: 2 to 26 possible answers; the answer is then exactly one of them.
             options: how to answer.
             changes: fields of ``options`` by keyword: ``think``, ``max_new_tokens``,
-                ``max_audio_s``.
+                ``max_audio_s``, ``raw``.
 
         Raises:
             AudioError: the audio cannot be read or is longer than ``max_audio_s``.
@@ -219,6 +221,7 @@ class TinyGiant:
                 capacity,
                 drafter,
                 kv_type=self.bundle.manifest.kv_cache,
+                speculation=self._speculation,
             )
 
     def _stream(self, source: AudioSource | Audio, asked: Asked) -> Iterator[Event]:
@@ -227,7 +230,7 @@ class TinyGiant:
             audio = _read(source, asked.options)
             unheard = why_unheard(audio.samples, audio.sampling_rate_hz)
         heard = account(audio, self.config)
-        if unheard is not None:
+        if unheard is not None and not asked.options.raw:
             silent = silent_choice(asked.choices or ())
             if asked.choices is None or silent is not None:
                 yield from nothing_heard(
@@ -246,15 +249,17 @@ class TinyGiant:
             projections = self._project(encoded, asked.prompt)
             embeds = self._compose(asked.prompt, projections)
 
-        transcript = Transcript(self._tokenizer, self.config.answer, asked)
+        writer = self._writer(asked)
+        transcript = Transcript(self._tokenizer, self.config.answer, asked, writer)
         first_token_s = 0.0
         drafter = self._drafter(asked)
-        with self.decoder(embeds.shape[1] + asked.max_written, drafter) as decoder:
+        room = asked.max_written if writer is None else writer.max_tokens
+        with self.decoder(embeds.shape[1] + room, drafter) as decoder:
             with clock.stage("prefill"):
                 logits = self._prefill(decoder, embeds, asked.prompt.prefix_ids)
             yield prompt_read(embeds.shape[1], projections)
 
-            tokens = Returning(generate(decoder, logits, asked, self.config))
+            tokens = Returning(generate(decoder, logits, asked, self.config, writer))
             for token in clock.timed("decode", tokens):
                 first_token_s = first_token_s or clock.total()
                 yield from transcript.push(token)
@@ -285,6 +290,17 @@ class TinyGiant:
                 providers=self.providers,
             )
         )
+
+    def _writer(self, asked: Asked) -> Writer | None:
+        """What holds the text to the model's form; None where it is to be raw."""
+        if asked.options.raw and not asked.is_scored:
+            return None
+        form, stop_ids = self.config.answer, self.config.decoder.stop_token_ids
+        grammar = Grammar.of_form(form, stop_ids, asked.trie, think=asked.thinks)
+        if self._vocabulary is None:
+            size = self.config.decoder.vocab_size
+            self._vocabulary = Vocabulary(self._tokenizer, size, form.hidden_token_ids)
+        return Writer(grammar, self._vocabulary, asked.options.max_new_tokens)
 
     def _encode(self, audio: Audio) -> tuple[tuple[Encoded, ...], bool]:
         """Encoder outputs of every chunk, and whether they were known already."""

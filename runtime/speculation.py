@@ -252,4 +252,5 @@ def lead(logits: NDArray[np.float32], best: int, among: Sequence[int] | None = N
 def _deviation(logits: NDArray[np.float32]) -> float:
     """The deviation of some 4,096 of the logits: all of them would take as long as the arg-max."""
     sample = logits[:: max(1, logits.size // 4_096)]
-    return float(sample.std()) or 1.0
+    sample = sample[np.isfinite(sample)]  # a mask leaves minus infinity
+    return float(sample.std() if sample.size else 0.0) or 1.0

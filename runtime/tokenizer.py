@@ -126,6 +126,14 @@ class Tokenizer:
             known = self._bytes_of_id[token_id] = self._spell(token_id)
         return known
 
+    def plain_tokens(self) -> dict[str, int]:
+        """The ids of all tokens but control tokens, as the vocabulary spells them.
+
+        Printable ASCII characters stand for themselves, every other byte for one that is none.
+        """
+        spelled: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=False)
+        return {text: token for text, token in spelled.items() if text not in self._added_ids}
+
     def _cuts(self, text: str) -> list[int]:
         if self._any_added is None:
             return []

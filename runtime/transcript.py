@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .answer import AnswerParser, TextPiece
+from .answer import AnswerParser, Section, TextPiece
 from .asking import Asked
 from .audio import Audio
 from .config import AnswerForm, ModelConfig
@@ -23,6 +23,7 @@ from .events import (
     TokenCounts,
 )
 from .generate import Ending
+from .grammar import Writer
 from .preprocess import n_chunks
 from .stages import Clock
 from .tokenizer import StreamingDetokenizer, Tokenizer
@@ -31,16 +32,23 @@ __all__ = ["Transcript", "account", "assemble", "nothing_heard", "prompt_read"]
 
 
 class Transcript:
-    """The model's text as it grows: tokens in, pieces out, the whole at the end."""
+    """The model's text as it grows: tokens in, pieces out, the whole at the end.
 
-    def __init__(self, tokenizer: Tokenizer, form: AnswerForm, asked: Asked) -> None:
+    A ``writer`` knows what it has written; without one the text is taken apart as it stands.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, form: AnswerForm, asked: Asked, writer: Writer | None
+    ) -> None:
         self._detokenizer = StreamingDetokenizer(tokenizer)
         self._hidden = frozenset(form.hidden_token_ids)
+        self._writer = writer
         self._parser = AnswerParser(
             thinking=asked.thinks and asked.trie is not None, plain=form.is_plain
         )
         self._parser.feed(asked.prefilled)
         self._texts: list[str] = []
+        self._written: list[TextPiece] = []
         self.token_ids: list[int] = []
 
     @property
@@ -52,15 +60,19 @@ class Transcript:
         """One more token; returns the pieces of text that are decided by now."""
         self.token_ids.append(token)
         self._texts.append("" if token in self._hidden else self._detokenizer.push(token))
-        return self._parser.feed(self._texts[-1])
+        return self._parser.feed(self._texts[-1]) if self._writer is None else self._pieces()
 
     def finish(self) -> list[TextPiece]:
         """The text has ended: returns the last pieces."""
         self._texts.append(self._detokenizer.finish())
+        if self._writer is not None:
+            return self._pieces()
         return self._parser.feed(self._texts[-1]) + self._parser.finish()
 
     def parse(self) -> dict[str, str]:
         """The parts of the whole text, by their names in :class:`Answer`."""
+        if self._writer is not None:
+            return {name: self._section(section) for name, section in _SECTIONS.items()}
         parsed = self._parser.result()
         return {
             "text": parsed.answer,
@@ -70,6 +82,25 @@ class Transcript:
             "summary": parsed.summary,
             "unparsed": parsed.unparsed,
         }
+
+    def _pieces(self) -> list[TextPiece]:
+        pieces = self._writer.pieces() if self._writer is not None else []
+        self._written += pieces
+        return pieces
+
+    def _section(self, section: Section) -> str:
+        shown = (p.text for p in self._written if p.section == section and not p.markup)
+        return "".join(shown).strip()
+
+
+_SECTIONS: dict[str, Section] = {
+    "text": "answer",
+    "plan": "plan",
+    "audio_analysis": "audio_analysis",
+    "logic": "logic",
+    "summary": "summary",
+    "unparsed": "other",
+}
 
 
 def account(audio: Audio, config: ModelConfig) -> AudioAccount:

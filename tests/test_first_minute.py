@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,32 @@ def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         return captured.out, captured.err
 
     return run
+
+
+@pytest.mark.parametrize("options", [(), ("--no-think",), ("--max-new-tokens", "5")])
+@pytest.mark.parametrize(
+    "question",
+    [QUESTION, "What is heard?", "Describe the recording.", "Is there a bird?", "Was?", "Why not?"],
+)
+def test_a_plain_question_on_the_command_line(ask, question: str, options: tuple[str, ...]) -> None:
+    """Of 40 such questions all printed raw tags as the answer, with empty parts before it."""
+    out, _ = ask(SOUND, question, "--json", *options)
+    answer = json.loads(out)
+    thought = [answer[part] for part in ("plan", "audio_analysis", "logic", "summary")]
+    for text in [answer["text"], *thought]:
+        assert not re.search(r"</?[A-Za-z]|<\|", text)
+    assert answer["text"].strip() and answer["unparsed"] == ""
+    if not options:
+        assert all(thought)
+    text_out, _ = ask(SOUND, question, *options)
+    assert "<" not in text_out and text_out.endswith(f"Answer:\n{answer['text']}\n")
+
+
+def test_raw_text_is_shown_where_it_is_asked_for(ask, model: TinyGiant) -> None:
+    raw = json.loads(ask(SOUND, QUESTION, "--json", "--raw")[0])["raw_text"]
+    kept = model.ask(CLIP, QUESTION)
+    assert raw.startswith("<think>")
+    assert kept.raw_text.count("</RESPONSE>") == 1
 
 
 @pytest.mark.parametrize(

@@ -423,7 +423,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_the_options_in_the_documents_exist(tmp_path: Path) -> None:
     scripts = Path(sys.executable).parent
     unknown = []
-    for command in ("tg-run", "tg-export", "tg-serve"):
+    for command in ("tg-run", "tg-export", "tg-serve", "tg-listen"):
         known = set(re.findall(r"--[\w-]+", run(scripts / command, "--help", cwd=tmp_path).stdout))
         assert "--help" in known
         for document in documents():

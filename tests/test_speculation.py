@@ -17,7 +17,7 @@ from tinygiant.quantize import RECIPES, KvPeaks, kv_peaks, quantize_graph
 from tinygiant.quantize.kv_cache import LONGEST_STEP
 from tinygiant.runtime import TinyGiant, load
 from tinygiant.runtime.config import KvType
-from tinygiant.runtime.decoder import Decoder
+from tinygiant.runtime.decoder import Decoder, Mask
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, Drafter, NgramIndex, Speculation, lead
@@ -276,8 +276,78 @@ def test_tokens_are_those_of_single_steps(
     assert found == expected
     assert decoder.cache.length == plain.cache.length
     # What follows is decided as if nothing had been drafted.
-    choices = [3, 7, 11, 20]
+    choices = Mask(np.array([3, 7, 11, 20]), only=True)
     assert decoder.best(decoder.read([4]), choices) == plain.best(plain.read([4]), choices)
+
+
+class Rules:
+    """A guide that allows two thirds of the tokens, has some of its own, and drops every fifth."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_left = n_tokens
+        self.queue: list[int] = [9, 4]
+
+    @property
+    def done(self) -> bool:
+        return self.n_left <= 0
+
+    def forced(self) -> list[int]:
+        ids, self.queue = self.queue, []
+        return ids
+
+    def mask(self) -> Mask:
+        if self.queue:
+            return Mask(np.array(self.queue[:1]), only=True)
+        if self.n_left % 7 == 0:
+            return Mask(np.array([3, 7, 11, 20]), only=True)
+        return Mask(np.arange(self.n_left % 3, CONFIG.vocab_size, 3), only=False)
+
+    def take(self, token: int) -> bool:
+        if self.queue:
+            assert self.queue.pop(0) == token
+            return True
+        self.n_left -= 1
+        if token % 4 == 0:
+            self.queue = [5, 6, 7][: 1 + token % 3]
+        return token % 5 != 0 or bool(self.queue)
+
+
+@settings(max_examples=40)
+@given(
+    prompt=st.lists(PROMPT_TOKENS, min_size=1, max_size=12),
+    texts=st.lists(st.lists(PROMPT_TOKENS, max_size=30), max_size=3),
+    n_new=st.integers(1, 40),
+    right=st.booleans(),
+)
+def test_guided_tokens_are_those_of_single_steps(
+    prompt: list[int],
+    texts: list[list[int]],
+    n_new: int,
+    right: bool,
+    graph: Graph,
+    weights: Weights,
+) -> None:
+    """What a guide knows is read at once, drafts are checked under its masks: nothing changes."""
+    embeddings = TokenEmbeddings(weights["model.embed_tokens.weight"])
+    plain, tokens, rules = sequence(graph, embeddings), [], Rules(n_new)
+    logits = plain.read(prompt)
+    while True:  # one token at a time, by hand
+        for token in rules.forced():
+            tokens.append(token)
+            logits = plain.step([token])[-1]
+        if rules.done:
+            break
+        token = plain.best(logits, rules.mask())
+        if rules.take(token):
+            tokens.append(token)
+            logits = plain.step([token])[-1]
+    single = sequence(graph, embeddings)
+    assert list(single.write(single.read(prompt), Rules(n_new))) == tokens
+    stop_ids = {token for token in range(CONFIG.vocab_size) if token % 5 == 0}
+    drafter = eager().start([*texts, *([tokens] if right else [])], stop_ids)
+    drafted = sequence(graph, embeddings, drafter)
+    assert list(drafted.write(drafted.read(prompt), Rules(n_new))) == tokens
+    assert not right or n_new < 20 or drafter.n_accepted
 
 
 class Noisy:

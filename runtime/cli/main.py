@@ -161,6 +161,7 @@ def _ask_options(options: argparse.Namespace) -> AskOptions:
         think=not options.no_think,
         max_new_tokens=options.max_new_tokens,
         max_audio_s=options.max_audio,
+        raw=options.raw,
     )
 
 

@@ -169,6 +169,10 @@ def _add_asking(group: argparse._ArgumentGroup) -> None:
         "--max-new-tokens", type=at_least_one, default=512, metavar="N",
         help="how much the model may write; with --choices, how much it may think (%(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--raw", action="store_true",
+        help="let the model write whatever it wants, for study; else its form is guaranteed",
+    )  # fmt: skip
 
 
 def _add_sound(group: argparse._ArgumentGroup) -> None:

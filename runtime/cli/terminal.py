@@ -173,9 +173,9 @@ class Progress:
             self.line(f"{timings.total_s:.2f} s in all")
             return
         if answer.finish_reason == "length":
-            self.line(
-                f"note: the model was stopped after --max-new-tokens; {tokens.generated} written"
-            )
+            self.line("note: --max-new-tokens were spent; what the model was writing was closed")
+        elif answer.finish_reason == "loop":
+            self.line("note: the model repeated itself; what it was writing was closed")
         written = counted(tokens.generated, "token")
         self.line(
             f"{written} at {timings.tokens_per_s:.1f} a second, the first after "

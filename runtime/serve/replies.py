@@ -122,7 +122,10 @@ class ReplyForm:
             fields = answer.to_dict() | {"answer": text}
             chosen = {name: fields[field] for name, field in self.json_fields.items()}
             text = json.dumps(chosen, ensure_ascii=False)
-        return text, answer.finish_reason if at is None else "stop"
+        if at is not None:
+            return text, "stop"
+        # The API has no word for a loop that was ended.
+        return text, "length" if answer.finish_reason == "loop" else answer.finish_reason
 
 
 class ReplyWriter:
