@@ -44,7 +44,7 @@ def printed(command: str) -> str:
 def without_times(text: str) -> str:
     """The text with every duration of a computation, and what follows from it, as one letter."""
     text = re.sub(r"\d+(\.\d+)? ?(ms|s)\b", "T", text)
-    return re.sub(r"\d+(\.\d+)?(?= (times|tokens/s|tokens a second|x real time))", "N", text)
+    return re.sub(r"\d+(\.\d+)?(?= a second)", "N", text)
 
 
 def main(arguments: list[str]) -> int:
