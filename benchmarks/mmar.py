@@ -11,8 +11,8 @@ lines and scores them with the official match. The last line of the output is on
     python -m benchmarks.mmar compare fp32.jsonl int8.jsonl --meta data/world/test
 
 An item that fails is answered with its first choice (an open one with nothing), so that the
-submission is complete; its error goes to standard error and the failures are counted. A run that was
-cut off goes on with the same command.
+submission is complete; its error goes to standard error and the failures are counted. A run that
+was cut off goes on with the same command.
 """
 
 from __future__ import annotations

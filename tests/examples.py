@@ -1,7 +1,7 @@
 """``python -m tests.examples``: run every ``$`` command of examples/README.md and compare.
 
-What a command prints, to either stream, must be what the README shows, but for times. ``--write`` puts
-what is printed there instead.
+What a command prints, to either stream, must be what the README shows, but for times. ``--write``
+puts what is printed there instead.
 """
 
 from __future__ import annotations
