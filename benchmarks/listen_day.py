@@ -5,10 +5,10 @@
     python -m benchmarks.listen_day --quiet-s 120
 
 A room is synthesised: pink noise whose level follows the hours (24 dB from night to noon), and in
-it events at random moments: bells, knocks, barks, beeps, speech (the example's recording) and
-machines that run for half a minute, 15 to 35 dB above the room. It is piped into the command as raw
-samples, as fast as they are taken (``--when-full wait``) or at ``--speed`` times real time, where
-the queue may overflow. Every event must have exactly one record whose onset is within half a
+it events at random moments: bells, knocks, barks, beeps, speech (a word of the example's recording)
+and machines that run for half a minute, 15 to 35 dB above the room. It is piped into the command as
+raw samples, as fast as they are taken (``--when-full wait``) or at ``--speed`` times real time, so
+that the queue may overflow. Every event must have exactly one record whose onset is within half a
 second, every record must belong to an event, none may go unanswered, and memory must not rise:
 resident memory is read at equal steps of sound, and the median of the last quarter may exceed that
 of the second quarter by ``--max-mib`` at most.
@@ -326,12 +326,12 @@ def series(sound: Samples, n: int, every_s: float) -> Samples:
 
 
 def speech() -> Samples:
-    """The example's recording, from where it is loud."""
+    """The word of the example's recording, from where it is loud."""
     path = Path(__file__).resolve().parents[1] / "examples" / "tiger-and-birds.flac"
     samples, rate_hz = soundfile.read(path, dtype="float32")
     samples = soxr.resample(samples, rate_hz, RATE_HZ)
     loud = np.flatnonzero(np.abs(samples) > 0.1 * np.abs(samples).max())
-    return level(samples[loud[0] :])
+    return level(samples[loud[0] : loud[0] + RATE_HZ])
 
 
 def level(samples: Any) -> Samples:

@@ -87,15 +87,15 @@ class Variant:
     kv_cache: KvType = "fp32"
 
 
-_INT4 = Scheme("weight_only", bits=4, head_bits=8)
+_INT4 = Scheme("weight_only", bits=4, wide=("lm_head",))
 _INT4_B128 = dataclasses.replace(_INT4, block_size=128)
-_INT4_B128_HEAD4 = dataclasses.replace(_INT4_B128, head_bits=4)
+_INT4_B128_HEAD4 = dataclasses.replace(_INT4_B128, wide=())
 VARIANTS: Mapping[str, Mapping[str, Variant]] = {
     "decoder": {
         "fp32": Variant(Scheme()),
         "int8-b32": Variant(Scheme("weight_only", bits=8)),
         "int4-b32-head8": Variant(_INT4),
-        "int4-b32-head4": Variant(dataclasses.replace(_INT4, head_bits=4)),
+        "int4-b32-head4": Variant(dataclasses.replace(_INT4, wide=())),
         "int4-b32-zp-head8": Variant(dataclasses.replace(_INT4, symmetric=False)),
         "int4-b128-head8": Variant(_INT4_B128),
         "int4-b128-head4": Variant(_INT4_B128_HEAD4),

@@ -28,13 +28,16 @@ from tinygiant.quantize.graph import save_graph
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
 
-__all__ = ["LM_HEAD", "OPSET", "DecoderSpec", "TensorSource", "build_decoder"]
+__all__ = ["LM_HEAD", "OPSET", "ROTATION", "DecoderSpec", "TensorSource", "build_decoder"]
 
 TensorSource = npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
 """An array, or a function that reads it when it is needed."""
 
 LM_HEAD = "lm_head"
 """Name of the node that turns hidden states into logits."""
+
+ROTATION = "rotation"
+"""Name of the node that rotates the rows that enter, where the stream is rotated."""
 
 OPSET = 21
 _IR_VERSION = 10
@@ -101,19 +104,25 @@ class DecoderSpec(DecoderConfig):
 _QK_NORM = {"qwen3": True, "llama": False}
 
 
-def build_decoder(config: DecoderSpec, tensors: Mapping[str, TensorSource], path: Path) -> None:
+def build_decoder(
+    config: DecoderSpec,
+    tensors: Mapping[str, TensorSource],
+    path: Path,
+    rotation: npt.NDArray[np.float64] | None = None,
+) -> None:
     """Write the decoder graph to ``path`` and its weights beside it.
 
     ``tensors`` has the names of transformers' ``state_dict()``; without ``lm_head.weight`` the
     head is tied to the token embeddings. Every tensor is read when its turn to be written comes,
-    converted to float32 and dropped again.
+    converted to float32 and dropped again. ``rotation (D, D)`` is applied to the rows that enter:
+    that of :func:`tinygiant.export.rotation.rotated`, which ``tensors`` then come from.
 
     Raises:
         CheckpointError: missing, unknown or wrongly shaped tensors.
     """
     _check_names(config, tensors)
     builder = _Builder(config, tensors)
-    logits, presents = builder.decoder()
+    logits, presents = builder.decoder(rotation)
     graph = ir.Graph(
         inputs=builder.inputs,
         outputs=[logits, *presents],
@@ -199,7 +208,7 @@ class _Builder:
             self._heads = self._constant("shape.heads", np.array([0, 0, -1, config.head_dim]))
             self._flat = self._constant("shape.flat", np.array([0, 0, -1]))
 
-    def decoder(self) -> tuple[ir.Value, list[ir.Value]]:
+    def decoder(self, rotation: npt.NDArray[np.float64] | None) -> tuple[ir.Value, list[ir.Value]]:
         """Layers, final norm, the asked-for rows, LM head: ``logits`` and the presents."""
         config = self._config
         hidden_shape = (config.hidden_size,)
@@ -215,6 +224,9 @@ class _Builder:
             self._constant("rotary.sin_cache", sin),
         ]
         residual: ir.Value = embeds
+        if rotation is not None:
+            weight = self._constant(f"{ROTATION}.weight", rotation.astype(np.float32))
+            (residual,) = self._node("MatMul", ROTATION, [embeds, weight])
         branch: ir.Value | None = None
         presents: list[ir.Value] = []
         for index in range(config.n_layers):

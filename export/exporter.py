@@ -26,7 +26,7 @@ from tinygiant.models.family import Model, Part
 from tinygiant.quantize.embeddings import quantize_rows
 from tinygiant.quantize.graph import save_graph, weights_path
 from tinygiant.quantize.quantizer import quantize_graph
-from tinygiant.quantize.recipes import Recipe
+from tinygiant.quantize.recipes import RECIPES, Recipe, candidates, closer
 from tinygiant.quantize.report import GraphReport
 from tinygiant.runtime.bundle import (
     MANIFEST_NAME,
@@ -36,12 +36,16 @@ from tinygiant.runtime.bundle import (
     RecipeEntry,
     describe_file,
 )
+from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.errors import VerificationError
 from tinygiant.runtime.operators import graph_contents
+from tinygiant.runtime.ort.sessions import SessionSettings
 from tinygiant.runtime.tokenizer import Tokenizer
 
 from .bundle import staged_folder
 from .card import graph_table, model_card
 from .decoder import OPSET, DecoderSpec, build_decoder
+from .quality import Gate, Quality
 from .reference import Reference
 from .tracing import trace
 from .verify import Verification, verify_bundle
@@ -74,7 +78,7 @@ class Export:
 def export_bundle(
     source: Model,
     target: Path,
-    recipe: Recipe,
+    recipe: Recipe | None,
     *,
     force: bool = False,
     threads: int | None = None,
@@ -85,7 +89,8 @@ def export_bundle(
     Args:
         source: the model.
         target: the folder to make.
-        recipe: how to quantize it, and how good the result must be.
+        recipe: how to quantize it, and how good the result must be; None: the first of
+            ``quantize.candidates`` that passes.
         force: replace an existing bundle.
         threads: threads of the verification; the physical cores if None.
         progress: called with a line when a stage begins, and with the lines of the table of errors
@@ -95,12 +100,14 @@ def export_bundle(
         CheckpointError: the source's tensors do not fit.
         UsageError: the target exists.
         StorageError: the target cannot be written.
-        VerificationError: the bundle does not reproduce the model; every limit missed is named.
+        VerificationError: the bundle does not reproduce the model, or its decoder loses too much
+            quality; every limit missed is named, and a recipe that would pass.
     """
     with staged_folder(target, force=force) as root:
-        job = write_bundle(source, root, recipe, progress=progress)
+        job = write_bundle(source, root, recipe, threads=threads, progress=progress)
         job.stage("verification")
-        verification = verify_bundle(root, job.reference, recipe, threads=threads)
+        verification = verify_bundle(root, job.reference, job.recipe, threads=threads)
+        verification.quality = job.quality
         if not verification.passed:
             for line in graph_table(job.reports, verification).splitlines():
                 progress(line)
@@ -110,10 +117,20 @@ def export_bundle(
 
 
 def write_bundle(
-    source: Model, root: Path, recipe: Recipe, *, progress: Progress = lambda line: None
+    source: Model,
+    root: Path,
+    recipe: Recipe | None,
+    *,
+    threads: int | None = None,
+    progress: Progress = lambda line: None,
 ) -> Draft:
-    """Write everything but the proof into the empty folder ``root``: a bundle that opens."""
-    job = Draft(source, root, recipe, progress)
+    """Write everything but the proof into the empty folder ``root``: a bundle that opens.
+
+    Raises:
+        VerificationError: the decoder loses too much quality.
+    """
+    # Quantized recipes differ in the decoder only, which is the last graph to be written.
+    job = Draft(source, root, recipe or RECIPES["int8"], progress, recipe is None, threads)
     job.write_components()
     (root / MANIFEST_NAME).write_text(job.manifest({}).to_json(), encoding="utf-8")
     return job
@@ -127,7 +144,10 @@ class Draft:
     root: Path
     recipe: Recipe
     progress: Progress
+    auto: bool = False
+    threads: int | None = None
     reports: list[GraphReport] = field(default_factory=list)
+    quality: Quality | None = None
 
     def __post_init__(self) -> None:
         self._start = time.perf_counter()
@@ -149,7 +169,7 @@ class Draft:
         # The projector reads the decoder's token embeddings, the decoder what it projects.
         self._write_projector_and_decoder()
         self._quantize(self.config.projector.graph)
-        self._quantize(self.config.decoder.graph)
+        self._quantize_decoder()
         shutil.rmtree(self._scratch)
 
     def manifest(self, verification: dict[str, Any]) -> Manifest:
@@ -217,6 +237,7 @@ class Draft:
         tensors = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
         if decoder.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
+        self._n_weights = sum(tensor.size for tensor in tensors.values())
         self.stage(f"{name}: graph")
         spec = DecoderSpec.of(self.config.decoder, decoder.config)
         build_decoder(spec, tensors, self._fp32(name))
@@ -228,8 +249,10 @@ class Draft:
         return self.source.part(graph)
 
     def _write_embeddings(self, table: NDArray[np.float32]) -> None:
+        table = table.astype(np.float32, copy=False)
+        np.save(self._scratch / EMBEDDINGS_NAME, table)
         if self.recipe.embeddings == "fp32":
-            np.save(self.root / EMBEDDINGS_NAME, table.astype(np.float32, copy=False))
+            np.save(self.root / EMBEDDINGS_NAME, table)
             return
         rows, scales = quantize_rows(table)
         np.save(self.root / EMBEDDINGS_NAME, rows)
@@ -241,18 +264,72 @@ class Draft:
     def _quantize(self, graph: str) -> None:
         """Scratch to bundle; the float32 graph is deleted at once, it may be gigabytes."""
         gc.collect()  # modules and traced programs refer to themselves
-        role = self.config.graphs[graph]
-        source, scheme = self._fp32(graph), self.recipe.graphs[role]
+        source, scheme = self._fp32(graph), self.recipe.graphs[self.config.graphs[graph]]
         self.stage(f"{graph}: {scheme.label}")
-        target = self.root / GRAPH_FOLDER / source.name
-        int8 = role == "decoder" and self.recipe.kv_cache == "int8"
-        peaks = self.reference.kv_peaks if int8 else None
-        self.reports.append(quantize_graph(source, target, scheme, peaks))
+        self.reports.append(quantize_graph(source, self._graph_file(graph), scheme))
         source.unlink()
         weights_path(source).unlink(missing_ok=True)
 
+    def _quantize_decoder(self) -> None:
+        """The decoder, by the first recipe whose loss of quality is within its limits.
+
+        Raises:
+            VerificationError: there is none.
+        """
+        gc.collect()
+        name, asked = self.config.decoder.graph, self.recipe
+        source, target = self._fp32(name), self._graph_file(name)
+        if asked.graphs["decoder"].kind == "none":
+            self.reports.append(quantize_graph(source, target, asked.graphs["decoder"]))
+            return
+        self.stage(f"{name}: text of its own")
+        gate = Gate(
+            source,
+            TokenEmbeddings(np.load(self._scratch / EMBEDDINGS_NAME, mmap_mode="r")),
+            self.config.decoder,
+            [dialogue.embeds for dialogue in self.reference.dialogues],
+            SessionSettings(threads=self.threads, arena=False),
+            judged=self._entry.weights == "trained",
+        )
+        rows = np.load(self.root / EMBEDDINGS_NAME, mmap_mode="r")
+        embeddings = TokenEmbeddings(rows, np.load(self.root / SCALES_NAME))
+        moments: dict[str, NDArray[np.float32]] = {}
+        refused: dict[str, str] = {}
+        # Recipes behind the one that was asked for are tried to name one that passes.
+        for tried in candidates(self._n_weights) if self.auto else (asked, *closer(asked.name)):
+            scheme = tried.graphs["decoder"]
+            self.stage(f"{name}: {scheme.label}")
+            if scheme.calibrated and not moments:
+                moments = gate.moments()
+            peaks = self.reference.kv_peaks if tried.kv_cache == "int8" else None
+            report = quantize_graph(source, target, scheme, peaks, moments)
+            quality = gate.judge(target, embeddings, tried)
+            missed = quality.missed(tried.quality)
+            if missed is None:
+                if refused and not self.auto:
+                    raise VerificationError(
+                        f"the {asked.name} bundle was not written: {name}: {refused[asked.name]}; "
+                        f"--recipe {tried.name} passes ({quality.line})"
+                    )
+                self.recipe = tried
+                self.quality = dataclasses.replace(quality, refused=refused)
+                self.reports.append(report)
+                if self.auto:
+                    self.stage(f"{name}: recipe {tried.name}: {quality.line}")
+                return
+            refused[tried.name] = missed
+            self.stage(f"{name}: not {tried.name}: {missed}")
+        first, why = next(iter(refused.items()))
+        raise VerificationError(
+            f"the {first} bundle was not written: {name}: {why}; no recipe but fp32 passes "
+            f"(tried: {', '.join(refused)})"
+        )
+
+    def _graph_file(self, graph: str) -> Path:
+        return self.root / GRAPH_FOLDER / f"{graph}.onnx"
+
     def _graph_entry(self, report: GraphReport) -> GraphEntry:
-        file = self.root / GRAPH_FOLDER / f"{report.graph}.onnx"
+        file = self._graph_file(report.graph)
         weights = weights_path(file)
         external = (f"{GRAPH_FOLDER}/{weights.name}",) if weights.exists() else ()
         operators = tuple(sorted(graph_contents(file.read_bytes()).operators))

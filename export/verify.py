@@ -28,6 +28,7 @@ from tinygiant.runtime.pipeline import TinyGiant, load
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer
 
+from .quality import Quality
 from .reference import NEW_TOKENS, Case, Dialogue, Reference
 
 __all__ = [
@@ -88,6 +89,7 @@ class Verification:
     outputs: dict[str, dict[str, OutputError]] = field(default_factory=dict)
     limits: dict[str, Limits] = field(default_factory=dict)
     end_to_end: Agreement | None = None
+    quality: Quality | None = None
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -122,6 +124,7 @@ class Verification:
             "decided_token_agreement": (
                 self.end_to_end.decided_agreement if self.end_to_end else None
             ),
+            "quality": dataclasses.asdict(self.quality) if self.quality else None,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,6 +142,8 @@ class Verification:
                 "decided_agreement": self.recipe.token_agreement,
                 "tie_margin": self.recipe.tie_margin,
             },
+            "quality": dataclasses.asdict(self.quality) if self.quality else None,
+            "quality_limits": dataclasses.asdict(self.recipe.quality),
         }
 
 

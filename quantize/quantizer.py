@@ -5,23 +5,31 @@ A decoder's keys and values may become int8 on the way; see :mod:`tinygiant.quan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from . import dynamic, weight_only
 from .graph import load_graph, save_graph
 from .kv_cache import KvPeaks, quantize_kv_cache
-from .recipes import Scheme
+from .recipes import Scheme, matches
 from .report import GraphReport, graph_size_bytes, weighted_nodes
 
 __all__ = ["quantize_graph"]
 
+_NONE: Mapping[str, npt.NDArray[np.float32]] = MappingProxyType({})
+
 
 def quantize_graph(
-    source: Path, target: Path, scheme: Scheme, kv_peaks: Sequence[KvPeaks] | None = None
+    source: Path,
+    target: Path,
+    scheme: Scheme,
+    kv_peaks: Sequence[KvPeaks] | None = None,
+    moments: Mapping[str, npt.NDArray[np.float32]] = _NONE,
 ) -> GraphReport:
     """Write to ``target`` the float32 graph ``source``, quantized; report on every product.
 
@@ -30,12 +38,16 @@ def quantize_graph(
         target: the file to write; its weights go beside it. Must be another than ``source``.
         scheme: what to do.
         kv_peaks: keep keys and values in int8, with room for these, layer by layer.
+        moments: second moments of the inputs of products, by the input's name, for schemes that
+            are ``calibrated``; weights of other products are rounded to the nearest.
     """
     model = load_graph(source)
     chosen, kept = _choose(model.graph, scheme)
     for node in [node for node in model.graph if node.name in chosen]:
         if scheme.kind == "weight_only":
-            weight_only.quantize_matmul(model.graph, node, scheme)
+            seen = node.inputs[0]
+            known = moments.get(str(seen.name)) if scheme.calibrated and seen is not None else None
+            weight_only.quantize_matmul(model.graph, node, scheme, known)
         else:
             dynamic.quantize_matmul(model.graph, node, scheme)
     if scheme.kind == "weight_only":
@@ -77,6 +89,6 @@ def _reason_to_keep(node: ir.Node, scheme: Scheme) -> str | None:
         return "a product of two activations"
     if len(weight.const_value.shape) != 2:
         return "the constant is not a matrix"
-    if any(fnmatchcase(str(node.name), pattern) for pattern in scheme.excluded):
+    if matches(str(node.name), scheme.excluded):
         return "excluded by the scheme"
     return None

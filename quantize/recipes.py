@@ -12,16 +12,34 @@ processors without VNNI.
 
 from __future__ import annotations
 
+import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
 from tinygiant.runtime.config import KvType, Role
 from tinygiant.runtime.errors import UsageError
 
-__all__ = ["RECIPES", "Limits", "Recipe", "Scheme", "recipe"]
+__all__ = [
+    "CLOSER",
+    "RECIPES",
+    "Limits",
+    "QualityLimits",
+    "Recipe",
+    "Scheme",
+    "candidates",
+    "closer",
+    "matches",
+    "recipe",
+]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns (fnmatch) is that of ``name``."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -33,8 +51,10 @@ class Scheme:
     with a float32 scale, and a zero point unless ``symmetric``; with ``accuracy_level`` 4,
     activations are quantized to 8 bits for the product.
 
-    ``excluded`` are patterns (fnmatch) of node names left in float32; ``head_bits`` are the bits of
-    the node ``lm_head``, if not ``bits``.
+    The rest are patterns (fnmatch) of node names: ``excluded`` stay in float32, ``wide`` have 8
+    bits whatever ``bits`` says, and in ``row_scaled`` products of ``dynamic_int8`` each row of
+    activations has a scale of its own. With ``calibrated``, ``weight_only`` weights are fitted to
+    what the graph's products see (:mod:`tinygiant.quantize.gptq`).
     """
 
     kind: Literal["none", "dynamic_int8", "weight_only"] = "none"
@@ -45,7 +65,13 @@ class Scheme:
     symmetric: bool = True
     accuracy_level: int = 4
     excluded: tuple[str, ...] = ()
-    head_bits: Literal[4, 8] | None = None
+    wide: tuple[str, ...] = ()
+    row_scaled: tuple[str, ...] = ()
+    calibrated: bool = False
+
+    def bits_of(self, node: str) -> int:
+        """Bits of a weight of the node of that name."""
+        return 8 if matches(node, self.wide) else self.bits
 
     @property
     def label(self) -> str:
@@ -54,10 +80,12 @@ class Scheme:
             return "fp32"
         if self.kind == "dynamic_int8":
             range_ = "-7bit" if self.reduce_range else ""
-            return f"dynamic-int8{range_}{'-per-channel' if self.per_channel else ''}"
+            rows = "-rows" if self.row_scaled else ""
+            return f"dynamic-int8{range_}{'-per-channel' if self.per_channel else ''}{rows}"
         zero_point = "" if self.symmetric else "-zp"
-        head = f"-head{self.head_bits}" if self.head_bits not in (None, self.bits) else ""
-        return f"int{self.bits}-b{self.block_size}{zero_point}{head}"
+        wide = "-mixed" if self.bits == 4 and self.wide else ""
+        gptq = "-gptq" if self.calibrated else ""
+        return f"int{self.bits}-b{self.block_size}{zero_point}{wide}{gptq}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +98,18 @@ class Limits:
 
     relative_error: float
     cosine: float
+
+
+@dataclass(frozen=True)
+class QualityLimits:
+    """How much worse than its float32 decoder a quantized one may be, on text of the model's own.
+
+    ``perplexity_ratio`` is quantized over float32; ``same_choice`` the share of tokens at which
+    both find the same one most likely.
+    """
+
+    perplexity_ratio: float
+    same_choice: float
 
 
 @dataclass(frozen=True)
@@ -87,6 +127,7 @@ class Recipe:
     name: str
     graphs: Mapping[Role, Scheme]
     limits: Mapping[str, Limits]
+    quality: QualityLimits
     embeddings: Literal["fp32", "int8"]
     token_agreement: float
     tie_margin: float
@@ -102,12 +143,30 @@ def _int8_but(decoder: Scheme) -> dict[Role, Scheme]:
     return {"encoder": _DYNAMIC, "projector": _DYNAMIC, "decoder": decoder}
 
 
-def _int4(name: str, block_size: int) -> Recipe:
+# A few hundred tokens tell the share of same choices to one or two points, so the limits leave that
+# much room beside what the recipes are chosen for: 1 % and 95 % at 8 bits, 7 % at 4.
+_QUALITY_INT8 = QualityLimits(perplexity_ratio=1.02, same_choice=0.92)
+_QUALITY_INT4 = QualityLimits(perplexity_ratio=1.1, same_choice=0.8)
+
+
+def _int8(name: str, block_size: int) -> Recipe:
     """Small blocks are closer to the float32 weights, large ones faster to multiply."""
-    decoder = Scheme("weight_only", bits=4, block_size=block_size, head_bits=8)
+    return Recipe(
+        name=name,
+        graphs=_int8_but(Scheme("weight_only", bits=8, block_size=block_size)),
+        limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995)),
+        quality=_QUALITY_INT8,
+        embeddings="int8",
+        token_agreement=0.98,
+        tie_margin=0.05,
+    )
+
+
+def _int4(name: str, decoder: Scheme) -> Recipe:
     return Recipe(
         name=name,
         graphs=_int8_but(decoder),
+        quality=_QUALITY_INT4,
         limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995))
         | {"decoder": Limits(relative_error=0.3, cosine=0.95)},
         embeddings="int8",
@@ -117,29 +176,52 @@ def _int4(name: str, block_size: int) -> Recipe:
     )
 
 
+_INT4_B32 = Scheme("weight_only", bits=4, wide=("lm_head",))
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "fp32": Recipe(
             name="fp32",
             graphs=dict.fromkeys(typing.get_args(Role), Scheme()),
             limits=dict.fromkeys(_CHECKED, Limits(relative_error=1e-4, cosine=0.999999)),
+            quality=QualityLimits(perplexity_ratio=1.001, same_choice=0.99),
             embeddings="fp32",
             token_agreement=1.0,
             tie_margin=1e-3,
         ),
-        "int8": Recipe(
-            name="int8",
-            graphs=_int8_but(Scheme("weight_only", bits=8)),
-            limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995)),
-            embeddings="int8",
-            token_agreement=0.98,
-            tie_margin=0.05,
+        "int8": _int8("int8", block_size=32),
+        "int8-b128": _int8("int8-b128", block_size=128),
+        "int4": _int4("int4", dataclasses.replace(_INT4_B32, block_size=128)),
+        "int4-b32": _int4("int4-b32", _INT4_B32),
+        "int4-gptq": _int4(
+            "int4-gptq",
+            dataclasses.replace(
+                _INT4_B32, calibrated=True, wide=("lm_head", "*.down_proj", "*.v_proj")
+            ),
         ),
-        "int4": _int4("int4", block_size=128),
-        "int4-b32": _int4("int4-b32", block_size=32),
     }
 )
 """All recipes by name."""
+
+
+CLOSER = ("int4", "int4-b32", "int4-gptq", "int8-b128", "int8")
+"""Quantized recipes, each closer to float32 than the one before, and slower or larger."""
+
+_LARGE_WEIGHTS = 300_000_000
+
+
+def candidates(n_weights: int) -> tuple[Recipe, ...]:
+    """What ``auto`` tries for a decoder of so many weights, the first that passes is taken.
+
+    A small decoder gains little from 4 bits, and loses most.
+    """
+    names = CLOSER[2:] if n_weights >= _LARGE_WEIGHTS else CLOSER[3:]
+    return tuple(RECIPES[name] for name in names)
+
+
+def closer(name: str) -> tuple[Recipe, ...]:
+    """The quantized recipes that are closer to float32 than the one of that name."""
+    return tuple(RECIPES[other] for other in CLOSER[CLOSER.index(name) + 1 :])
 
 
 def recipe(name: str) -> Recipe:

@@ -17,27 +17,35 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
 
+from .blocks import pack_steps, search_scales, to_steps
+from .gptq import gptq_blocks
 from .graph import add_initializer, constant_input
 from .recipes import Scheme
 
-__all__ = ["HEAD_NODE", "dequantize_blocks", "quantize_blocks", "quantize_matmul"]
-
-HEAD_NODE = "lm_head"
-"""The node that a scheme's ``head_bits`` are for."""
+__all__ = ["dequantize_blocks", "quantize_blocks", "quantize_matmul"]
 
 _CONTRIB = "com.microsoft"
 
-# Scales that are tried, as parts of the one that maps a block's largest weight to -8, the widest
-# of the sixteen steps. Smaller ones clip that weight and are finer for all others.
-_SHRINK = np.arange(0.65, 1.06, 0.05, dtype=np.float32)
 _CHUNK = 1 << 18  # weights that are searched at a time
 
 
-def quantize_matmul(graph: ir.Graph, node: ir.Node, scheme: Scheme) -> None:
-    """Replace ``node``, a ``MatMul`` whose second input is a constant ``(K, N)``, in ``graph``."""
+def quantize_matmul(
+    graph: ir.Graph,
+    node: ir.Node,
+    scheme: Scheme,
+    moments: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """Replace ``node``, a ``MatMul`` whose second input is a constant ``(K, N)``, in ``graph``.
+
+    ``moments`` are those of the node's first input, ``(K, K)``, where the weight is to be fitted to
+    them.
+    """
     weight, array = constant_input(node)
-    bits = scheme.head_bits if node.name == HEAD_NODE and scheme.head_bits else scheme.bits
-    packed, scales, zero_points = quantize_blocks(array, bits, scheme)
+    bits = scheme.bits_of(str(node.name))
+    if moments is None:
+        packed, scales, zero_points = quantize_blocks(array, bits, scheme)
+    else:
+        packed, scales = gptq_blocks(array, moments, bits, scheme.block_size)
     values = [
         add_initializer(graph, f"{weight.name}.q{bits}", packed),
         add_initializer(graph, f"{weight.name}.scales", scales),
@@ -99,27 +107,10 @@ def _search_blocks(
         part = slice(start, start + rows)
         padded = np.pad(weight[:, part].T, ((0, 0), (0, n_blocks * block_size - n_in)))
         blocks = padded.reshape(-1, n_blocks, block_size)
-        largest = np.abs(blocks).argmax(axis=-1, keepdims=True)
-        widest = np.take_along_axis(blocks, largest, axis=-1) / np.float32(-8)
-        widest[widest == 0] = 1.0  # a block of zeros
-        least = np.full_like(widest, np.inf)
-        best = widest
-        for shrink in _SHRINK:
-            scale = widest * shrink
-            error = np.square(_steps(blocks, scale) * scale - blocks).sum(axis=-1, keepdims=True)
-            best = np.where(error < least, scale, best)
-            least = np.minimum(error, least)
-        halves = (_steps(blocks, best) + 8).astype(np.uint8)
-        packed[part] = halves[..., 0::2] | halves[..., 1::2] << 4
+        best = search_scales(blocks, 4)
+        packed[part] = pack_steps(to_steps(blocks, best, 4), 4)
         scales[part] = best[..., 0]
     return packed, scales
-
-
-def _steps(
-    blocks: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
-    steps: npt.NDArray[np.float32] = np.clip(np.rint(blocks / scale), -8, 7)
-    return steps
 
 
 def dequantize_blocks(

@@ -177,8 +177,7 @@ def test_decoder_structure(
     assert not nodes(target, "MatMul")
     for name, node in quantized.items():
         head = name == "lm_head"
-        wanted = (scheme.head_bits or scheme.bits) if head else scheme.bits
-        assert attribute(node, "bits") == wanted
+        assert attribute(node, "bits") == (8 if head or recipe_name == "int8" else 4)
         assert attribute(node, "accuracy_level") == 4
 
 

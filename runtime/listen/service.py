@@ -250,6 +250,8 @@ class Service:
             if settings.source.get(name) != self.settings.source.get(name):
                 listener = self._listeners.pop(name)
                 listener.stop(2.0)
+                for kind in ("bad", "overflow"):
+                    self._told_losses.pop((kind, name), None)
                 for key, label, number in _of_listener(name, listener):
                     self._gone[key, label] = self._gone.get((key, label), 0) + number
             else:
@@ -315,10 +317,10 @@ class Service:
 
     # --- threads -------------------------------------------------------------------------------
 
-    def _hand_on(self, sound: Sound, can_wait: bool) -> None:
+    def _hand_on(self, sound: Sound, can_wait: bool, sign: Callable[[], None]) -> None:
         """A listener's thread has cut out a sound."""
         self.counts.add("sounds", sound.source)
-        self._queue.put(sound, can_wait=can_wait, sign=self._listeners[sound.source].wake)
+        self._queue.put(sound, can_wait=can_wait, sign=sign)
 
     def _answer_all(self) -> None:
         """The worker's thread."""

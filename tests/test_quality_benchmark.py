@@ -1,0 +1,130 @@
+"""The measure on a real language model: figures, texts, copies; and the gate on that model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import quality
+from benchmarks.quality_models import heads_apart, heads_interleaved
+from tinygiant.export.decoder import DecoderSpec, build_decoder
+from tinygiant.export.quality import Gate
+from tinygiant.quantize import RECIPES, quantize_graph, quantize_rows
+from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.ort.sessions import SessionSettings
+
+
+def test_heads_are_reordered_as_llama_cpp_rotates_them() -> None:
+    weight = np.arange(2 * 8 * 3, dtype=np.float32).reshape(16, 3)
+    apart = heads_apart(weight, 8)
+    # Of a head's rows 0 .. 7, llama.cpp rotates 0 with 1; transformers row 0 with row 4.
+    for head in (0, 8):
+        for pair in range(4):
+            assert (apart[head + pair] == weight[head + 2 * pair]).all()
+            assert (apart[head + 4 + pair] == weight[head + 2 * pair + 1]).all()
+    np.testing.assert_array_equal(heads_interleaved(apart, 8), weight)
+
+
+def test_figures_are_pytorchs() -> None:
+    rng = np.random.default_rng(0)
+    texts = rng.integers(0, 50, (3, 20)).astype(np.int32)
+    ours = rng.standard_normal((3, 20, 50)).astype(np.float32)
+    theirs = ours + 0.3 * rng.standard_normal((3, 20, 50)).astype(np.float32)
+    row = quality.compare(texts, ours, iter(theirs), 15)
+    a, b, targets = torch.tensor(ours), torch.tensor(theirs), torch.tensor(texts).long()
+    for part, positions in (
+        ("all", slice(0, 19)), ("prompt", slice(0, 15)), ("steps", slice(15, 19))
+    ):  # fmt: skip
+        wanted = targets[:, 1:][:, positions].reshape(-1)
+        p, q = (x[:, :-1][:, positions].reshape(-1, 50) for x in (a, b))
+        losses = [torch.nn.functional.cross_entropy(x, wanted) for x in (p, q)]
+        divergence = torch.nn.functional.kl_div(
+            q.log_softmax(-1), p.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+        found = row[part]
+        assert found["perplexity"] == pytest.approx(losses[1].exp().item(), rel=1e-5)
+        loss = 100 * (losses[1] - losses[0]).expm1().item()
+        assert found["loss_percent"] == pytest.approx(loss, rel=1e-3)
+        assert found["divergence"] == pytest.approx(divergence.item(), rel=1e-4)
+        assert found["same_choice"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+
+
+def test_pages_are_long_enough_and_always_the_same() -> None:
+    texts = quality.pages(lambda page: [*page.encode()], 5)
+    assert texts.shape == (5, 512)
+    np.testing.assert_array_equal(texts, quality.pages(lambda page: [*page.encode()], 5))
+    assert len({text.tobytes() for text in texts}) == 5
+
+
+def test_a_rotated_copy_is_the_same_model(tmp_path: Path) -> None:
+    """Of random weights, through transformers' Llama, which shares no code with the rotation."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=48, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # norms that are not 1
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    folder = tmp_path / "original"
+    (folder / "tensors").mkdir(parents=True)
+    size = {"hidden_size": 32, "n_layers": 2}
+    (folder / "model.json").write_text(json.dumps({"size": size}))
+    (folder / "tokenizer.json").write_text("{}")
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            np.save(folder / "tensors" / f"{name}.npy", tensor.numpy())
+    quality.rotated_copy(folder, tmp_path / "rotated")
+    config.tie_word_embeddings = False
+    other = LlamaForCausalLM(config).eval()
+    other.load_state_dict(
+        {
+            path.stem: torch.from_numpy(np.load(path))
+            for path in (tmp_path / "rotated/tensors").glob("*.npy")
+        }
+    )
+    ids = torch.arange(11)[None] * 3
+    with torch.no_grad():
+        wanted, found = model(ids).logits, other(ids).logits
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+    weight = np.load(tmp_path / "rotated/tensors/model.layers.0.mlp.up_proj.weight.npy")
+    assert not np.allclose(
+        weight, np.load(folder / "tensors/model.layers.0.mlp.up_proj.weight.npy")
+    )
+
+
+@pytest.mark.skipif(
+    "QUALITY_MODEL" not in os.environ,
+    reason="a minute and a package: python -m benchmarks.quality_models extract FOLDER, then "
+    "QUALITY_MODEL=FOLDER",
+)
+def test_the_gate_refuses_int4_of_a_real_model_and_passes_int8(tmp_path: Path) -> None:
+    """Round-to-nearest int4 of SmolLM2-135M used to be written as if all were well."""
+    folder = Path(os.environ["QUALITY_MODEL"])
+    size = json.loads((folder / "model.json").read_text(encoding="utf-8"))["size"]
+    stop_ids = tuple(size.pop("eos_token_ids"))
+    spec = DecoderSpec(**size, stop_token_ids=stop_ids, qk_norm=False)
+    tensors = {path.stem: np.load(path) for path in (folder / "tensors").glob("*.npy")}
+    source = tmp_path / "decoder_model.onnx"
+    build_decoder(spec, tensors, source)
+    table = tensors["model.embed_tokens.weight"]
+    prompts = [table[ids][None] for ids in ([0], [0, 504, 253], [1, 9690, 198])]
+    gate = Gate(source, TokenEmbeddings(table), spec, prompts, SessionSettings())
+    rows = TokenEmbeddings(*quantize_rows(table))
+    found = {}
+    for name in ("int4", "int8-b128"):
+        target = tmp_path / name / "decoder_model.onnx"
+        target.parent.mkdir()
+        scheme = RECIPES[name].graphs["decoder"]
+        quantize_graph(source, target, scheme)
+        found[name] = gate.judge(target, rows, RECIPES["int8"])  # keys and values in float32
+    refused = found["int4"].missed(RECIPES["int4"].quality)
+    assert refused is not None and found["int4"].perplexity_ratio > 1.2
+    assert found["int8-b128"].missed(RECIPES["int8-b128"].quality) is None, found
