@@ -10,9 +10,9 @@ lines and scores them with the official match. The last line of the output is on
     python -m benchmarks.mmar score predictions.jsonl --meta MMAR-meta.jsonl
     python -m benchmarks.mmar compare fp32.jsonl int8.jsonl --meta data/world/test
 
-An item that fails is answered with its first choice, so that the submission is complete; its error
-goes to standard error and the failures are counted. A run that was cut off goes on with the same
-command.
+An item that fails is answered with its first choice (an open one with nothing), so that the
+submission is complete; its error goes to standard error and the failures are counted. A run that
+was cut off goes on with the same command.
 """
 
 from __future__ import annotations
@@ -259,7 +259,9 @@ def _answer_batch(
             for item in batch:
                 yield from _answer_batch([item], audio, answerer)
             return
-        replies, error = [Reply(batch[0].choices[0], "")], one_line(failure)
+        # The first choice of an open question is its right answer.
+        given = "" if batch[0].open else batch[0].choices[0]
+        replies, error = [Reply(given, "")], one_line(failure)
     seconds = (time.perf_counter() - start) / len(batch)
     for item, reply in zip(batch, replies, strict=True):
         yield item, reply, seconds, error
@@ -326,7 +328,8 @@ def _print_row(name: str, group: Mapping[str, Any]) -> None:
 
 def _set_name(meta: Path) -> str:
     file = meta_file(meta)
-    return f"synthetic {file.resolve().parent.name}" if file.name == "meta.jsonl" else file.stem
+    split = f"synthetic {file.resolve().parent.name}"
+    return {"meta.jsonl": split, "open.jsonl": f"{split}, open"}.get(file.name, file.stem)
 
 
 def _add_meta(parser: argparse.ArgumentParser) -> None:

@@ -25,11 +25,13 @@ from benchmarks.scoring import (
     Item,
     agreement,
     breakdown,
+    calibration_error,
     caption_parts,
     compare,
     names,
     string_match,
     tally,
+    well_formed,
     wilson_interval,
 )
 from tinygiant.runtime.errors import BundleError, StorageError, UsageError
@@ -161,6 +163,38 @@ def test_tally_and_breakdown() -> None:
         "speech": (1, 1),
         "zoo": (1, 1),
     }
+
+
+@pytest.mark.parametrize(
+    ("answer", "good"),
+    [
+        ("two", True),
+        ("A bell near, then a man who says red.", True),
+        ("x < y and y > z", True),
+        ("", False),
+        ("  ", False),
+        ("<CAPTION>\nBackground none.</CAPTION>", False),
+        ("two</RESPONSE>", False),
+        ("<|im_end|>", False),
+        ("dog " * 61, False),
+    ],
+)
+def test_well_formed(answer: str, good: bool) -> None:
+    assert well_formed(answer) is good
+
+
+def test_calibration_error_by_hand() -> None:
+    """Two bins: of 0.9 half is right (0.4 off, two of four), of 0.5 half is right (0 off)."""
+    assert calibration_error([0.9, 0.9, 0.5, 0.5], [True, False, True, False]) == pytest.approx(0.2)
+    assert calibration_error([1.0] * 3, [True] * 3) == 0
+    assert calibration_error([1.0] * 3, [False] * 3) == 1
+    assert calibration_error([], []) == 0
+
+
+def test_silence_is_counted() -> None:
+    items = [make_item(str(k), "Nothing is heard.", open=True) for k in range(3)]
+    said = {"0": "Nothing is heard.", "1": "A bell near.", "2": "nothing is heard: it is silent"}
+    assert mmar.score(items, said, {})["silence"] == {"n": 3, "says_nothing": 2}
 
 
 def test_comparison_counts_discordant_pairs() -> None:
@@ -516,6 +550,47 @@ def test_a_bundle_from_end_to_end(
     assert result["model"]["weights"] == "seeded-random"
     assert result["machine"]["cores"] >= 1 and "numpy" in result["versions"]
     assert "| synthetic test | 5 |" in figures.accuracy_table([result])
+
+
+def test_open_questions_show_no_choices_and_failures_of_them_are_wrong(
+    small_set: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The choices of an open record begin with its answer: an item that failed once got that."""
+    records = [RECORD | {"open": True, "audio_path": p, "id": p, "answer": "a dog barks"}
+               for p in ("audio/0.wav", "audio/broken.wav")]  # fmt: skip
+    meta = write_meta(small_set / "open.jsonl", *records)
+    seen = []
+
+    class Watched(RuntimeAnswerer):
+        def answer(self, questions: Sequence[Question]) -> list[Reply]:
+            seen.extend(questions)
+            return super().answer(questions)
+
+    answerer = Watched(tiny_bundle, max_new_tokens=12, threads=1)
+    log = RunLog(tmp_path / "p.jsonl", {"model": "m"})
+    items = read_items(meta)
+    mmar.answer_items(items, small_set, answerer, log)
+    assert all(question.open for question in seen)
+    failed = log.answers["audio/broken.wav"]
+    assert failed == "" and log.details["audio/broken.wav"]["error"]
+    result = mmar.score(items, log.answers, log.thoughts)
+    assert result["correct"] == 0 and result["chance"] == 0
+    assert result["well_formed"] <= 0.5
+    capsys.readouterr()
+
+
+def test_answers_without_a_thought_have_a_calibration_error(
+    small_set: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--meta", str(small_set), "--bundle", str(tiny_bundle), "--threads", "1"]
+    output = tmp_path / "p.jsonl"
+    assert mmar.main([*command, "--no-think", "-o", str(output)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = (tmp_path / "p.run.jsonl").read_text().splitlines()[1:]
+    sure = [json.loads(line)["confidence"] for line in lines if '"broken"' not in line]
+    assert len(sure) == 4 and all(1 / 4 < value <= 1 for value in sure)
+    assert 0 <= result["calibration_error"] <= 1
+    assert mmar.main([*command, "-o", str(output)]) == UsageError.exit_code  # another run's file
 
 
 def _write_to(folder: Path) -> Callable[..., Path]:

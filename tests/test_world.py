@@ -258,7 +258,7 @@ _NAMES = (*SOUND_CLASSES, *INSTRUMENTS, *WORDS, *BACKGROUNDS, "woman", "man")
 
 def _thing(question: str) -> str:
     """The question without what stands around it: "answer" and "one" are words of the world."""
-    for around in ("please answer:", "answer briefly", "does one hear"):
+    for around in ("please answer:", "answer briefly", "answer this", "does one hear"):
         question = question.replace(around, "")
     return question
 

@@ -66,6 +66,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "distance": (
         (
+            "How far is the {item}?",
+            "Is the {item} far or near?",
+            "Say how far away the {item} is.",
             "Is the {item} near or far?",
             "How far away is the {item}?",
             "Does the {item} come from near or far?",
@@ -83,6 +86,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "instrument": (
         (
+            "What does the musician play?",
+            "Which instrument was played?",
+            "With which instrument is the music made?",
             "Which instrument plays?",
             "Which instrument plays the melody?",
             "What is the music played on?",
@@ -137,6 +143,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "sound count": (
         (
+            "How many {item} sounds do you hear?",
+            "Say how often the {item} is heard.",
+            "How many times is there a {item}?",
             "How many times is the {item} heard?",
             "How often does the {item} occur?",
             "Count the {item} sounds. How many are there?",
@@ -167,6 +176,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "word count": (
         (
+            "How many words has the speech?",
+            "Say how many words there are.",
             "How many words are spoken?",
             "How many words does the speaker say?",
             "Count the spoken words.",
@@ -215,6 +226,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "after": (
         (
+            "What is directly after the {item}?",
+            "What begins after the {item}?",
+            "What sounds after the {item}?",
             "What starts right after the {item}?",
             "Which one comes directly after the {item}?",
             "What is heard next to the {item}, after it?",
@@ -233,6 +247,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "before": (
         (
+            "What is directly before the {item}?",
+            "What begins before the {item}?",
+            "What sounds before the {item}?",
             "What starts right before the {item}?",
             "Which one comes directly before the {item}?",
             "What is heard next to the {item}, before it?",
@@ -265,6 +282,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "word order": (
         (
+            "Say the {where} word of the speech.",
+            "Of the words, which is {where}?",
             "Which word is said {where}?",
             "What is the {where} word?",
             "Which word does the speaker say {where}?",
@@ -310,6 +329,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "direction": (
         (
+            "Is the pitch going up or down?",
+            "Are the tones rising or falling?",
+            "Do the notes rise or fall?",
             "Is the melody rising or falling?",
             "Where does the pitch of the melody go?",
             "How does the melody move?",
@@ -327,6 +349,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "speaker": (
         (
+            "Is the person a man or a woman?",
+            "Which person speaks, woman or man?",
+            "Does a man speak, or does a woman?",
             "Who is speaking?",
             "Is the speaker a woman or a man?",
             "Whose voice is it?",
@@ -345,6 +370,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "word heard": (
         (
+            "What words are in the speech?",
+            "Say the words again.",
+            "Which words were spoken?",
             "What is said?",
             "What does the speaker say?",
             "Which words are said?",
@@ -368,6 +396,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "word named": (
         (
+            "Which {category} did they mention?",
+            "Say which {category} is named.",
+            "What {category} is in the speech?",
             "Which {category} is named?",
             "Which {category} does the speaker say?",
             "What {category} is heard in the speech?",
@@ -440,6 +471,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     "description": (
         (
+            "Which things are heard?",
+            "Tell what is in this recording.",
+            "Sum up the recording.",
             "What is in the recording?",
             "Describe what you hear.",
             "What do you hear?",
@@ -465,7 +499,7 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
 
 # What stands around a question; {q} is as it is, {l} begins in lower case.
 TRAINING_FRAMES: tuple[str, ...] = (
-    *("{q}",) * 8,
+    *("{q}",) * 11,
     "Tell me: {l}",
     "Please answer: {q}",
     "Listen. {q}",
@@ -476,6 +510,12 @@ TRAINING_FRAMES: tuple[str, ...] = (
     "Hello, {l}",
     "So, {l}",
     "Please say: {l}",
+    "My question is: {l}",
+    "Would you tell me: {l}",
+    "Hi! {q}",
+    "About this clip: {l}",
+    "Answer this: {l}",
+    "{q} Thank you.",
 )
 HELD_OUT_FRAMES: tuple[str, ...] = (*("{q}",) * 5, "Can you tell me: {l}", "Question: {q}")
 _NOUNS = ("recording", "recording", "clip", "audio", "audio clip", "sound file")
