@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_utils import no_init_weights
 
 from tinygiant.runtime.bundle import SourceEntry
-from tinygiant.runtime.config import ModelConfig
+from tinygiant.runtime.config import LogMel, ModelConfig
 from tinygiant.runtime.errors import CheckpointError, UsageError
 
 from .family import Part
@@ -114,6 +114,7 @@ class PublicSource:
         """See :class:`~tinygiant.models.family.Model`."""
         (encoder,) = self.config.encoders
         if graph == encoder.graph:
+            assert isinstance(encoder.features, LogMel)
             example = torch.zeros(1, 1, encoder.n_frames, encoder.features.n_mels)
             outputs = tuple(output.name for output in encoder.outputs)
             return Part(self._model.encoder, {encoder.input: example}, outputs)
