@@ -28,7 +28,7 @@ DEMO_CHOICES ?= monkey tiger spider rabbit
 
 SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
 
-.PHONY: help demo test mutants test-transformers5 bench bench-peers quality test-arm fuzz check lint types imports wheel constraints clean distclean
+.PHONY: help demo test mutants golden test-transformers5 bench bench-peers quality test-arm fuzz check lint types imports wheel constraints clean distclean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-22s", $$1, $$2; \
@@ -42,6 +42,9 @@ test: $(VENV)/.installed ## run the tests
 
 mutants: $(VENV)/.installed ## damage a copy of the code in known ways: a test must fail of each
 	@$(VENV)/bin/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
+
+golden: $(VENV)/.installed ## compare public models with their original code's outputs: GOLDEN=FOLDER
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.golden $(GOLDEN)
 
 test-transformers5: $(VENV)-transformers5/.installed ## run the tests of models and export with transformers 5
 	@OMP_NUM_THREADS=1 $(VENV)-transformers5/bin/python -m pytest -n $(JOBS) --dist loadfile \

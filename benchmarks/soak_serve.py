@@ -48,6 +48,9 @@ __all__ = ["main"]
 MAX_AUDIO_S = 40.0
 MAX_BODY_MB = 8.0
 MAX_NEW_TOKENS = 32
+FORM = "multipart/form-data; boundary=x"
+HABITS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "tools": [{}], "max_tokens": 9_999}
+SHAPES: dict[str, Any] = {"n": 3, "stop": ["."], "response_format": {"type": "json_object"}}
 READINGS = 20  # for each line of the curve
 SPARE_FILES = 4  # connections and the file being decoded, at the moment of a reading
 
@@ -148,7 +151,7 @@ def soak(
         counted = sum(
             float(line.rsplit(" ", 1)[1])
             for line in client.get("/metrics").text.splitlines()
-            if line.startswith('tinygiant_http_requests_total{path="/v1/chat/completions"')
+            if re.match(r'tinygiant_http_requests_total\{path="/v1/(chat|audio)/', line)
         )
         idle = server.cpu_times()
         time.sleep(10)
@@ -217,11 +220,35 @@ def requests() -> dict[str, dict[str, Any]]:
         "mp3": {"body": body(clip(1.5, "MP3"), "mp3"), "expected": busy, "weight": 2},
         "two chunks": {"body": body(clip(31.0, "FLAC"), "flac"), "expected": busy, "weight": 1},
         "leaves": {"body": body(clip(1.0), stream=True), "expected": {429, "left"}, "weight": 2},
+        "habits": {"body": body(clip(1.0), **HABITS), "expected": busy, "weight": 2},
+        "n, json": {"body": body(clip(1.0), stream=True, **SHAPES), "expected": busy, "weight": 2},
+        "conversation": {"body": conversation(), "expected": busy, "weight": 2},
+        "form": {"body": form(clip(2.0)), "type": FORM, "expected": busy, "weight": 3},
+        "broken form": {"body": b"--y\r\n", "type": FORM, "expected": {400, 429}, "weight": 1},
         "no json": {"body": b"{", "expected": {400, 429}, "weight": 2},
         "no audio": {"body": body("AAAA"), "expected": {422, 429}, "weight": 2},
         "too long": {"body": body(clip(41.0, "FLAC"), "flac")} | long,
         "too large": {"body": b" " * round(MAX_BODY_MB * 2**20 + 1)} | long,
     }
+
+
+def conversation() -> bytes:
+    """A question with a system message and earlier turns."""
+    request = json.loads(body(clip(1.0)))
+    asked = request["messages"][0]
+    request["messages"] = [
+        {"role": "system", "content": "Be brief."},
+        asked,
+        {"role": "assistant", "content": "A dog."},
+        {"role": "user", "content": "Where?"},
+    ]
+    return json.dumps(request).encode()
+
+
+def form(data: str) -> bytes:
+    """A transcription of a clip."""
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    return head + base64.b64decode(data) + b"\r\n--x--\r\n"
 
 
 def send(client: httpx.Client, kind: dict[str, Any], number: int) -> int | str:
@@ -230,10 +257,9 @@ def send(client: httpx.Client, kind: dict[str, Any], number: int) -> int | str:
     content = make(number) if callable(make) else make
     if "cut" in kind["expected"]:
         return cut_short(str(client.base_url), content)
-    headers = {"Content-Type": "application/json"}
-    with client.stream(
-        "POST", "/v1/chat/completions", content=content, headers=headers
-    ) as response:
+    headers = {"Content-Type": kind.get("type", "application/json")}
+    path = "audio/transcriptions" if kind.get("type") == FORM else "chat/completions"
+    with client.stream("POST", f"/v1/{path}", content=content, headers=headers) as response:
         if "left" in kind["expected"] and response.status_code == 200:
             next(response.iter_raw(), None)
             return "left"

@@ -35,7 +35,7 @@ from benchmarks.report import command_line, write_result
 from tinygiant.runtime import Bundle, TinyGiantError
 from tinygiant.runtime.bundle import default_bundle_path
 from tinygiant.runtime.config import DecoderConfig, KvType
-from tinygiant.runtime.decoder import Decoder
+from tinygiant.runtime.drafting import make_decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.ort.pool import GraphPool
@@ -143,7 +143,7 @@ def measure(
             drafter = speculation.start([script.instruction_ids], ()) if drafted else None
             scripted = Scripted(graph, n_prompt, script.answer_ids)
             capacity = n_prompt + n_tokens
-            decoder = Decoder(scripted, embeddings, config, capacity, drafter, kv_type=kv_type)
+            decoder = make_decoder(scripted, embeddings, config, capacity, drafter, kv_type=kv_type)
             logits = decoder.prefill(prompt.astype(np.float32))
             start_s = time.perf_counter()
             tokens = list(decoder.generate(logits, max_new_tokens=n_tokens, stop_ids=()))

@@ -26,9 +26,10 @@ def model_card(
     """The card's text, Markdown below YAML; ``notes`` are the sections the model's makers wrote."""
     source, model = manifest.source, manifest.model
     tokens = verification.end_to_end
+    licence = "other" if source.licence else "apache-2.0"
     lines = [
         "---",
-        "license: apache-2.0",
+        f"license: {licence}",
         "pipeline_tag: audio-text-to-text",
         "tags: [audio, onnx, onnxruntime, audio-question-answering, cpu]",
         "language: [en]",
@@ -36,16 +37,14 @@ def model_card(
         "",
         f"# {model.name} ({manifest.recipe.name})",
         "",
-        "An audio-language model after TinyGiantALM (Interspeech 2026): it hears a clip, thinks in",
-        "four parts (plan, audio analysis, logic, summary) and answers a question about it. This",
+        *_description(manifest),
         "folder runs on a CPU with the `tinygiant` package, without PyTorch:",
         "",
         "```",
         'tg-run CLIP.wav "What is heard?" --bundle THIS_FOLDER',
         "```",
         "",
-        "It is an independent implementation: the paper's authors have released neither code nor",
-        "weights.",
+        *_implementation(manifest),
         "",
         _WEIGHTS[source.weights].format(
             checkpoint=source.checkpoint, sha256=source.sha256, seed=source.seed
@@ -72,10 +71,31 @@ def model_card(
         "## Limits",
         "",
         f"Audio is heard in chunks of {model.chunk_s:g} s, {model.rows_per_chunk} audio tokens",
-        "each. Answers may be wrong and thoughts may not describe what is heard; do not rely on",
+        "each. Answers may be wrong, and thoughts may not describe what is heard; do not rely on",
         "them where a mistake does harm.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _description(manifest: Manifest) -> tuple[str, ...]:
+    """What the model does; the sentence that follows begins with "folder"."""
+    if manifest.source.origin:
+        return (
+            f"The audio-language model published at <{manifest.source.origin}>, as graphs. This",
+        )
+    return (
+        "An audio-language model after TinyGiantALM (Interspeech 2026): it hears a clip, thinks in",
+        "four parts (plan, audio analysis, logic, summary) and answers a question about it. This",
+    )
+
+
+def _implementation(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.source.licence:
+        return (f"Licence: {manifest.source.licence}.",)
+    return (
+        "It is an independent implementation: the paper's authors have released neither code nor",
+        "weights.",
+    )
 
 
 def _quality(verification: Verification) -> list[str]:

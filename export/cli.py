@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygiant.runtime.cli.interrupt import raise_on_interrupt
 from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import (
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+# Families whose published checkpoint has an option of its own.
+_PUBLISHED = {"mizar": "Mizar-159M", "mellow": "Mellow"}
+
 DEBUG_VARIABLE = "TINYGIANT_DEBUG"
 
 _DESCRIPTION = """\
@@ -42,6 +46,8 @@ examples:
   tg-export --preset full --random-weights 0 -o bundles/full-random --recipe int4
   tg-export --whisper whisper-large-v3-turbo --htsat clap-htsat-unfused \\
     --clap larger_clap_general --qwen3 Qwen3-0.6B --projector projector.safetensors -o bundles/full
+  tg-export --mizar stage3_q4_seed20260905.ckpt --tokenizer SmolLM2-135M -o bundles/mizar
+  tg-export --mellow soham97/mellow --allow-download -o bundles/mellow
 
 recipes: fp32 (exact), int8 (8-bit weights), int8-b128 (in larger blocks: faster), int4 (4-bit
   decoder with keys and values in 8 bits, 8-bit encoders), int4-b32 (in smaller blocks: closer and
@@ -93,6 +99,7 @@ def _run(options: argparse.Namespace) -> None:
         raise MissingDependencyError(
             f"{error.name or error} is not installed; run: pip install 'tinygiant[export]'"
         ) from error
+    raise_on_interrupt()  # from here on there are drafts to remove
     chosen = None if options.recipe == "auto" else recipe(options.recipe)
     source = _source(options)
     done = export_bundle(
@@ -126,25 +133,41 @@ def _source(options: argparse.Namespace) -> Model:
     from tinygiant.models.parts import Parts
     from tinygiant.models.sources import CheckpointSource, PartsSource, RandomSource
 
+    published = [name for name in _PUBLISHED if getattr(options, name) is not None]
     parts = {name: getattr(options, name) for name in ("whisper", "htsat", "clap", "qwen3")}
     ways = (
         options.checkpoint is not None,
         options.preset is not None or options.random_weights is not None,
         any(parts.values()) or options.projector is not None,
+        *(True for _ in published),
     )
     if sum(ways) != 1:
         raise UsageError(
-            "name one model: a CHECKPOINT, or --preset with --random-weights, or the parts "
-            "--whisper, --htsat and --qwen3; see tg-export --help"
+            "no model is given, or several; give one: a CHECKPOINT, or --mizar or --mellow, or "
+            "--preset with --random-weights, or the parts --whisper, --htsat and --qwen3; see "
+            "tg-export --help"
+        )
+    if options.allow_download and not published:
+        raise UsageError("--allow-download goes with --mizar or --mellow; leave it out")
+    tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
+    if published:
+        if options.audio_context is not None:
+            raise UsageError("a published model knows what it hears; leave out --audio-context")
+        from tinygiant.models.family import family
+
+        return family(published[0]).open(
+            Path(getattr(options, published[0])),
+            tokenizer=tokenizer,
+            allow_download=options.allow_download,
         )
     if options.checkpoint is not None:
         if options.audio_context is not None:
-            raise UsageError("a checkpoint says itself what its --audio-context is; leave it out")
+            raise UsageError("--audio-context is part of a checkpoint; leave the option out")
         return CheckpointSource(Path(options.checkpoint))
     if any(parts.values()) or options.projector is not None:
         missing = [f"--{name}" for name in ("whisper", "htsat", "qwen3") if not parts[name]]
         if missing:
-            raise UsageError(f"the parts {', '.join(missing)} are missing; see tg-export --help")
+            raise UsageError(f"parts of the model are missing; add {', '.join(missing)}")
         paths = {name: Path(value) for name, value in parts.items() if value}
         projector = None if options.projector is None else Path(options.projector)
         context: AudioContext = options.audio_context or "full"
@@ -160,8 +183,7 @@ def _source(options: argparse.Namespace) -> Model:
             seed=0,
         )
     if options.preset is None or options.random_weights is None:
-        raise UsageError("--preset and --random-weights SEED belong together")
-    tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
+        raise UsageError("--preset and --random-weights SEED go together; give both")
     return RandomSource(options.preset, options.random_weights, tokenizer, options.audio_context)
 
 
@@ -186,7 +208,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="threads of the check; default: physical cores")
     add("--preset", metavar="NAME", help="nano or full, with --random-weights")
     add("--random-weights", type=int, metavar="SEED", help="seeded random weights, to measure with")
-    add("--tokenizer", metavar="FILE", help="tokenizer.json for random weights; default: bytes")
+    for name, title in _PUBLISHED.items():
+        add(f"--{name}", metavar="CKPT", help=f"{title}'s checkpoint file, or its name on the hub")
+    add(
+        "--allow-download", action="store_true",
+        help="fetch from the Hugging Face Hub what is not on this disk; nothing is fetched without",
+    )  # fmt: skip
+    add(
+        "--tokenizer", metavar="PATH",
+        help="tokenizer.json or its folder: SmolLM2-135M's for --mizar and --mellow; for random "
+        "weights any (default: bytes)",
+    )  # fmt: skip
     add("--whisper", metavar="DIR", help="Whisper folder from Hugging Face")
     add("--htsat", metavar="PATH", help="CLAP folder, or an original HTS-AT .ckpt")
     add("--clap", metavar="DIR", help="CLAP folder; default: HTS-AT gives the anchor too")

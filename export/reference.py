@@ -126,7 +126,8 @@ class Reference:
             of_clip = [_run(part, {**chunk, **instruction}) for chunk in inputs[clip]]
             cases += of_clip
             audio_rows = [case.outputs["audio_embeds"] for case in of_clip]
-            self._embeds.append((clip, question, compose(prompt, audio_rows, lookup)))
+            embeds = np.concatenate(compose(prompt, [audio_rows], lookup), axis=1)
+            self._embeds.append((clip, question, embeds))
         self.cases[self._config.projector.graph] = cases
 
     @torch.no_grad()

@@ -62,13 +62,13 @@ class Ced(nn.Module):
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(size, eps=config.norm_eps)
 
-    def forward(self, log_mel: Tensor) -> Tensor:
-        """``(1, n_frames, n_mels)`` of one clip, in dB -> ``(1, steps, bands, C)``.
+    def forward(self, input_features: Tensor) -> Tensor:
+        """``(1, 1, n_frames, n_mels)`` in dB -> ``(1, steps, bands * C)``, frequency outermost.
 
         The last piece is filled with zeros *after* the batch norm, as the model was trained.
         """
         config = self.config
-        spectrum = self.init_bn(log_mel.transpose(1, 2)[:, :, None])[:, :, 0]  # (1, n_mels, frames)
+        spectrum = self.init_bn(input_features.permute(0, 3, 1, 2))[:, :, 0]  # (1, n_mels, frames)
         n_pieces = -(-spectrum.shape[2] // config.target_frames)
         missing = n_pieces * config.target_frames - spectrum.shape[2]
         pieces = nnf.pad(spectrum, (0, missing)).reshape(
@@ -81,8 +81,8 @@ class Ced(nn.Module):
             x = block(x)
         x = self.norm(x)
         grid = x.reshape(n_pieces, config.bands, config.steps_per_piece, config.hidden_size)
-        steps: Tensor = grid.transpose(1, 2).reshape(1, -1, config.bands, config.hidden_size)
-        return steps
+        rows: Tensor = grid.transpose(1, 2).reshape(1, -1, config.bands * config.hidden_size)
+        return rows
 
 
 class _PatchEmbed(nn.Module):

@@ -28,6 +28,7 @@ from tinygiant.runtime.config import (
     ProjectorInput,
     PromptConfig,
     PromptPart,
+    Scope,
     ThoughtForm,
     config_from_dict,
     config_to_dict,
@@ -167,6 +168,7 @@ class TinyGiantConfig:
     event_features: ClapFeatures = field(default_factory=ClapFeatures)
     anchor_features: ClapFeatures = field(default_factory=ClapFeatures)
     prompt: ChatPrompt = field(default_factory=ChatPrompt)
+    scope: Scope = field(default_factory=Scope)
 
     @property
     def whisper_config(self) -> WhisperConfig:
@@ -256,6 +258,7 @@ class TinyGiantConfig:
             ),
             audio_context=self.audio_context,
             clip_margin_s=self.clip_margin_s,
+            scope=self.scope,
         )
 
     def _temporal(self) -> EncoderConfig:

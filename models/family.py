@@ -81,20 +81,21 @@ class Model(Protocol):
 class Family:
     """One family: where its code is, and what a checkpoint of it is.
 
-    ``module`` is imported when the family is used; it has ``open_checkpoint(path) -> Model``.
+    ``module`` is imported when the family is used; it has ``open_checkpoint(path) -> Model``, which
+    may take options of its own.
     """
 
     name: str
     module: str
     checkpoint: str
 
-    def open(self, path: Path) -> Model:
-        """The model in ``path``.
+    def open(self, path: Path, **options: Any) -> Model:
+        """The model in ``path``; ``options`` are those of the family's ``open_checkpoint``.
 
         Raises:
             CheckpointError: it is no checkpoint of this family.
         """
-        return cast(Model, importlib.import_module(self.module).open_checkpoint(path))
+        return cast(Model, importlib.import_module(self.module).open_checkpoint(path, **options))
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -105,6 +106,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "tinygiant",
                 "tinygiant.models.sources",
                 "a folder of this project: config.json, model.safetensors, tokenizer.json",
+            ),
+            Family(
+                "mizar",
+                "tinygiant.models.mizar",
+                "the .ckpt of KaiyangLi/Mizar-159M, and SmolLM2-135M's tokenizer.json",
+            ),
+            Family(
+                "mellow",
+                "tinygiant.models.mellow",
+                "v0.ckpt or v0_s.ckpt of soham97/mellow, and SmolLM2-135M's tokenizer.json",
             ),
         )
     }

@@ -16,10 +16,27 @@ from transformers import LlamaConfig
 from tinygiant.runtime.errors import CheckpointError
 from tinygiant.runtime.text import one_line
 
-__all__ = ["END_ID", "PADDING_ID", "SMOLLM2_PROBE", "Probe", "read_tokenizer", "smollm2_135m"]
+from .hub import HubFile
+
+__all__ = [
+    "END_ID",
+    "PADDING_ID",
+    "SMOLLM2_PROBE",
+    "TOKENIZER",
+    "Probe",
+    "read_tokenizer",
+    "smollm2_135m",
+]
 
 END_ID, PADDING_ID = 0, 17
 _END, _PADDING = "<|endoftext|>", "!"
+
+TOKENIZER = HubFile(
+    "HuggingFaceTB/SmolLM2-135M",
+    "tokenizer.json",
+    "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
+)
+"""Where the tokenizer is published."""
 
 Probe = tuple[str, tuple[int, ...]]
 """A text and its token ids, by which a vocabulary is known."""

@@ -216,7 +216,13 @@ def _sharded(index: Path) -> TensorFile:
 def _pickled(path: Path) -> Mapping[str, Tensor]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        # PyTorch's own words explain how to load it all the same.
+        raise CheckpointError(
+            f"{path}: not a readable PyTorch checkpoint (damaged, or more than tensors: such a "
+            "file can run code when it is loaded); expected a plain state dict"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: not a readable PyTorch checkpoint ({reason})") from error
     if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):

@@ -59,6 +59,7 @@ class Asked:
     """One question, checked and ready for the decoder.
 
     Attributes:
+        question: as it was given.
         prompt: the filled template, ended by an empty thought where the model is not to think.
         choices: as they were given, or None.
         trie: the answers that ``choices`` allow.
@@ -67,6 +68,7 @@ class Asked:
         options: what the caller chose.
     """
 
+    question: str
     prompt: Prompt
     choices: Sequence[str] | None
     trie: ChoiceTrie | None
@@ -112,4 +114,4 @@ def check(
         text = prefilled + (form.thought.empty_end if trie is None else "")
         prompt = prompt.followed_by(tokenizer.encode_markup(text))
     thinks = form.thought is not None and options.think
-    return Asked(prompt, choices, trie, thinks, prefilled, options)
+    return Asked(question, prompt, choices, trie, thinks, prefilled, options)

@@ -134,12 +134,17 @@ class RecipeEntry:
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """What the bundle was made from: checkpoint name and hash, and whether it was trained."""
+    """What the bundle was made from: checkpoint name and hash, and whether it was trained.
+
+    Of a model that others published: ``origin``, where, and ``licence``, on what terms.
+    """
 
     checkpoint: str
     sha256: str
     weights: Literal["trained", "seeded-random"]
     seed: int | None
+    origin: str = ""
+    licence: str = ""
 
 
 @dataclass(frozen=True)

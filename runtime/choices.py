@@ -41,8 +41,12 @@ class ChoiceNode:
 class ChoiceTrie:
     """The allowed token sequences of one question's answer."""
 
-    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], texts: Sequence[str] | None = None
+    ) -> None:
         """Build the trie of ``sequences``, one a choice, none of them a prefix of another.
+
+        ``texts`` are the choices as they are shown, which need not be as the model writes them.
 
         Raises:
             QuestionError: two choices have the same tokens, or one begins with another's.
@@ -58,6 +62,7 @@ class ChoiceTrie:
                 raise _alike(_first_leaf(node), index)
             node.choice_index = index
         self.sequences = tuple(map(tuple, sequences))
+        self.texts = None if texts is None else tuple(texts)
         self.max_tokens = max(map(len, sequences), default=0)
 
     @classmethod
@@ -76,6 +81,7 @@ class ChoiceTrie:
         end = [] if form.response_close else [stop_id]
         for index, choice in enumerate(check_choices(choices)):
             written = format_choice(form.choice_format, index, choice)
+            written = written.lower() if form.lower_case else written
             text = f"{form.response_open}{written}{form.response_close}"
             ids = tokenizer.encode(text)
             if tokenizer.decode(ids) != text:
@@ -83,7 +89,7 @@ class ChoiceTrie:
                     f"choice {index + 1} cannot be spelled by this model's tokenizer"
                 )
             sequences.append([*ids, *end])
-        return cls(sequences)
+        return cls(sequences, check_choices(choices))
 
     def decode(
         self,

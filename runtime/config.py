@@ -38,7 +38,9 @@ __all__ = [
     "ProjectorInput",
     "PromptConfig",
     "PromptPart",
+    "QuestionKind",
     "Role",
+    "Scope",
     "ThoughtForm",
     "config_from_dict",
     "config_to_dict",
@@ -267,7 +269,8 @@ class AnswerForm:
     """How a model writes: ``[thought] response_open answer response_close``, then a stop token.
 
     All empty: the text up to the stop token is the answer. ``choice_format`` is how a choice is
-    written as an answer; ``hidden_token_ids`` are tokens that are no text of the answer.
+    written as an answer, lower-cased where ``lower_case``; ``hidden_token_ids`` are tokens that are
+    no text of the answer.
     """
 
     thought: ThoughtForm | None = None
@@ -275,11 +278,33 @@ class AnswerForm:
     response_close: str = ""
     choice_format: str = "{choice}"
     hidden_token_ids: tuple[int, ...] = ()
+    lower_case: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether the whole text is the answer."""
         return self.thought is None and not self.response_open
+
+
+QuestionKind = Literal["choices", "open", "choices-at-once", "open-at-once"]
+"""With or without choices; ``at-once``: without a thought."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a model was trained for. None or empty: not known.
+
+    Attributes:
+        shortest_s: seconds of the shortest clips.
+        longest_s: seconds of the longest clips.
+        questions: the kinds of questions.
+        languages: the languages of the questions, as ISO 639-1 codes.
+    """
+
+    shortest_s: float | None = None
+    longest_s: float | None = None
+    questions: tuple[QuestionKind, ...] = ()
+    languages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -304,6 +329,7 @@ class ModelConfig:
     beyond_chunk: Literal["chunks", "dropped"] = "chunks"
     audio_context: AudioContext = "full"
     clip_margin_s: float = 1.0
+    scope: Scope = Scope()
 
     def __post_init__(self) -> None:
         problems = list(_number_problems(self, ""))

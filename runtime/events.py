@@ -116,6 +116,7 @@ class Answer:
             instead of thought about; else None.
         choice_scoring: what the probabilities are made of; None without them.
         providers: for each graph, the providers that ran it; the one asked for is the first.
+        more_audio: what became of the other clips of a question about several.
     """
 
     text: str
@@ -134,6 +135,7 @@ class Answer:
     choice_probabilities: tuple[float, ...] | None = None
     choice_scoring: ChoiceScoring | None = None
     providers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    more_audio: tuple[AudioAccount, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON-ready nested dictionaries, with the name of their schema."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .config import LogMel, MelNorm, MelScale
 from .errors import AudioError, UsageError
 
-__all__ = ["log_mel", "mel_filter_bank", "periodic_hann"]
+__all__ = ["filter_bank", "log_mel", "mel_filter_bank", "periodic_hann"]
 
 _POWER_FLOOR = 1e-10
 # Frames transformed at a time: the spectra of one block stay in the processor's cache.
@@ -128,7 +128,7 @@ def _mel_power(
     loudest component of a frame, drowns the quiet bands beside a pure tone.
     """
     n_fft, hop, n_mels = features.n_fft, features.hop_length, features.n_mels
-    filters = _filters32(features)
+    filters = filter_bank(features)
     padded = np.pad(samples, n_fft // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop][:n_frames]
     taper = periodic_hann(n_fft)
@@ -147,7 +147,8 @@ def _mel_power(
 
 
 @lru_cache(maxsize=8)
-def _filters32(features: LogMel) -> NDArray[np.float32]:
+def filter_bank(features: LogMel) -> NDArray[np.float32]:
+    """The filters of ``features``, ``(n_fft // 2 + 1, n_mels)``; see :func:`mel_filter_bank`."""
     return mel_filter_bank(
         features.n_fft,
         features.n_mels,

@@ -22,6 +22,7 @@ from .config import (
     ProjectorInput,
     PromptConfig,
     PromptPart,
+    Scope,
     ThoughtForm,
     config_from_dict,
     config_to_dict,
@@ -123,6 +124,8 @@ _SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
 _USER = "<|im_start|>user\n"
 _ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 _RESPONSE = ("\n<RESPONSE>\n", "</RESPONSE>")
+# All models of the format that see clips alone were trained on this project's world of the time.
+_CLIPS = Scope(3.0, 8.0, ("choices",), ("en",))
 _TAGS = ("PLANNING", "CAPTION", "REASONING", "SUMMARY")
 
 
@@ -207,6 +210,7 @@ def upgrade(model: Any, *, where: str) -> dict[str, Any]:
             choice_format=f"\n{old.prompt.choice_prefix}{{choice}}",
         ),
         answer=AnswerForm(thought, *_RESPONSE),
+        scope=_CLIPS if old.audio_context == "clip" else Scope(),
     )
     return config_to_dict(found)
 

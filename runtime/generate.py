@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from .asking import Asked
 from .choices import probabilities
 from .config import ModelConfig
-from .decoder import Decoder, Mask
+from .decoder import Decoder
 from .events import FinishReason
 from .grammar import Writer
+from .masks import Mask
 from .stages import Returning
 
 __all__ = ["Ending", "end_ids", "generate"]

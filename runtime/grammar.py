@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from .answer import Section, TextPiece, section_of
 from .choices import ChoiceNode, ChoiceTrie
 from .config import AnswerForm
-from .decoder import Mask
 from .events import FinishReason
+from .masks import Mask
 from .tokenizer import Tokenizer
 
 __all__ = ["Fixed", "Free", "Grammar", "OneOf", "Step", "Vocabulary", "Writer"]
@@ -281,8 +281,10 @@ class Writer:
     @property
     def max_tokens(self) -> int:
         """A bound of the tokens of the whole text."""
-        total = self._limit + 4 * len(self._grammar.steps)  # tags cut inside tokens need more
-        for step in self._grammar.steps:
+        steps = self._grammar.steps
+        total = self._limit * any(isinstance(step, Free) for step in steps)
+        total += 4 * len(steps)  # tags that are cut inside tokens need more
+        for step in steps:
             if isinstance(step, Fixed):
                 total += len(self._vocabulary.encode(step.text))
             elif isinstance(step, OneOf):
@@ -445,9 +447,10 @@ class Writer:
         self.choice_index = index
         ids = [i for i in step.trie.sequences[index] if i not in self._grammar.stop_ids]
         text = self._vocabulary.tokenizer.decode(ids)
+        written = text[len(step.open) : len(text) - len(step.close)]
         pieces = (
             TextPiece(step.open, "answer", markup=True),
-            TextPiece(text[len(step.open) : len(text) - len(step.close)], "answer"),
+            TextPiece(written if step.trie.texts is None else step.trie.texts[index], "answer"),
             TextPiece(step.close, "other", markup=True),
         )
         self._pieces += [piece for piece in pieces if piece.text]

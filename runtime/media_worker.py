@@ -116,15 +116,19 @@ def _decoded(max_s: float) -> Iterator[bytes]:
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
     """Frames of the stream; as text what could not be decoded, which is passed over."""
+    from av.error import FFmpegError
+
     try:
         for packet in container.demux(stream):
             try:
                 yield from packet.decode()
-            except (ValueError, OSError) as error:
+            except FFmpegError as error:
                 if packet.size:
-                    yield f"some of it cannot be decoded ({getattr(error, 'strerror', error)})"
-    except (ValueError, OSError) as error:
-        yield f"reading stopped ({getattr(error, 'strerror', None) or error})"
+                    yield f"some of it cannot be decoded ({error.strerror})"
+    except FFmpegError as error:
+        yield f"reading stopped ({error.strerror})"
+    except LookupError:  # PyAV does not know streams that appear later, as in damaged .ts
+        yield "reading stopped (another stream begins)"
 
 
 def _shape(frame: Any) -> tuple[object, ...]:

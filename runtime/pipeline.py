@@ -14,8 +14,9 @@ the part before the decoder, for verification and measurements.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Unpack
@@ -27,9 +28,10 @@ from .asking import MAX_NEW_TOKENS, Asked, AskKeywords, AskOptions, check
 from .audio import Audio, AudioSource, read_audio
 from .bundle import Bundle, default_bundle_path
 from .decoder import Decoder
+from .drafting import make_decoder
 from .embeddings import TokenEmbeddings
 from .encode import Encoded, EncodedCache, Projection, audio_key, encode, project
-from .errors import BundleError, UsageError
+from .errors import BundleError, QuestionError, UsageError
 from .events import Answer, AudioRead, Event, Finished, StreamsReady, TokenCounts
 from .generate import end_ids, generate
 from .grammar import Grammar, Vocabulary, Writer
@@ -37,17 +39,20 @@ from .kv_cache import KvSnapshot
 from .ort.memory import require_memory
 from .ort.pool import GraphPool
 from .ort.sessions import SessionSettings
-from .preprocess import preprocess
+from .preprocess import chunks_s, preprocess
 from .prompt import Prompt, compose
+from .scope import require_positions
 from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation
 from .stages import Clock, Returning
 from .tokenizer import Tokenizer
 from .transcript import Transcript, account, assemble, nothing_heard, prompt_read
 
-__all__ = ["MAX_NEW_TOKENS", "Memory", "Prepared", "TinyGiant", "load"]
+__all__ = ["MAX_NEW_TOKENS", "Clips", "Memory", "Prepared", "TinyGiant", "load"]
 
 Memory = Literal["default", "low"]
+Clips = AudioSource | Audio | list[AudioSource | Audio]
+"""One clip, or a list of as many as the model hears at once."""
 
 
 def load(
@@ -132,7 +137,7 @@ class TinyGiant:
         self._speculation = Speculation() if speculate else None
         self._vocabulary: Vocabulary | None = None  # once it is needed
         # What every prompt begins with, and its keys and values once they are known.
-        self._prefix: tuple[tuple[int, ...], KvSnapshot] | None = None
+        self._prefix: tuple[Hashable, KvSnapshot] | None = None
         _check_tokenizer(self._tokenizer, bundle)
 
     @property
@@ -146,7 +151,7 @@ class TinyGiant:
 
     def ask(
         self,
-        audio: AudioSource | Audio,
+        audio: Clips,
         question: str,
         choices: Sequence[str] | None = None,
         options: AskOptions = AskOptions(),  # noqa: B008 - frozen
@@ -160,7 +165,7 @@ class TinyGiant:
 
     def stream(
         self,
-        audio: AudioSource | Audio,
+        audio: Clips,
         question: str,
         choices: Sequence[str] | None = None,
         options: AskOptions = AskOptions(),  # noqa: B008 - frozen
@@ -174,7 +179,8 @@ class TinyGiant:
 
         Args:
             audio: a path, encoded bytes, a binary stream, ``(samples, sampling_rate_hz)``, or what
-                :func:`~tinygiant.runtime.audio.read_audio` returned.
+                :func:`~tinygiant.runtime.audio.read_audio` returned; or a list of two of these for
+                a model that compares two clips.
             question: what to ask, in plain text.
             choices: 2 to 26 possible answers; the answer is then exactly one of them.
             options: how to answer.
@@ -183,18 +189,18 @@ class TinyGiant:
 
         Raises:
             AudioError: the audio cannot be read or is longer than ``max_audio_s``.
-            QuestionError: the question or the choices cannot be asked (at once, not when the first
-                event is taken).
+            QuestionError: the question or the choices cannot be asked, or not about so many clips
+                (at once, not when the first event is taken).
             UsageError: ``max_new_tokens`` below 1, or more tokens than the decoder has positions.
             BundleError: the bundle's graphs fail.
         """
         options = dataclasses.replace(options, **changes)
         asked = check(question, choices, options, self._tokenizer, self.config)
-        return self._stream(audio, asked)
+        return self._stream(self._clips(audio), asked)
 
     def prepare(
         self,
-        audio: AudioSource | Audio,
+        audio: Clips,
         question: str,
         choices: Sequence[str] | None = None,
         options: AskOptions = AskOptions(),  # noqa: B008 - frozen
@@ -203,9 +209,11 @@ class TinyGiant:
         """Everything before the decoder; arguments and errors as for :meth:`stream`."""
         options = dataclasses.replace(options, **changes)
         asked = check(question, choices, options, self._tokenizer, self.config)
-        encoded, cached = self._encode(_read(audio, options))
+        clips = [_read(clip, options) for clip in self._clips(audio)]
+        encoded, cached = self._encode(clips)
         projections = self._project(encoded, asked.prompt)
-        return Prepared(self._compose(asked.prompt, projections), asked, projections, cached)
+        embeds = np.concatenate(self._compose(asked.prompt, projections), axis=1)
+        return Prepared(embeds, asked, tuple(itertools.chain(*projections)), cached)
 
     @contextmanager
     def decoder(self, capacity: int, drafter: Drafter | None = None) -> Iterator[Decoder]:
@@ -214,7 +222,7 @@ class TinyGiant:
         What is bound to a graph keeps it there: delete the decoder before the block ends.
         """
         with self._pool.use(self.config.decoder.graph) as graph:
-            yield Decoder(
+            yield make_decoder(
                 graph,
                 self._embeddings,
                 self.config.decoder,
@@ -224,12 +232,13 @@ class TinyGiant:
                 speculation=self._speculation,
             )
 
-    def _stream(self, source: AudioSource | Audio, asked: Asked) -> Iterator[Event]:
+    def _stream(self, sources: Sequence[AudioSource | Audio], asked: Asked) -> Iterator[Event]:
         clock = Clock()
         with clock.stage("audio"):
-            audio = _read(source, asked.options)
-            unheard = why_unheard(audio.samples, audio.sampling_rate_hz)
-        heard = account(audio, self.config)
+            clips = [_read(source, asked.options) for source in sources]
+            faults = [why_unheard(clip.samples, clip.sampling_rate_hz) for clip in clips]
+            unheard = faults[0] if all(faults) else None
+        heard, *others = (account(clip, asked, self.config) for clip in clips)
         if unheard is not None and not asked.options.raw:
             silent = silent_choice(asked.choices or ())
             if asked.choices is None or silent is not None:
@@ -239,25 +248,32 @@ class TinyGiant:
                 return
             guess = "one of the choices must be given: the model guesses"
             heard = dataclasses.replace(heard, notes=(*heard.notes, guess))
-        yield AudioRead(heard)
+        yield from map(AudioRead, (heard, *others))
+
+        writer = self._writer(asked)
+        room = asked.max_written
+        if writer is not None and not asked.is_scored:
+            room = writer.max_tokens
+        longest = max(clips, key=lambda clip: clip.used_s)
+        durations_s = chunks_s(longest.used_s, self.config)
+        require_positions(self.config, durations_s, asked.prompt.n_text, room, longest.source)
 
         with clock.stage("encode"):
-            encoded, cached = self._encode(audio)
+            encoded, cached = self._encode(clips)
         yield StreamsReady(cached, clock.seconds("encode"))
 
         with clock.stage("project"):
             projections = self._project(encoded, asked.prompt)
-            embeds = self._compose(asked.prompt, projections)
+            parts = self._compose(asked.prompt, projections)
+            n_tokens = sum(part.shape[1] for part in parts)
 
-        writer = self._writer(asked)
         transcript = Transcript(self._tokenizer, self.config.answer, asked, writer)
         first_token_s = 0.0
         drafter = self._drafter(asked)
-        room = asked.max_written if writer is None else writer.max_tokens
-        with self.decoder(embeds.shape[1] + room, drafter) as decoder:
+        with self.decoder(n_tokens + room, drafter) as decoder:
             with clock.stage("prefill"):
-                logits = self._prefill(decoder, embeds, asked.prompt.prefix_ids)
-            yield prompt_read(embeds.shape[1], projections)
+                logits = self._prefill(decoder, parts, asked.prompt, clips)
+            yield prompt_read(n_tokens, list(itertools.chain(*projections)))
 
             tokens = Returning(generate(decoder, logits, asked, self.config, writer))
             for token in clock.timed("decode", tokens):
@@ -269,9 +285,12 @@ class TinyGiant:
         self._pool.release()
         yield from transcript.finish()
         counts = TokenCounts(
-            prompt=embeds.shape[1],
-            audio=sum(ids is None for ids in asked.prompt.parts)
-            * sum(chunk.audio_embeds.shape[1] for chunk in projections),
+            prompt=n_tokens,
+            audio=sum(
+                rows.shape[1]
+                for ids, rows in zip(asked.prompt.parts, parts, strict=True)
+                if ids is None
+            ),
             generated=len(transcript.token_ids),
             drafted=0 if drafter is None else drafter.n_drafted,
             accepted=0 if drafter is None else drafter.n_accepted,
@@ -283,6 +302,7 @@ class TinyGiant:
                 asked,
                 model=self.config.name,
                 audio=heard,
+                more_audio=tuple(others),
                 tokens=counts,
                 clock=clock,
                 first_token_s=first_token_s,
@@ -290,6 +310,17 @@ class TinyGiant:
                 providers=self.providers,
             )
         )
+
+    def _clips(self, audio: Clips) -> list[AudioSource | Audio]:
+        """The clips of a question; raises QuestionError if the model does not hear so many."""
+        clips = audio if isinstance(audio, list) else [audio]
+        n_heard = sum(part.kind == "audio" for part in self.config.prompt.parts)
+        if len(clips) not in (1, n_heard):
+            raise QuestionError(
+                f"{len(clips)} clips given, {self.config.name} hears "
+                f"{'one' if n_heard == 1 else f'one or {n_heard}'} at a time"
+            )
+        return clips
 
     def _writer(self, asked: Asked) -> Writer | None:
         """What holds the text to the model's form; None where it is to be raw."""
@@ -302,44 +333,59 @@ class TinyGiant:
             self._vocabulary = Vocabulary(self._tokenizer, size, form.hidden_token_ids)
         return Writer(grammar, self._vocabulary, asked.options.max_new_tokens)
 
-    def _encode(self, audio: Audio) -> tuple[tuple[Encoded, ...], bool]:
-        """Encoder outputs of every chunk, and whether they were known already."""
-        key = audio_key(audio)
-        known = self._cache.get(key)
-        if known is not None:
-            return known, True
-        chunks = preprocess(audio, self.config)
-        encoded = encode(chunks, self._pool, self.config)
-        self._cache.put(key, encoded)
-        return encoded, False
+    def _encode(self, clips: Sequence[Audio]) -> tuple[list[tuple[Encoded, ...]], bool]:
+        """Encoder outputs of every chunk of every clip, and whether all were known already."""
+        found, cached = [], True
+        for clip in clips:
+            key = audio_key(clip)
+            encoded = self._cache.get(key)
+            if encoded is None:
+                cached = False
+                encoded = encode(preprocess(clip, self.config), self._pool, self.config)
+                self._cache.put(key, encoded)
+            found.append(encoded)
+        return found, cached
 
-    def _project(self, encoded: Sequence[Encoded], prompt: Prompt) -> tuple[Projection, ...]:
+    def _project(
+        self, clips: Sequence[Sequence[Encoded]], prompt: Prompt
+    ) -> list[tuple[Projection, ...]]:
         """Audio rows of every chunk; where the projector reads the question, through it."""
         instruction = self._embeddings.lookup(prompt.instruction_ids)[None]
-        return project(encoded, instruction, self._pool, self.config)
+        return [project(encoded, instruction, self._pool, self.config) for encoded in clips]
 
-    def _compose(self, prompt: Prompt, projections: Sequence[Projection]) -> NDArray[np.float32]:
-        """What the decoder reads, ``(1, T, D)``."""
-        rows = [projection.audio_embeds for projection in projections]
+    def _compose(
+        self, prompt: Prompt, clips: Sequence[Sequence[Projection]]
+    ) -> tuple[NDArray[np.float32], ...]:
+        """What the decoder reads, ``(1, n, D)`` of each part of the prompt."""
+        rows = [[chunk.audio_embeds for chunk in projections] for projections in clips]
         return compose(prompt, rows, self._embeddings.lookup)
 
     def _prefill(
-        self, decoder: Decoder, embeds: NDArray[np.float32], prefix_ids: tuple[int, ...]
+        self,
+        decoder: Decoder,
+        parts: Sequence[NDArray[np.float32]],
+        prompt: Prompt,
+        clips: Sequence[Audio],
     ) -> NDArray[np.float32]:
-        """Read the prompt ``embeds (1, T, D)``; returns its last logits ``(V,)``.
+        """Read the prompt, ``(1, n, D)`` of each of its parts; returns its last logits ``(V,)``.
 
-        What every prompt begins with is read by itself, and kept: an answer is then the same to the
-        bit whether it was known or not.
+        What no question changes is read by itself, and its keys and values are kept: an answer is
+        then the same to the bit whether they were known or not. Audio rows belong to it unless the
+        projector reads the question.
         """
-        n_prefix = len(prefix_ids)
-        if self._prefix is not None and self._prefix[0] == prefix_ids:
+        n_fixed = prompt.n_fixed
+        if self.config.projector.reads_question:
+            n_fixed = min(n_fixed, prompt.parts.index(None))
+        fixed = prompt.parts[:n_fixed]
+        key = fixed, tuple(map(audio_key, clips)) if None in fixed else ()
+        if self._prefix is not None and self._prefix[0] == key:
             decoder.cache.restore(self._prefix[1])
-        elif n_prefix:
-            decoder.feed(embeds[:, :n_prefix])
+        elif n_fixed:
+            decoder.feed(np.concatenate(parts[:n_fixed], axis=1))
             # On a device of its own the cache does not come back.
             if self.providers[self.config.decoder.graph] == ("cpu",):
-                self._prefix = prefix_ids, decoder.cache.snapshot()
-        return decoder.prefill(embeds[:, n_prefix:])
+                self._prefix = key, decoder.cache.snapshot()
+        return decoder.prefill(np.concatenate(parts[n_fixed:], axis=1))
 
     def _drafter(self, asked: Asked) -> Drafter | None:
         """What guesses the next tokens of an answer; None if nothing is to be guessed."""

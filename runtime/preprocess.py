@@ -20,7 +20,7 @@ from .config import LogMel, ModelConfig
 from .features import log_mel
 from .resampling import sinc_resample
 
-__all__ = ["Chunk", "n_chunks", "preprocess"]
+__all__ = ["Chunk", "chunks_s", "n_chunks", "preprocess"]
 
 Array = NDArray[np.float32]
 
@@ -50,8 +50,7 @@ def preprocess(audio: Audio, config: ModelConfig) -> tuple[Chunk, ...]:
     clip_s = audio.samples.size / audio.sampling_rate_hz
     sounds: dict[tuple[str, int], Array] = {}
     chunks = []
-    for index in range(n_chunks(clip_s, config)):
-        duration_s = min(config.chunk_s, clip_s - index * config.chunk_s)
+    for index, duration_s in enumerate(chunks_s(clip_s, config)):
         known: dict[tuple[LogMel, float, int], tuple[Array, ...]] = {}
         windows = {}
         for encoder in config.encoders:
@@ -71,6 +70,12 @@ def preprocess(audio: Audio, config: ModelConfig) -> tuple[Chunk, ...]:
     return tuple(chunks)
 
 
+def chunks_s(duration_s: float, config: ModelConfig) -> list[float]:
+    """Seconds of sound in each chunk of a clip of ``duration_s`` seconds."""
+    starts_s = (index * config.chunk_s for index in range(n_chunks(duration_s, config)))
+    return [min(config.chunk_s, duration_s - start_s) for start_s in starts_s]
+
+
 def n_chunks(duration_s: float, config: ModelConfig) -> int:
     """Chunks of a clip of ``duration_s`` seconds."""
     if config.beyond_chunk == "dropped":
@@ -86,6 +91,11 @@ def _rates(features: LogMel) -> tuple[int, ...]:
 def _features(samples: Array, features: LogMel, n_frames: int) -> Array:
     """The input of one run of an encoder, from a window at the first rate."""
     before_hz, *others = _rates(features)
+    if others and features.padding == "zeros":
+        # The silence behind a short clip goes the whole way too: there, the resampler rings out.
+        length = (n_frames - features.last_frame) * features.hop_length
+        length = length * before_hz // features.sampling_rate_hz
+        samples = np.pad(samples, (0, max(0, length - samples.size)))
     for rate_hz in others:
         samples = _resampled(samples, features.resampler, before_hz, rate_hz)
         before_hz = rate_hz

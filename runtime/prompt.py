@@ -16,6 +16,7 @@ those that the decoder sees.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import string
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -52,10 +53,17 @@ class Prompt:
     Attributes:
         parts: token ids, or None where the audio rows stand.
         instruction_ids: those of the user's text within ``parts``, without what fills it up.
+        n_fixed: how many parts come before the user's text.
     """
 
     parts: tuple[tuple[int, ...] | None, ...]
     instruction_ids: tuple[int, ...]
+    n_fixed: int
+
+    @property
+    def n_text(self) -> int:
+        """Token ids in all, without audio rows."""
+        return sum(len(ids) for ids in self.parts if ids is not None)
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -101,25 +109,28 @@ def build_prompt(
             parts.append(part.token_ids)
         else:
             parts.append(tuple(tokenizer.encode_markup(part.text)))
-    return Prompt(tuple(parts), tuple(ids))
+    n_fixed = [part.kind for part in config.parts].index("question")
+    return Prompt(tuple(parts), tuple(ids), n_fixed)
 
 
 def compose(
     prompt: Prompt,
-    audio_rows: Sequence[NDArray[np.float32]],
+    clips: Sequence[Sequence[NDArray[np.float32]]],
     lookup: Callable[[Sequence[int]], NDArray[np.float32]],
-) -> NDArray[np.float32]:
-    """What the decoder reads, ``(1, T, D)``.
+) -> tuple[NDArray[np.float32], ...]:
+    """What the decoder reads, ``(1, n, D)`` of each part of the prompt.
 
     Args:
         prompt: the filled template.
-        audio_rows: ``(1, N, D)`` of each chunk of the clip, in order.
+        clips: for each clip the rows ``(1, N, D)`` of its chunks, in order; as many clips as the
+            template has audio parts, or one, which then stands in all of them.
         lookup: token embeddings, ``n`` ids -> ``(n, D)``.
     """
-    rows: list[NDArray[np.float32]] = []
-    for ids in prompt.parts:
-        rows += audio_rows if ids is None else [lookup(ids)[None]] if ids else []
-    return np.concatenate(rows, axis=1)
+    audio = itertools.cycle(clips)
+    return tuple(
+        np.concatenate(next(audio), axis=1) if ids is None else lookup(ids)[None]
+        for ids in prompt.parts
+    )
 
 
 def user_text(question: str, choices: Sequence[str] | None, config: PromptConfig) -> str:

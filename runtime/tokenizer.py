@@ -57,7 +57,9 @@ class Tokenizer:
         self._any_added = re.compile("|".join(map(re.escape, contents))) if contents else None
         self._bytes_of_id: dict[int, bytes] = {}
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise BundleError("the tokenizer does not give text back: a byte-level BPE is expected")
+            raise BundleError(
+                "text changes when it is encoded and decoded again; a byte-level BPE is expected"
+            )
 
     @classmethod
     def from_file(cls, path: Path) -> Tokenizer:

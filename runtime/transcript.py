@@ -25,6 +25,7 @@ from .events import (
 from .generate import Ending
 from .grammar import Writer
 from .preprocess import n_chunks
+from .scope import scope_notes
 from .stages import Clock
 from .tokenizer import StreamingDetokenizer, Tokenizer
 
@@ -103,13 +104,20 @@ _SECTIONS: dict[str, Section] = {
 }
 
 
-def account(audio: Audio, config: ModelConfig) -> AudioAccount:
-    """What became of the sound, for the listener."""
+def account(audio: Audio, asked: Asked, config: ModelConfig) -> AudioAccount:
+    """What became of the sound, for the listener; and what the model was not made for."""
     used_s, dropped_s, notes = audio.used_s, audio.dropped_s, audio.notes
     if config.beyond_chunk == "dropped" and used_s > config.chunk_s:
         note = f"the model hears the first {config.chunk_s:g} s; the rest was left out"
         dropped_s, notes = dropped_s + used_s - config.chunk_s, (*notes, note)
         used_s = config.chunk_s
+    notes += scope_notes(
+        config.scope,
+        used_s,
+        asked.question,
+        has_choices=asked.choices is not None,
+        thinks=asked.thinks,
+    )
     return AudioAccount(
         source=audio.source,
         received_s=audio.received_s,
@@ -140,6 +148,7 @@ def assemble(
     *,
     model: str,
     audio: AudioAccount,
+    more_audio: tuple[AudioAccount, ...],
     tokens: TokenCounts,
     clock: Clock,
     first_token_s: float,
@@ -158,6 +167,7 @@ def assemble(
         model=model,
         timings=_timings(clock, first_token_s, tokens.generated, cached=encode_cached),
         audio=audio,
+        more_audio=more_audio,
         tokens=tokens,
         choice_probabilities=ending.probabilities,
         choice_scoring=None if ending.probabilities is None else "sum_of_log_probabilities",

@@ -11,14 +11,12 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tinygiant.export.decoder import DecoderSpec
-from tinygiant.models.config import TinyGiantConfig, preset
+from tinygiant.models.config import TinyGiantConfig
 from tinygiant.models.family import Part
 from tinygiant.models.sources import TinyGiantSource
 from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.quantize import load_graph
 from tinygiant.runtime.bundle import SourceEntry
-
-FULL = preset("full").runtime
 
 
 def small_qwen3(config: DecoderSpec, *, tied: bool = True) -> Qwen3ForCausalLM:

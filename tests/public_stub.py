@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
@@ -16,8 +17,8 @@ from transformers import ClapAudioConfig, LlamaConfig
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from tinygiant.models.ced import CedConfig
-from tinygiant.models.mellow import Mellow, MellowConfig
-from tinygiant.models.mizar import Mizar, MizarConfig
+from tinygiant.models.mellow import MELLOW, Mellow, MellowConfig
+from tinygiant.models.mizar import MIZAR, Mizar, MizarConfig
 from tinygiant.models.public import PublicModel
 
 VOCABULARY = 300
@@ -114,8 +115,11 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-MODELS = {"mizar": lambda: Mizar(small_mizar()), "mellow": lambda: Mellow(small_mellow())}
-MARKS = {"mizar": "audio_encoder.base.ced.", "mellow": "audio_encoder.base.htsat."}
+KINDS = {
+    "mizar": dataclasses.replace(MIZAR, build=lambda: Mizar(small_mizar()), probe=None),
+    "mellow": dataclasses.replace(MELLOW, build=lambda: Mellow(small_mellow()), probe=None),
+}
+"""The models at a size for tests."""
 
 
 def small_tokenizer(added: Sequence[str] = ()) -> str:

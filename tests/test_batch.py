@@ -98,7 +98,7 @@ def test_a_folder_of_a_phone(run: Run, tmp_path: Path, tone: Tone) -> None:
     records = {record["id"]: record for record in read(out)}
     assert [*records] == ["call.AAC", "film.mp4", "memo.m4a", "note.amr", "x.wav"]
     assert [name for name, record in records.items() if "answer" in record] == ["x.wav"]
-    assert "note: 2 files left out, by name no audio: cover.jpg, list.txt" in err
+    assert "note: 2 files left out, not audio by their names: cover.jpg, list.txt" in err
 
 
 def test_the_output_is_a_file(run: Run, clips: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_file_of_questions_and_its_bad_items(run: Run, clips: Path, tmp_path: 
     kinds = {item_id: r["error"]["kind"] for item_id, r in records.items() if "error" in r}
     assert kinds.pop("5") == kinds.pop("13") == "AudioError"
     assert set(kinds.values()) == {"QuestionError"}
-    assert "line 4 is no JSON object" in records["4"]["error"]["message"]
+    assert "line 4 is not a JSON object" in records["4"]["error"]["message"]
     schema = json.loads(SCHEMA.read_text())
     answer = {key: value for key, value in schema.items() if key[0] != "$"}
     text = json.dumps({"$defs": schema["$defs"], **schema["$defs"]["batch"]})

@@ -74,24 +74,44 @@ def test_an_interrupt_during_an_import_is_one_line(clip: Path, module: str) -> N
     assert (done.returncode, done.stderr) == (130, b"tg-run: interrupted\n")
 
 
-def test_ctrl_c_is_taken_care_of_before_anything_else_is_imported() -> None:
-    program = textwrap.dedent("""
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("runtime.cli.main", "runtime.serve.start", "runtime.listen.start"),
+        *("export.start", "models.training.start"),
+    ],
+)
+def test_ctrl_c_is_taken_care_of_before_anything_else_is_imported(command: str) -> None:
+    program = textwrap.dedent(f"""
         import sys
-        from tinygiant.runtime.cli import interrupt
-        before = set(sys.modules)
-        from tinygiant.runtime.cli import main
-        print(sorted(set(sys.modules) - before))
-        for heavy in ("argparse", "numpy", "dataclasses", "typing", "tinygiant.runtime.errors"):
-            assert heavy not in sys.modules, heavy
+        sys.path[:0] = {sys.path!r}
+        from tinygiant.{command} import main
+        print(sorted({{"argparse", "dataclasses", "numpy", "torch"}} & set(sys.modules)))
+        print([name for name in sys.modules if "tinygiant.runtime." in name and ".cli" not in name
+               and ".start" not in name and not name.endswith((".serve", ".listen"))])
     """)
     done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{program}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-S", "-c", program], capture_output=True, text=True, timeout=60
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "['tinygiant.runtime.cli.main']\n"
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[]\n[]\n")
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line() -> None:
+    program = textwrap.dedent("""
+        import os, signal, sys
+        class Interrupt:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch":
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Interrupt())
+        sys.argv[1:] = ["--preset", "nano", "--random-weights", "0", "-o", "/nowhere"]
+        from tinygiant.export.start import main
+        sys.exit(main())
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, preexec_fn=restore_sigint, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, b"tg-export: interrupted\n")
 
 
 def test_an_interrupt_inside_a_decoders_callback_is_one_line(tmp_path: Path, tone: Tone) -> None:

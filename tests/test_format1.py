@@ -12,7 +12,7 @@ import pytest
 from tinygiant.models.config import EBranchformerConfig, TinyGiantConfig, preset
 from tinygiant.runtime import bundle as b
 from tinygiant.runtime import format1
-from tinygiant.runtime.config import ModelConfig, config_from_dict, config_to_dict
+from tinygiant.runtime.config import ModelConfig, Scope, config_from_dict, config_to_dict
 from tinygiant.runtime.errors import BundleError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,14 @@ def upgraded(model: Any) -> ModelConfig:
 def test_nano_is_the_model_that_its_checkpoint_describes() -> None:
     """Two descriptions, one frozen in the reader, one that the exporter writes today."""
     checkpoint = TinyGiantConfig.load(ROOT / "checkpoints" / "nano" / "config.json")
-    assert upgraded(NANO) == checkpoint.runtime
+    found = upgraded(NANO)
+    assert found == dataclasses.replace(checkpoint.runtime, scope=found.scope)
+
+
+def test_models_that_hear_clips_alone_were_trained_on_one_world() -> None:
+    """The format had no field for it: clips of 3 to 8 s, questions with choices, in English."""
+    assert upgraded(NANO).scope == Scope(3.0, 8.0, ("choices",), ("en",))
+    assert upgraded(NANO | {"audio_context": "full"}).scope == Scope()
 
 
 @pytest.mark.parametrize(

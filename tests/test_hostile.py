@@ -40,7 +40,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_file(path)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# "media" starts a process for each input; "pyav" searches the same code.
+@pytest.mark.parametrize("name", [name for name in TARGETS if name != "media"])
 def test_damaged_input_is_used_or_refused_in_one_line(name: str) -> None:
     target = TARGETS[name]
     generator = np.random.default_rng(17)

@@ -75,6 +75,7 @@ def test_only_some_answers_are_worth_telling_and_only_those_begin_a_rest() -> No
     assert at(10.9) == ("not_asked", "refractory", False)
     assert at(10.9, "garden") == ("answered", None, True)  # each source by itself
     assert at(11.0) == ("answered", None, True)
+    assert at(0.5) == ("answered", None, True)  # the source was opened anew by a reload
 
 
 def test_a_question_that_fails_ends_no_other() -> None:

@@ -169,7 +169,8 @@ def test_a_microphone_that_comes_back_is_heard_again(
 ) -> None:
     monkeypatch.setattr(listener, "_FIRST_RETRY_S", 0.01)
     lost = AudioError("USB mic: gone")
-    run.source("hall", bursts(2.0, seconds=4.5), lost, lost, bursts(1.0, seconds=3.0))
+    started = lambda: wait_for(lambda: "started" in run.file.read_text())  # noqa: E731
+    run.source("hall", bursts(2.0, seconds=4.5), started, lost, lost, bursts(1.0, seconds=3.0))
     assert run.go(FakeModel()) == 0
     first, second = run.records("sound")
     assert first["start_s"] == pytest.approx(2.0, abs=0.04)
@@ -299,6 +300,26 @@ def test_a_reload_changes_questions_and_sources_and_a_wrong_one_nothing(run: Run
     assert "aks is no key" in status["reload_failed"]
     assert [r["number"] for r in run.records("sound")] == [1, 2, 3]
     assert "garden" in run.records("report")[-1]["counts"]["heard_seconds"]
+
+
+def test_a_source_taken_away_while_it_sounds_hands_its_sound_on(run: Run) -> None:
+    done = threading.Event()
+    run.source("hall", bursts(2.0, seconds=2.5), lambda: done.wait(20), pcm(room(0.1)))
+    run.source("garden", lambda: done.wait(20), pcm(room(0.1)))
+
+    def operate() -> None:
+        wait_for(lambda: run.service is not None and run.service.counts is not None
+                 and run.file.exists() and "started" in run.file.read_text())  # fmt: skip
+        del run.tables["source"]["hall"]
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.5)
+        done.set()
+
+    later(operate)
+    assert run.go(FakeModel()) == 0
+    [sound] = run.records("sound")
+    assert sound["source"] == "hall" and sound["answers"][0]["status"] == "answered"
+    assert run.records("report")[-1]["counts"]["heard_seconds"]["hall"] == pytest.approx(2.5, 0.1)
 
 
 def test_a_signal_ends_it_in_order_and_what_waits_is_told(

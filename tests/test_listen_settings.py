@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,8 @@ host = "broker"
 [metrics]
 port = 9100
 """
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "sensor.md"
 
 
 def read(text: str) -> Settings:
@@ -163,3 +167,31 @@ def test_what_the_file_says_is_not_said_again(
     (tmp_path / "a.toml").write_text("")
     assert cli.main(["--config", str(tmp_path / "a.toml"), "--no-think"]) == 2
     assert "--no-think does not go with --config" in capsys.readouterr().err
+
+
+def documented() -> list[str]:
+    return re.findall(
+        r"^```toml\n(.*?)^```$", DOCUMENT.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def test_the_walk_s_settings_can_be_used() -> None:
+    settings = read(documented()[0])
+    assert settings.mqtt.host == "localhost" and settings.question[0].notify == ("yes",)
+
+
+def test_every_key_is_documented_with_its_default() -> None:
+    tables = tomllib.loads(documented()[1])
+    hints = typing.get_type_hints(Settings) | {
+        "source": SourceSettings,
+        "question": QuestionSettings,
+    }
+    assert set(tables) == set(hints)
+    for name, kind in hints.items():
+        table = tables[name]
+        table = table["NAME"] if name == "source" else table[0] if name == "question" else table
+        fields = {field.name: field.default for field in dataclasses.fields(kind)}
+        assert set(table) == set(fields), name
+        for key, default in fields.items():
+            if default not in (None, (), table[key]):
+                raise AssertionError(f"[{name}] {key} is {default}, documented as {table[key]}")

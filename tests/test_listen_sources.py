@@ -314,3 +314,16 @@ def test_a_microphone_that_falls_silent_without_a_word_is_lost(
 def test_a_rate_that_the_device_does_not_have_is_said(library: FakeLibrary) -> None:
     with pytest.raises(AudioError, match="Invalid sample rate"):
         next(Microphone(SourceSettings(rate_hz=11_025)).blocks())
+
+
+def test_one_microphone_that_is_lost_does_not_end_another(library: FakeLibrary) -> None:
+    """Starting PortAudio again closes every stream of the process."""
+    other, lost = Microphone(SourceSettings()), Microphone(SourceSettings())
+    hearing, blocks = other.blocks(), lost.blocks()
+    next(hearing)
+    next(blocks)
+    blocks.close()  # type: ignore[attr-defined]
+    assert next(lost.blocks()) is not None
+    assert library.n_started == 0
+    assert next(hearing) is not None
+    hearing.close()  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from tinygiant.runtime import (
     AudioTooLongError,
     Finished,
     PromptRead,
+    StreamsReady,
     TinyGiant,
     UsageError,
 )
@@ -111,8 +113,17 @@ def test_the_limit_is_exact_and_named(tiny: TinyGiant, tone: Tone) -> None:
 
 
 def test_more_audio_than_the_decoder_has_positions(tiny: TinyGiant, tone: Tone) -> None:
-    with pytest.raises(UsageError, match=r"decoder's \d+ positions; shorten the audio"):
+    """420 s were encoded before the refusal, which gave no length that would do."""
+    with pytest.raises(AudioTooLongError, match=r"holds 420 s, this model has room for") as told:
         tiny.ask((tone(420.0, 1_000), 1_000), "What?", max_new_tokens=1, max_audio_s=500)
+    longest_s = float(re.search(r"room for ([\d.]+) s", str(told.value))[1])
+    events = tiny.stream(
+        (tone(longest_s, 1_000), 1_000), "What?", max_new_tokens=1, max_audio_s=500
+    )
+    assert isinstance(next(events), AudioRead)
+    assert isinstance(next(events), StreamsReady)
+    with pytest.raises(UsageError, match="no room for sound"):
+        tiny.ask((tone(1.0, 8_000), 8_000), "What?", max_new_tokens=100_000)
 
 
 def test_the_option_raises_the_limit(

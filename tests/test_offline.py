@@ -87,7 +87,7 @@ importlib.import_module(sys.argv[1])
     assert offline.attempts() == ""
 
 
-@pytest.mark.parametrize("command", ["tg-run", "tg-serve", "tg-export", "tg-train"])
+@pytest.mark.parametrize("command", ["tg-run", "tg-serve", "tg-listen", "tg-export", "tg-train"])
 def test_help_opens_no_socket(offline: Offline, command: str) -> None:
     result = offline.run(SCRIPTS / command, "--help")
     assert result.returncode == 0, result.stderr

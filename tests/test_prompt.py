@@ -203,8 +203,11 @@ def test_another_models_template_is_data(tokenizer: Tokenizer) -> None:
     assert list(long.parts[-1] or ()) == tokenizer.encode(("what? " * 30).strip())[:24]
 
     rows = [np.full((1, 3, 2), value, np.float32) for value in (1.0, 2.0)]  # two chunks
-    embeds = compose(prompt, rows, lambda ids: np.stack([np.full(2, -x, np.float32) for x in ids]))
+    parts = compose(prompt, [rows], lambda ids: np.stack([np.full(2, -x, np.float32) for x in ids]))
+    embeds = np.concatenate(parts, axis=1)
     assert embeds.shape == (1, 2 * (6 + 1) + 24, 2)
     np.testing.assert_array_equal(embeds[0, :7, 0], [1, 1, 1, 2, 2, 2, 0])
     np.testing.assert_array_equal(embeds[0, 7:14], embeds[0, :7])
     np.testing.assert_array_equal(embeds[0, 14:, 0], [-x for x in question])
+    two = compose(prompt, [rows, rows[:1]], lambda ids: np.zeros((len(ids), 2), np.float32))
+    assert [part.shape[1] for part in two] == [6, 1, 3, 1, 24]  # each clip has its place

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as nnf
+from torch import nn
 
-from tests.public_stub import MARKS, MODELS, published_names, small_mizar, state_of
+from tests import public_reference as reference
+from tests.public_stub import KINDS, published_names, small_mizar, state_of
 from tinygiant.models.mellow import Mellow, MellowConfig
 from tinygiant.models.mizar import Mizar, MizarConfig
 from tinygiant.models.public import PublicModel, load_public
@@ -23,15 +23,15 @@ BOTH = pytest.mark.parametrize("name", ["mizar", "mellow"])
 
 
 def load(name: str, path: Path) -> PublicModel:
-    return load_public(MODELS[name], path, MARKS[name])
+    return load_public(KINDS[name], path)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("public")
-    for name, build in MODELS.items():
-        torch.save(state_of(build()), folder / f"{name}.ckpt")
-    return {name: folder / f"{name}.ckpt" for name in MODELS}
+    for name, kind in KINDS.items():
+        torch.save(state_of(kind.build()), folder / f"{name}.ckpt")
+    return {name: folder / f"{name}.ckpt" for name in KINDS}
 
 
 def test_mizars_census_is_the_published_one() -> None:
@@ -42,7 +42,7 @@ def test_mizars_census_is_the_published_one() -> None:
     assert len(state) == 454
     assert sum(tensor.numel() for tensor in state.values()) == 187_628_509
     assert sum(parameter.numel() for parameter in model.parameters()) == 159_299_840
-    assert sum(parameter.numel() for parameter in model.ced.parameters()) == 21_418_880
+    assert sum(parameter.numel() for parameter in model.encoder.parameters()) == 21_418_880
     assert sum(parameter.numel() for parameter in model.mapper.parameters()) == 3_365_952
 
 
@@ -85,7 +85,7 @@ def test_everything_that_does_not_fit_is_named_at_once(
     del state["caption_decoder.lm.model.layers.1.mlp.up_proj.weight"]
     state["caption_decoder.lm.model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
     state["caption_decoder.lm.model.norm.weight"] = torch.ones(5)
-    state[f"{MARKS[name]}patch_embed.proj.bias"][0] = float("nan")
+    state[f"{KINDS[name].mark}patch_embed.proj.bias"][0] = float("nan")
     torch.save(state, tmp_path / "bad.ckpt")
     with pytest.raises(CheckpointError) as caught:
         load(name, tmp_path / "bad.ckpt")
@@ -102,7 +102,7 @@ def test_another_models_file_is_refused_in_one_line(files: dict[str, Path]) -> N
     for name, other in (("mizar", "mellow"), ("mellow", "mizar")):
         with pytest.raises(CheckpointError, match="another model's checkpoint") as caught:
             load(name, files[other])
-        assert MARKS[name] in str(caught.value)
+        assert KINDS[name].mark in str(caught.value)
         assert len(str(caught.value)) < 500
 
 
@@ -130,7 +130,7 @@ class _Payload:
 def _code(folder: Path) -> Path:
     """A file that runs a command when it is unpickled."""
     path = folder / "code.ckpt"
-    torch.save({f"{MARKS['mizar']}x": _Payload(f"touch {folder}/ran")}, path)
+    torch.save({f"{KINDS['mizar'].mark}x": _Payload(f"touch {folder}/ran")}, path)
     return path
 
 
@@ -158,58 +158,6 @@ def test_a_checkpoint_with_other_features_is_refused(
     assert constant in str(caught.value)
 
 
-def manual_ced(state: dict[str, Tensor], log_mel: Tensor, n_heads: int) -> Tensor:
-    """The transformer in double precision, from the tensors alone: (frames, mels) -> grid."""
-    w = {
-        name.removeprefix("audio_encoder.base.ced."): tensor.double()
-        for name, tensor in state.items()
-    }
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
-        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    x = (log_mel.double() - w["init_bn.running_mean"]) / torch.sqrt(w["init_bn.running_var"] + 1e-5)
-    x = x * w["init_bn.weight"] + w["init_bn.bias"]
-    grids = []
-    for start in range(0, len(x), 1_012):
-        piece = torch.zeros(1_012, 64, dtype=torch.float64)
-        held = x[start : start + 1_012]
-        piece[: len(held)] = held
-        tokens = []
-        for f in range(4):
-            for t in range(63):
-                patch = piece[16 * t : 16 * t + 16, 16 * f : 16 * f + 16].T
-                token = torch.einsum("cij,ij->c", w["patch_embed.proj.weight"][:, 0], patch)
-                token = token + w["patch_embed.proj.bias"]
-                tokens.append(
-                    token + w["time_pos_embed"][0, :, 0, t] + w["freq_pos_embed"][0, :, f, 0]
-                )
-        h = torch.stack(tokens)
-        for layer in range(sum(name.endswith("attn.proj.weight") for name in w)):
-            b = f"blocks.{layer}"
-            q, k, v = linear(norm(h, f"{b}.norm1"), f"{b}.attn.qkv").chunk(3, -1)
-            heads = []
-            size = q.shape[1] // n_heads
-            for head in range(n_heads):
-                at = slice(head * size, (head + 1) * size)
-                scores = q[:, at] @ k[:, at].T / size**0.5
-                heads.append(scores.softmax(-1) @ v[:, at])
-            h = h + linear(torch.cat(heads, -1), f"{b}.attn.proj")
-            inner = linear(norm(h, f"{b}.norm2"), f"{b}.mlp.fc1")
-            inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
-            h = h + linear(inner, f"{b}.mlp.fc2")
-        h = norm(h, "norm")
-        grids.append(
-            torch.stack([torch.stack([h[f * 63 + t] for f in range(4)]) for t in range(63)])
-        )
-    return torch.cat(grids)
-
-
 @pytest.mark.parametrize("quiet", [False, True], ids=["usual", "tiny activations"])
 @pytest.mark.parametrize("n_frames", [2_001, 1_012, 400])
 def test_ced_against_a_reading_of_its_definition(
@@ -225,34 +173,19 @@ def test_ced_against_a_reading_of_its_definition(
     model = load("mizar", tmp_path / "m.ckpt")
     log_mel = torch.randn(n_frames, 64) * 12 - 30
     with torch.no_grad():
-        found = model.encode(log_mel[None])["rows"][0]
+        found = model.encoder(log_mel[None, None])[0]
     ced = small_mizar().ced
-    wanted = manual_ced(state, log_mel, ced.n_heads)
+    wanted = reference.ced(state, log_mel, ced.n_heads)
     assert found.shape == (ced.steps(n_frames), 4 * ced.hidden_size)
     np.testing.assert_allclose(found, wanted.flatten(1), atol=2e-4, rtol=1e-4)
 
 
 def test_mizars_mapper_against_a_reading_of_its_definition(files: dict[str, Path]) -> None:
     state, model = torch.load(files["mizar"]), load("mizar", files["mizar"])
-    w = {name.removeprefix("audio_encoder.base.mapper."): tensor for name, tensor in state.items()}
-
-    def layer(x: Tensor, name: str) -> Tensor:
-        weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
-        if weight.dim() == 1:
-            return nnf.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
-        return x @ weight.T + bias
-
     grid = torch.randn(126, 4, 48)  # (time, frequency, channel)
-    net = "freq_merger.net"
-    h = layer(layer(grid.reshape(126, 4 * 48), f"{net}.0"), f"{net}.1")
-    h = layer(layer(nnf.gelu(h), f"{net}.4"), f"{net}.5")
-    whole = grid.mean(dim=(0, 1))
-    h = h + layer(layer(layer(whole, "global_proj.0"), "global_proj.1"), "global_proj.2")
-    h = h + w["pos_in"][0, :126] + w["pos_out"][0, :126] + w["audio_type"][0, 0]
-    h = h + layer(nnf.gelu(layer(layer(h, "refine_ln"), "refine_mlp.0")), "refine_mlp.3")
     with torch.no_grad():
-        found = model.project(rows=grid.reshape(1, 126, 4 * 48))
-    np.testing.assert_allclose(found[0], h, atol=1e-4)
+        found = model.mapper(grid=grid.reshape(1, 126, 4 * 48))
+    np.testing.assert_allclose(found[0], reference.mizar_rows(state, grid), atol=1e-4)
 
 
 def test_mellows_head_and_mapper_take_the_short_cut_of_the_same_result(
@@ -260,35 +193,14 @@ def test_mellows_head_and_mapper_take_the_short_cut_of_the_same_result(
 ) -> None:
     """The original repeats 32 steps to 1024 frames, projects them all and averages 8 at a time."""
     state, model = torch.load(files["mellow"]), load("mellow", files["mellow"])
-    base, projection = "audio_encoder.base.", "audio_encoder.projection."
-    log_mel = torch.randn(1, 1_001, 64) * 12 - 30
+    log_mel = torch.randn(1_001, 64) * 12 - 30
     with torch.no_grad():
-        outputs = model.encode(log_mel)
-        found = model.project(**outputs)
-        tower = model.get_submodule(f"{base}htsat.tower")(log_mel[:, None])
-    hidden = tower.last_hidden_state  # (1, C, frequency, time)
-    scores = nnf.conv2d(
-        hidden,
-        state[f"{base}htsat.tscam_conv.weight"],
-        state[f"{base}htsat.tscam_conv.bias"],
-        padding=(0, 1),
-    )
-    framewise = torch.sigmoid(scores[:, :, 0]).transpose(1, 2).repeat_interleave(32, dim=1)
-    assert framewise.shape == (1, 1_024, 21)
-    course = framewise @ state[f"{base}c2l.weight"].T + state[f"{base}c2l.bias"]
-    x = torch.cat((hidden.mean(dim=(2, 3))[:, None], course), dim=1)
-    first = x @ state[f"{projection}linear1.weight"].T
-    second = nnf.gelu(first) @ state[f"{projection}linear2.weight"].T
-    mapped = nnf.layer_norm(
-        first + second,
-        (72,),
-        state[f"{projection}layer_norm.weight"],
-        state[f"{projection}layer_norm.bias"],
-    )
-    pooled = nnf.avg_pool1d(mapped[:, 1:].transpose(1, 2), 8).transpose(1, 2)
-    wanted = torch.cat((mapped[:, :1], pooled), dim=1)
+        course, whole = model.encoder(log_mel[None, None])
+        found = model.mapper(course=course, whole=whole)
+        tower = model.get_submodule("audio_encoder.base.htsat.tower")
+        wanted = reference.mellow_rows(state, tower, log_mel)
     assert found.shape == (1, 129, 72)
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    np.testing.assert_allclose(found[0], wanted, atol=2e-5)
 
 
 def test_norms_of_the_public_models_have_their_published_epsilon() -> None:
@@ -299,7 +211,7 @@ def test_norms_of_the_public_models_have_their_published_epsilon() -> None:
     def epsilons(module: nn.Module) -> set[float]:
         return {part.eps for part in module.modules() if isinstance(part, nn.LayerNorm)}
 
-    assert epsilons(mizar.ced) == {1e-6}
+    assert epsilons(mizar.encoder) == {1e-6}
     assert epsilons(mizar.mapper) == {1e-5}
     assert epsilons(mellow) == {1e-5}
     assert mizar.decoder.config.rms_norm_eps == mellow.decoder.config.rms_norm_eps == 1e-5

@@ -1,40 +1,16 @@
 """The windowed-sinc resampler against torchaudio's algorithm written in PyTorch.
 
-torchaudio is not a dependency, so its algorithm is written down again here, with a convolution.
+torchaudio is not a dependency, so its algorithm is written down again, with a convolution.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 import torch
 
+from tests.public_reference import resample, resampling_kernel
 from tinygiant.runtime.resampling import sinc_kernel, sinc_resample
-
-
-def reference_kernel(from_hz: int, to_hz: int) -> tuple[torch.Tensor, int]:
-    divisor = math.gcd(from_hz, to_hz)
-    old, new = from_hz // divisor, to_hz // divisor
-    cutoff = 0.99 * min(old, new)
-    width = math.ceil(6 * old / cutoff)
-    grid = torch.arange(-width, width + old, dtype=torch.float64)[None] / old
-    # Dividing integers gives float32 in PyTorch: these phases are rounded, as torchaudio's are.
-    t = (torch.arange(0, -new, -1)[:, None] / new + grid) * cutoff
-    t = t.clamp(-6, 6) * math.pi
-    taps = torch.where(t == 0, 1.0, torch.sin(t) / t) * torch.cos(t / 12) ** 2 * (cutoff / old)
-    return taps.float(), width
-
-
-def reference(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    kernel, width = reference_kernel(from_hz, to_hz)
-    old = from_hz // math.gcd(from_hz, to_hz)
-    padded = torch.nn.functional.pad(torch.from_numpy(samples), (width, width + old))
-    phases = torch.nn.functional.conv1d(padded[None, None], kernel[:, None], stride=old)
-    n_out = math.ceil(samples.size * to_hz / from_hz)
-    return np.asarray(phases[0].T.reshape(-1)[:n_out])
-
 
 RATES = [
     (44_100, 32_000), (48_000, 32_000), (16_000, 32_000), (32_000, 16_000), (22_050, 16_000),
@@ -46,9 +22,9 @@ RATES = [
 @pytest.mark.parametrize("n_samples", [1, 7, 4_411])
 def test_equals_torchaudios_algorithm(from_hz: int, to_hz: int, n_samples: int) -> None:
     samples = np.random.default_rng(n_samples).standard_normal(n_samples).astype(np.float32)
-    wanted = reference(samples, from_hz, to_hz)
+    wanted = resample(torch.from_numpy(samples), from_hz, to_hz)
     found = sinc_resample(samples, from_hz, to_hz)
-    assert found.shape == wanted.shape
+    assert found.shape == tuple(wanted.shape)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, atol=2e-6)
 
@@ -56,7 +32,7 @@ def test_equals_torchaudios_algorithm(from_hz: int, to_hz: int, n_samples: int) 
 @pytest.mark.parametrize(("from_hz", "to_hz"), RATES)
 def test_the_kernel_is_equal_to_the_bit_almost(from_hz: int, to_hz: int) -> None:
     """A checkpoint may carry this kernel; the phases' rounding shows at 44.1 kHz (7e-6)."""
-    wanted, _ = reference_kernel(from_hz, to_hz)
+    wanted, _ = resampling_kernel(from_hz, to_hz)
     np.testing.assert_allclose(sinc_kernel(from_hz, to_hz), wanted.numpy(), atol=6e-8)
 
 

@@ -355,7 +355,11 @@ def test_paths_methods_and_types(server: Live) -> None:
     error_of(wrong)
     text = server.post(chat(), headers={"Content-Type": "text/plain"})
     assert (text.status_code, error_of(text)["code"]) == (415, "unsupported_media_type")
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": "fake"}
+    assert httpx.get(f"{server.url}/health").json() == {
+        "status": "ok",
+        "model": "fake",
+        "events": False,
+    }
 
 
 def test_another_host_name_is_refused(server: Live) -> None:

@@ -7,6 +7,7 @@ import json
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -155,6 +156,23 @@ def test_a_clip_and_its_question_may_come_in_two_messages() -> None:
 def test_a_system_message_alone_can_be_the_question() -> None:
     asked = parse(body(message("system", "Say what is heard."), message("user", audio())))
     assert asked.question == "Say what is heard."
+
+
+def test_empty_turns_and_null_fields_ask_for_nothing() -> None:
+    """Other servers failed at an assistant's empty message, and at ``max_tokens: null``."""
+    asked = parse(
+        body(
+            message("user", audio(), text("A")),
+            message("assistant", ""),
+            message("user", "B"),
+            max_tokens=None,
+            temperature=None,
+            tools=None,
+            stream=None,
+        )
+    )
+    assert asked.question == "Earlier in this conversation:\nUser: A\n\nB"
+    assert asked.max_new_tokens is None and asked.form.ignored == ()
 
 
 def test_the_answer_of_this_server_can_be_sent_back(server: Live, model: FakeModel) -> None:
@@ -331,7 +349,9 @@ def test_another_question_is_set_and_told() -> None:
         assert told == {"transcription_question": "Which words are spoken?"}
 
 
-def test_what_a_transcription_cannot_have_is_told_or_refused(server: Live) -> None:
+def test_what_a_transcription_cannot_have_is_told_or_refused(
+    server: Live, capfd: pytest.CaptureFixture[str]
+) -> None:
     url = f"{server.url}/v1/audio/transcriptions"
     habits = {"prompt": "names", "temperature": "0", "model": "whisper-1", "language": "en"}
     told = httpx.post(url, files={"file": file()}, data=habits)
@@ -353,6 +373,7 @@ def test_what_a_transcription_cannot_have_is_told_or_refused(server: Live) -> No
     for kind in ("multipart/form-data", "multipart/form-data; boundary=x"):
         broken = httpx.post(url, content=b"--y\r\n", headers={"Content-Type": kind})
         assert broken.status_code == 400, broken.text
+    assert capfd.readouterr().err == ""  # the log has no line for a request
 
 
 def test_no_clip_of_a_form_is_written_to_disk(
@@ -367,30 +388,99 @@ def test_no_clip_of_a_form_is_written_to_disk(
     assert not rolled
 
 
+# --- the sensor's sounds -----------------------------------------------------------------------
+
+
+def sound(number: int, **fields: Any) -> str:
+    """A line as ``tg-listen`` writes it; see runtime/schema/listen.schema.json."""
+    answer = {
+        "name": "animal",
+        "question": "Which animal?",
+        "status": "answered",
+        "reason": None,
+        "text": "a dog",
+        "probability": 0.9,
+        "notify": False,
+        "answer": {"schema": "tinygiant.answer/1", "raw_text": "secret"},
+        "error": None,
+    }
+    line = {
+        "schema": "tinygiant.listen/1",
+        "event": "sound",
+        "time": "2026-03-01T10:00:00.000+01:00",
+        "id": f"{number:032x}",
+        "source": "garden",
+        "number": number,
+        "duration_s": 1.5,
+        "unanswered": None,
+        "answers": [answer],
+    }
+    return json.dumps(line | fields) + "\n"
+
+
+def test_the_last_sounds_come_from_the_end_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with live(FakeModel(), options=HttpOptions(events=path)) as running:
+
+        def numbers() -> list[int]:
+            reply = httpx.get(f"{running.url}/events").json()
+            return [int(told["id"], 16) for told in reply["sounds"]]
+
+        assert numbers() == []  # the file is not there yet
+        report = json.dumps({"event": "report", "counts": {}}) + "\n"
+        path.write_text(sound(1) + report + "no line\n[]\n" + sound(2) + sound(3)[:-40])
+        assert numbers() == [2, 1]  # the last line is torn
+        (tmp_path / "events.jsonl.1").write_text(path.read_text())
+        path.write_text("".join(sound(n, filler="x" * 50_000) for n in range(10, 25)))
+        assert numbers()[:10] == [24, 23, 22, 21, 20, 19, 18, 17, 16, 15]
+        assert numbers()[-2:] == [2, 1]
+        (told,) = httpx.get(f"{running.url}/events").json()["sounds"][0]["answers"]
+        assert told["text"] == "a dog" and "answer" not in told
+
+
+def test_sounds_need_the_token_and_the_option(server: Live, tmp_path: Path) -> None:
+    assert httpx.get(f"{server.url}/events").status_code == 404
+    options = HttpOptions(events=tmp_path / "none", token="secret")
+    with live(FakeModel(), options=options) as running:
+        assert httpx.get(f"{running.url}/events").status_code == 401
+
+
 # --- from elsewhere ----------------------------------------------------------------------------
 
 
 def test_pages_of_an_allowed_origin_may_ask_and_read() -> None:
     origin = "http://localhost:3000"
-    with live(FakeModel(), options=HttpOptions(cors_origins=(origin,))) as running:
+    token = {"Authorization": "Bearer secret"}
+    options = HttpOptions(cors_origins=(origin,), token="secret")
+    with live(FakeModel(), options=options) as running:
         url = f"{running.url}/v1/chat/completions"
         asks = {
             "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization, content-type",
+            # OpenAI's client in a browser sends headers of its own.
+            "Access-Control-Request-Headers": "authorization, content-type, x-stainless-timeout",
         }
         allowed = httpx.options(url, headers={"Origin": origin} | asks)
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == origin
-        assert "authorization" in allowed.headers["access-control-allow-headers"]
-        read = running.post(chat(temperature=1), headers={"Origin": origin})
+        for name in ("authorization", "x-stainless-timeout"):
+            assert name in allowed.headers["access-control-allow-headers"]
+        read = running.post(chat(temperature=1), headers={"Origin": origin} | token)
         assert read.headers["access-control-allow-origin"] == origin
         assert "ignored" in read.headers["access-control-expose-headers"].lower()
-        wrong = running.post(chat(max_tokens=0), headers={"Origin": origin})
+        wrong = running.post(chat(max_tokens=0), headers={"Origin": origin} | token)
         assert wrong.status_code == 400
         assert wrong.headers["access-control-allow-origin"] == origin
         other = {"Origin": "http://evil.example"}
         assert httpx.options(url, headers=other | asks).status_code == 400
-        assert "access-control-allow-origin" not in running.post(chat(), headers=other).headers
+        read = running.post(chat(), headers=other | token)
+        assert "access-control-allow-origin" not in read.headers
+
+
+def test_every_origin_can_be_let_in() -> None:
+    with live(FakeModel(), options=HttpOptions(cors_origins=("*",))) as running:
+        read = running.post(chat(), headers={"Origin": "http://anywhere.example"})
+        assert read.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in read.headers
 
 
 def test_a_proxy_s_name_and_path_are_let_in() -> None:

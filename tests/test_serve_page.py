@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from websockets.sync.client import ClientConnection, connect
 
 from tests.serve_stub import LISTENING, FakeModel, Live, clip, live, wait_for
+from tinygiant.runtime.serve.app import HttpOptions
 
 CLIP = Path(__file__).resolve().parents[1] / "examples" / "tiger-and-birds.flac"
 RATE_HZ = 48_000
@@ -453,6 +454,27 @@ def luminance(colour: str) -> float:
         parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
     red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_the_sensor_s_last_sounds_are_shown(page: Page, model: FakeModel, tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    answer = {"name": "animal", "status": "answered", "text": "a dog", "probability": 0.874}
+    sounds = [
+        {"unanswered": None, "answers": [answer, {"name": "who", "status": "not_asked"}]},
+        {"unanswered": "queue_full", "answers": []},
+    ]
+    common = {"event": "sound", "time": "2026-03-01T10:00:00.000+01:00", "source": "<b>garden</b>"}
+    lines = [json.dumps(common | {"duration_s": 1.5} | sound) for sound in sounds]
+    assert not page.shows("heard")
+    with live(model, options=HttpOptions(events=events)) as running:
+        events.write_text("\n".join(lines) + "\n")
+        page.call("Page.navigate", url=running.url)
+        wait_for(lambda: page.all("#sounds tr"), 30)
+        assert page.all("#sounds td:nth-child(2)") == ["<b>garden</b>, 1.5 s"] * 2
+        assert page.all("#sounds td:nth-child(3)") == [
+            "not asked: too much to do",
+            "animal: a dog (87 %)",
+        ]
 
 
 def test_a_phone_needs_no_sideways_scrolling(page: Page) -> None:

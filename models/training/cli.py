@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinygiant.runtime.cli.interrupt import raise_on_interrupt
 from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import AudioContext
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
@@ -60,6 +61,7 @@ def _prepare_torch(threads: int) -> None:
         raise MissingDependencyError(
             f"{error.name or error} is not installed; run: pip install 'tinygiant[train]'"
         ) from error
+    raise_on_interrupt()  # from here on there is a state to go on from
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -174,7 +176,9 @@ def _encoder(options: argparse.Namespace) -> None:
     from .nano import ENCODERS, NanoRun, pretrain
 
     if options.component not in ENCODERS:
-        raise UsageError(f"component {options.component!r} is unknown: use one of {ENCODERS}")
+        raise UsageError(
+            f"component {options.component!r} is unknown; use one of {', '.join(ENCODERS)}"
+        )
     run = NanoRun(
         folder=options.out,
         data=options.data or options.out / "world",
@@ -194,7 +198,7 @@ def _cota(options: argparse.Namespace) -> None:
     from .picture import draw_losses
 
     if options.checkpoint is not None and options.audio_context is not None:
-        raise UsageError("a checkpoint says itself what its --audio-context is; leave it out")
+        raise UsageError("--audio-context is part of a checkpoint; leave the option out")
     if options.checkpoint is not None:
         start: Path | Parts = options.checkpoint
     elif options.whisper and options.htsat and options.qwen3:

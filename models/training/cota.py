@@ -196,5 +196,5 @@ def _open(path: Path) -> pq.ParquetFile:
         raise UsageError(f"{path}: not a readable parquet file ({error})") from error
     missing = [name for name in _COLUMNS if name not in parquet.schema_arrow.names]
     if missing:
-        raise UsageError(f"{path}: CoTA's columns are expected, {', '.join(missing)} missing")
+        raise UsageError(f"{path}: columns missing, {', '.join(missing)}; expected CoTA's")
     return parquet

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tinygiant.runtime.config import QuestionKind, Scope
 from tinygiant.runtime.errors import TinyGiantError
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -28,6 +29,7 @@ from ..tensors import load_into, open_tensors
 from ..tinygiant import build, build_component
 from ..world.dataset import WorldDataset
 from ..world.dataset import build as build_world
+from ..world.scene import LONGEST_S, SHORTEST_S
 from .encoders import EncoderTask, pretrain_encoder
 from .loop import LoopConfig
 from .reasoning import ReasoningTask, train_reasoning
@@ -74,12 +76,16 @@ class NanoRun:
 
     @property
     def config(self) -> TinyGiantConfig:
-        """Nano's configuration with this run's ablations."""
+        """Nano's configuration with this run's ablations, and what it is trained for."""
         nano = preset("nano")
         projector = dataclasses.replace(
             nano.projector, intent_query=self.intent_query, semantic_gate=self.semantic_gate
         )
-        return dataclasses.replace(nano, projector=projector)
+        questions: tuple[QuestionKind, ...] = ("choices",)
+        if "forms" in self.recipe:
+            questions = ("choices", "open", "choices-at-once", "open-at-once")
+        scope = Scope(SHORTEST_S, LONGEST_S, questions, ("en",))
+        return dataclasses.replace(nano, projector=projector, scope=scope)
 
 
 def train_nano(run: NanoRun) -> Path:

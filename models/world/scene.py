@@ -34,7 +34,9 @@ from .vocabulary import (
 from .voices import SPEAKERS, VOICE_BY_NAME, VOICES, Gender
 
 __all__ = [
+    "LONGEST_S",
     "MAX_DURATION_S",
+    "SHORTEST_S",
     "Background",
     "Copy",
     "Item",
@@ -54,7 +56,7 @@ __all__ = [
 
 MIN_DURATION_S, MAX_DURATION_S = 3.0, 10.0
 # A clip of 29 s and its silent margin fill Whisper's window.
-_LONG_S, _LONGEST_S, _SHORTEST_S = 10.5, 29.0, 0.3
+_LONG_S, LONGEST_S, SHORTEST_S = 10.5, 29.0, 0.3
 
 # (voice, setting, word) -> seconds: all that sampling must know of the word bank.
 WordDuration = Callable[[str, int, str], float]
@@ -450,9 +452,9 @@ def _place(
     if kind == "short":
         start = float(rng.uniform(0, 0.12))
         starts, end_s = [start], start + order[0].end_s - order[0].start_s
-        duration_s = max(_SHORTEST_S, end_s + float(rng.uniform(0.03, 0.4)))
+        duration_s = max(SHORTEST_S, end_s + float(rng.uniform(0.03, 0.4)))
     elif kind == "long":
-        duration_s = max(float(rng.uniform(_LONG_S, _LONGEST_S)), min(end_s + 0.3, _LONGEST_S))
+        duration_s = max(float(rng.uniform(_LONG_S, LONGEST_S)), min(end_s + 0.3, LONGEST_S))
         # What is left over goes between the items, and before and after them.
         shares = rng.dirichlet(np.ones(len(order) + 1))
         before = np.cumsum(shares)[:-1] * max(0.0, duration_s - end_s - 0.2)

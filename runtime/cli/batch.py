@@ -36,7 +36,7 @@ from .terminal import Progress, debugging
 if TYPE_CHECKING:
     from ..asking import AskOptions
     from ..events import Answer
-    from ..pipeline import TinyGiant
+    from ..pipeline import Clips, TinyGiant
 
 __all__ = ["SUFFIXES", "Item", "Output", "left_out", "read_items", "run"]
 
@@ -55,7 +55,8 @@ _AUDIO_FIELDS = ("audio", "audio_path")
 class Item:
     """One question of a batch; ``problem`` says why it cannot be asked.
 
-    ``audio`` is as it was given, ``path`` where it lies.
+    ``audio`` is as it was given, ``path`` where it lies; likewise ``second``, the other clip of a
+    question about two, and ``second_path``.
     """
 
     id: str
@@ -64,6 +65,8 @@ class Item:
     choices: tuple[str, ...] | None
     path: Path
     problem: str = ""
+    second: str | None = None
+    second_path: Path | None = None
 
     def asked(self) -> dict[str, Any]:
         """What the output says of the item itself."""
@@ -72,6 +75,7 @@ class Item:
             "audio": self.audio,
             "question": self.question,
             "choices": None if self.choices is None else list(self.choices),
+            **({} if self.second is None else {"second": self.second}),
         }
 
 
@@ -99,7 +103,7 @@ def read_items(
     else:
         if question is not None or choices is not None:
             raise UsageError(
-                f"{printable(path)} is no folder, and --question and --choices are for a folder; "
+                f"{printable(path)} is not a folder, and --question and --choices are for one; "
                 "in a .jsonl file each line has its own"
             )
         items = _lines(path)
@@ -148,7 +152,7 @@ class Output:
             file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 file.close()
-                raise StorageError(f"{printable(path)}: is no file; name another output")
+                raise StorageError(f"{printable(path)}: is not a regular file; name another output")
         except StorageError:
             raise
         except OSError as error:
@@ -228,9 +232,10 @@ class Output:
         try:
             record = json.loads(line)
             asked = {key: record[key] for key in ("id", "audio", "question", "choices")}
+            asked |= {"second": record["second"]} if "second" in record else {}
             item_id, failed = str(record["id"]), "error" in record
         except (ValueError, TypeError, KeyError) as error:
-            raise self._foreign(f"line {number} is no answer to an item") from error
+            raise self._foreign(f"line {number} is not an answer to an item") from error
         if item_id in done or wanted.get(item_id) != asked:
             raise self._foreign(f"line {number} answers something that is not asked here")
         done.add(item_id)
@@ -240,7 +245,7 @@ class Output:
         """A file whose only line was never ended may be anybody's: it must look like ours."""
         start = b'{"schema": "'
         if number == 1 and not torn.startswith(start[: len(torn)]):
-            raise self._foreign("it is no output of a batch")
+            raise self._foreign("it is not the output of a batch")
 
     def _foreign(self, found: str) -> UsageError:
         return UsageError(f"{printable(self.path)}: {found}; name another output with -o")
@@ -279,7 +284,8 @@ def _ask(item: Item, model: TinyGiant, options: AskOptions) -> Answer:
         raise QuestionError(item.problem)
     if item.audio is None:
         raise AudioError("no audio")
-    return model.ask(item.path, item.question, item.choices, options)
+    clips: Clips = item.path if item.second_path is None else [item.path, item.second_path]
+    return model.ask(clips, item.question, item.choices, options)
 
 
 def _status(n_done: int, n_items: int, n_failed: int, elapsed_s: float, item: Item) -> str:
@@ -299,7 +305,7 @@ def left_out(source: str) -> str:
     if not names:
         return ""
     shown = ", ".join(names[:3]) + (", ..." if names[3:] else "")
-    return f"{counted(len(names), 'file')} left out, by name no audio: {shown}"
+    return f"{counted(len(names), 'file')} left out, not audio by their names: {shown}"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -350,26 +356,30 @@ def _item(line: bytes, number: int, folder: Path) -> Item:
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        return _bad(number, f"line {number} is no JSON object; expected audio and question")
+        return _bad(number, f"line {number} is not a JSON object with audio and question")
     item_id = data.get("id", number)
     if not isinstance(item_id, str | int) or isinstance(item_id, bool):
-        return _bad(number, f"line {number}: id is neither text nor a whole number")
+        return _bad(number, f"line {number}: id is neither text nor a whole number; give it one")
     audio = next((data[name] for name in _AUDIO_FIELDS if name in data), None)
-    question, choices = data.get("question"), data.get("choices")
+    question, choices, second = data.get("question"), data.get("choices"), data.get("second")
+    if second is not None and not isinstance(second, str):
+        return _bad(item_id, f"line {number}: second is no path of a clip")
     if not isinstance(audio, str):
-        return _bad(item_id, f"line {number}: audio (or audio_path) is missing or no path")
+        return _bad(item_id, f"line {number}: audio (or audio_path) is missing or not a path")
     if not isinstance(question, str):
-        return _bad(item_id, f"line {number}: question is missing or no text")
+        return _bad(item_id, f"line {number}: question is missing or not text")
     if choices is not None and not (
         isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     ):
-        return _bad(item_id, f"line {number}: choices are no list of texts")
+        return _bad(item_id, f"line {number}: choices are not a list of texts")
     return Item(
         id=str(item_id),
         audio=audio,
         question=question,
         choices=None if choices is None else tuple(choices),
         path=folder / audio,
+        second=second,
+        second_path=None if second is None else folder / second,
     )
 
 

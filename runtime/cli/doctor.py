@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import media
 from ..bundle import (
     MANIFEST_NAME,
     Bundle,
@@ -35,7 +36,7 @@ from ..files import LFS_SIGNATURE
 from ..ort.machine import Machine
 from ..ort.memory import estimated_bytes
 from ..ort.providers import PROVIDERS, available_names
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .options import OneLineParser
 
 __all__ = ["KNOWN_BAD", "Finding", "KnownBad", "Level", "examine", "main"]
@@ -159,6 +160,7 @@ def examine(
         ("python", _python()),
         ("packages", _packages(machine)),
         ("imports", _imports(machine)),
+        ("formats", _formats()),
     ):
         for finding in _guarded(name, check):
             importable &= not (finding.check.startswith("import ") and finding.level == "broken")
@@ -336,8 +338,21 @@ def _imports(machine: Machine) -> Iterator[Finding]:
         yield Finding(f"import {package}", "ok", "works")
         if package == "onnxruntime":
             cores, *providers = output.split()
-            yield Finding("threads", "ok", f"{cores} physical cores are used")
+            yield Finding(
+                "threads", "ok", f"{counted(int(cores), 'physical core')} to compute with"
+            )
             yield from _providers(machine, providers)
+
+
+def _formats() -> Iterator[Finding]:
+    """Which clips can be read."""
+    if media.is_available():
+        yield Finding("formats", "ok", "wav, flac, mp3, ogg; through FFmpeg m4a, mp4, webm, ...")
+    else:
+        yield Finding(
+            "formats", "note", "wav, flac, mp3, ogg; not m4a, mp4, webm: FFmpeg is not installed",
+            "run: pip install 'tinygiant[media]', or install the program ffmpeg",
+        )  # fmt: skip
 
 
 def _providers(machine: Machine, installed: Sequence[str]) -> Iterator[Finding]:
@@ -360,7 +375,7 @@ def _bundle(path: Path, opened: list[Bundle]) -> Iterator[Finding]:
     if pointers:
         yield Finding(
             "bundle", "broken",
-            f"{printable(path)}: {len(pointers)} files are git-lfs pointers, not the weights: "
+            f"{printable(path)}: weights are missing, git-lfs pointers lie in their place: "
             + ", ".join(printable(name) for name in pointers[:3]),
             "run: git lfs install && git lfs pull",
         )  # fmt: skip
@@ -400,7 +415,8 @@ def _bundle(path: Path, opened: list[Bundle]) -> Iterator[Finding]:
     if extra := sorted(set(present) - listed):
         yield Finding(
             "bundle", "note",
-            f"{len(extra)} files do not belong to it: {', '.join(map(printable, extra[:3]))}",
+            f"{counted(len(extra), 'file')} in it are not its own: "
+            + ", ".join(map(printable, extra[:3])),
             "remove them; they are never read",
         )  # fmt: skip
 
@@ -436,7 +452,7 @@ def _memory(machine: Machine, bundle: Bundle) -> Iterator[Finding]:
             "raise ulimit -v: native code may end without it" if level == "warning" else "",
         )  # fmt: skip
     if memory is None:
-        yield Finding("memory", "note", f"the system does not tell what is free; {needs}")
+        yield Finding("memory", "note", f"the system does not say how much is free; {needs}")
         return
     total, available = memory
     found = f"{available // MIB} of {total // MIB} MiB are free; {needs}"

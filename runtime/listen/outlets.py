@@ -46,6 +46,10 @@ class RefusedError(Exception):
 class Carrier(Protocol):
     """Takes records somewhere."""
 
+    def begin(self) -> None:
+        """Reach out: what was prepared is wanted now."""
+        ...
+
     def carry(self, record: Record, stopping: threading.Event) -> None:
         """Deliver a record; called again with the same one after a failure that may pass.
 
@@ -96,6 +100,10 @@ class Outlet:
         self._closing = False
         self._carrying = False
         self._thread = threading.Thread(target=self._run, name=f"outlet-{name}", daemon=True)
+
+    def begin(self) -> None:
+        """Start to carry."""
+        self.carrier.begin()
         self._thread.start()
 
     def __len__(self) -> int:
@@ -178,6 +186,9 @@ class StandardOutput:
         self._as_json = as_json
         self._lines = _Lines()
 
+    def begin(self) -> None:
+        """Nothing is to be reached before the first record."""
+
     def carry(self, record: Record, stopping: threading.Event) -> None:
         """Write one line; after a failure, what of it is not written yet."""
         self._lines.write(
@@ -209,6 +220,9 @@ class EventsFile:
                 f"{printable(self._path)}: cannot be written ({error.strerror}); check [events] "
                 "file and its folder"
             ) from error
+
+    def begin(self) -> None:
+        """Nothing is to be reached before the first record."""
 
     def carry(self, record: Record, stopping: threading.Event) -> None:
         """Append one line; after a failure, what of it is not written yet."""
@@ -265,6 +279,9 @@ class Webhook:
         if settings.token_file is not None:
             token = read_secret(settings.token_file, "[webhook] token_file")
             self._headers["Authorization"] = f"Bearer {token}"
+
+    def begin(self) -> None:
+        """Nothing is to be reached before the first record."""
 
     def carry(self, record: Record, stopping: threading.Event) -> None:
         """Post it; what the other side refuses for good (4xx but 408 and 429) is dropped."""

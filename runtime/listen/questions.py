@@ -111,7 +111,7 @@ class Asker:
         if not is_due(question, datetime.fromtimestamp(sound.time)):
             return Reply(question, "not_asked", "schedule")
         told_s = self._told_s.get((question.name, sound.source))
-        if told_s is not None and sound.start_s - told_s < question.refractory_s:
+        if told_s is not None and 0.0 <= sound.start_s - told_s < question.refractory_s:
             return Reply(question, "not_asked", "refractory")
         if question.only_if is not None:
             if question.only_if not in first:

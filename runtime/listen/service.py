@@ -22,6 +22,8 @@ from ..text import one_line, printable
 from .ear import Sound
 from .keeping import ClipFolder
 from .listener import Listener
+from .metrics import MetricsServer
+from .mqtt import Broker
 from .notifying import Notifier
 from .outlets import EventsFile, Outlet, StandardOutput, Webhook
 from .questions import Asker, Model, Reply
@@ -67,7 +69,7 @@ class Service:
         self._listeners: dict[str, Listener] = {}
         self._outlets: dict[str, Outlet] = {}
         self._made_of: dict[str, Any] = {}
-        self._clips: ClipFolder | None = None
+        self._others: dict[str, ClipFolder | MetricsServer] = {}
         self._gone: Numbers = {}
         self._told_losses: dict[tuple[str, str], int] = {}
         self._queue = WaitingQueue(settings.queue, self._unanswered)
@@ -171,7 +173,7 @@ class Service:
         code = self._code()
         self.emit(report(self.numbers()))
         self._tell("stopped", None, self._summary() if finished else "an answer was given up")
-        for name in list(self._outlets):
+        for name in list(self._made_of):
             self._close_outlet(name)
         return code
 
@@ -200,7 +202,7 @@ class Service:
         if found[0].problem is not None and not any(one.was_heard for one in found):
             for listener in self._listeners.values():
                 listener.stop(2.0)
-            for name in list(self._outlets):
+            for name in list(self._made_of):
                 self._close_outlet(name)
             raise found[0].problem
 
@@ -248,6 +250,8 @@ class Service:
             if settings.source.get(name) != self.settings.source.get(name):
                 listener = self._listeners.pop(name)
                 listener.stop(2.0)
+                for kind in ("bad", "overflow"):
+                    self._told_losses.pop((kind, name), None)
                 for key, label, number in _of_listener(name, listener):
                     self._gone[key, label] = self._gone.get((key, label), 0) + number
             else:
@@ -285,20 +289,21 @@ class Service:
         for name, (made_of, make) in wanted.items():
             if self._made_of.get(name) != made_of:
                 made[name] = made_of, make(self)
-        for name in set(self._made_of) - set(wanted):
+        for name in {*self._made_of} - {*wanted} | {*made}:
             self._close_outlet(name)
         for name, (made_of, outlet) in made.items():
-            self._close_outlet(name)
+            outlet.begin()
             self._made_of[name] = made_of
-            if isinstance(outlet, ClipFolder):
-                self._clips = outlet
-            else:
+            if isinstance(outlet, Outlet):
                 self._outlets[name] = outlet
+            else:
+                self._others[name] = outlet
 
     def _close_outlet(self, name: str) -> None:
         self._made_of.pop(name, None)
-        if name == "keep":
-            self._clips = None
+        other = self._others.pop(name, None)
+        if other is not None:
+            other.close()
         outlet = self._outlets.pop(name, None)
         if outlet is not None:
             n_left = outlet.close(_FLUSH_S)
@@ -312,10 +317,10 @@ class Service:
 
     # --- threads -------------------------------------------------------------------------------
 
-    def _hand_on(self, sound: Sound, can_wait: bool) -> None:
+    def _hand_on(self, sound: Sound, can_wait: bool, sign: Callable[[], None]) -> None:
         """A listener's thread has cut out a sound."""
         self.counts.add("sounds", sound.source)
-        self._queue.put(sound, can_wait=can_wait, sign=self._listeners[sound.source].wake)
+        self._queue.put(sound, can_wait=can_wait, sign=sign)
 
     def _answer_all(self) -> None:
         """The worker's thread."""
@@ -348,8 +353,8 @@ class Service:
 
     def _keep(self, sound: Sound, replies: Iterable[Reply]) -> str | None:
         """Keep a clip if that is asked for; the name of its file."""
-        clips = self._clips
-        if clips is None:
+        clips = self._others.get("keep")
+        if not isinstance(clips, ClipFolder):
             return None
         if clips.settings.only_notify and not any(reply.notify for reply in replies):
             return None
@@ -414,6 +419,18 @@ def _outlets(settings: Settings) -> dict[str, tuple[Any, Callable[[Service], Any
                 buffer=settings.webhook.buffer,
                 wants=lambda record: is_news(record, only_notify=only),
             ),
+        )
+    if settings.mqtt.host is not None:
+        found["mqtt"] = (
+            (settings.mqtt, settings.question, tuple(settings.source)),
+            lambda service: service.outlet(
+                "mqtt", Broker(settings, service._say), buffer=settings.mqtt.buffer
+            ),
+        )
+    if settings.metrics.port is not None:
+        found["metrics"] = (
+            settings.metrics,
+            lambda service: MetricsServer(settings.metrics, service.numbers),
         )
     return found
 

@@ -12,6 +12,7 @@ import io
 import os
 import select
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ __all__ = ["FileSource", "Microphone", "Pipe", "Source", "make_source"]
 
 _READ_BYTES = 1 << 16
 _WAIT_S = 0.25
+_portaudio = threading.Lock()
+_n_streams = 0  # open ones of this process
 _SILENT_S = 5.0  # a microphone that delivers nothing for so long is lost
 
 
@@ -94,11 +97,23 @@ class Microphone:
 
     def blocks(self) -> Iterator[Block | None]:
         """Blocks of 32 ms; see :class:`Source`."""
+        global _n_streams
         library = sound_library()
-        if self._opened:  # PortAudio lists devices once: start it again to see what came back
-            library._terminate()
-            library._initialize()
-        self._opened = True
+        with _portaudio:
+            # PortAudio lists devices once: it must start again to see what came back, which would
+            # end the streams of other microphones.
+            if self._opened and _n_streams == 0:
+                library._terminate()
+                library._initialize()
+            self._opened = True
+            _n_streams += 1
+        try:
+            yield from self._heard(library)
+        finally:
+            with _portaudio:
+                _n_streams -= 1
+
+    def _heard(self, library: Any) -> Iterator[Block | None]:
         with device_errors(library):
             device, own_hz, name = find_device(library, self._settings.device)
             self.rate_hz = self._settings.rate_hz or own_hz

@@ -6,6 +6,7 @@ before the body, the body is counted while it arrives, and the audio is measured
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import importlib.resources
@@ -13,6 +14,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -42,6 +44,7 @@ from .http import (
 from .metrics import CONTENT_TYPE
 from .replies import ReplyWriter
 from .service import Service
+from .sounds import last_sounds
 from .transcriptions import TranscriptionWriter, parse_transcription
 
 __all__ = ["HttpOptions", "create_app"]
@@ -60,6 +63,7 @@ class HttpOptions:
         cors_origins: origins whose pages may ask; ``*`` stands for all.
         strict: refuse requests of which something would be left out.
         transcription_question: what the text of a transcription answers.
+        events: the file that ``tg-listen`` appends what it hears to; None: there is none.
     """
 
     token: str | None = None
@@ -68,6 +72,7 @@ class HttpOptions:
     cors_origins: tuple[str, ...] = ()
     strict: bool = False
     transcription_question: str = "What is said?"
+    events: Path | None = None
 
 
 def create_app(
@@ -100,7 +105,14 @@ def create_app(
     async def health(request: Request) -> Response:
         if service.engine.deadline is not None:
             return json_response({"status": "shutting_down"}, 503)
-        return json_response({"status": "ok", "model": service.model.config.name})
+        name = service.model.config.name
+        return json_response({"status": "ok", "model": name, "events": options.events is not None})
+
+    async def events(request: Request) -> Response:
+        authorize(request, token)
+        if options.events is None:
+            raise ApiError(404, "this server was started without --events FILE")
+        return json_response({"sounds": await asyncio.to_thread(last_sounds, options.events)})
 
     async def metrics(request: Request) -> Response:
         authorize(request, token)
@@ -121,6 +133,7 @@ def create_app(
     transcribe = _Endpoint(service, token, "multipart/form-data", _transcribe(service, options))
     routes = [
         Route("/", index),
+        Route("/events", events),
         Route("/example.mp3", example),
         Route("/health", health),
         Route("/metrics", metrics),

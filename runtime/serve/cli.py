@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..cli.options import OneLineParser
 from ..cli.watching import watched
@@ -116,6 +117,7 @@ def _run(options: argparse.Namespace) -> int:
             cors_origins=tuple(options.cors_origin),
             strict=options.strict,
             transcription_question=options.transcription_question,
+            events=options.events,
         ),
         wyoming=wyoming,
     )
@@ -250,6 +252,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--transcription-question", default="What is said?", metavar="Q",
         help="what the text of /v1/audio/transcriptions answers (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--events", type=Path, metavar="FILE",
+        help="show the last sounds of this file on the page; tg-listen --events writes it",
     )  # fmt: skip
     add(
         "--strict", action="store_true",

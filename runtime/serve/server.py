@@ -6,6 +6,7 @@ its grace; two seconds later the process ends whatever still runs. A second Ctrl
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -60,6 +61,8 @@ def make_server(
     wyoming: socket.socket | None = None,
 ) -> tuple[Server, Engine]:
     """A server for ``model`` on a bound socket, not yet running, and its engine."""
+    # It warns of every broken form; what clients send is not for the log.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     engine = Engine(n_queued, grace_s=grace_s)
     service = Service(model, engine, limits)
 

@@ -16,12 +16,14 @@ import json
 import re
 import shutil
 import struct
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -100,6 +102,14 @@ def audio_seeds() -> list[bytes]:
 
 
 def check_audio(data: bytes) -> None:
+    """By libsndfile alone; :func:`check_media` has a process of FFmpeg's for each input."""
+    from tinygiant.runtime import media
+
+    with patch.object(media, "_decoder", return_value=None):
+        check_media(data)
+
+
+def check_media(data: bytes) -> None:
     from tinygiant.runtime.audio import read_audio
     from tinygiant.runtime.errors import AudioError
 
@@ -129,6 +139,108 @@ def check_wav_header(data: bytes) -> None:
     check_audio(
         b"RIFF" + riff_size + b"WAVEfmt " + struct.pack("<I", 16) + fmt + b"data" + data_size + body
     )
+
+
+def joined_seeds() -> list[bytes]:
+    """Files of several recordings, with headers that say too little, and with what stands between.
+
+    The first byte is how many bytes of the second half lie in front; see :func:`check_joined`.
+    """
+    import soundfile
+
+    def written_as(container: str, **options: Any) -> bytes:
+        file = io.BytesIO()
+        with soundfile.SoundFile(file, "w", RATE_HZ, 1, format=container, **options) as out:
+            out.write(sound(1_600 if container == "MP3" else 200))
+        return file.getvalue()
+
+    seeds = []
+    for container in ("WAV", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3"):
+        one = written_as(container)
+        for between in (b"", b"ID3\4\0\0\0\0\0\4abcd", b"TAG" + bytes(125), bytes(600)):
+            seeds.append(b"\0" + one + between + one)
+        seeds.append(b"\x20" + one)
+    killed = bytearray(written_as("WAV", subtype="PCM_16"))
+    killed[40:44] = bytes(4)
+    seeds.append(b"\0" + bytes(killed) * 2)
+    for head in (b"wvpk" + bytes(28), b"\0\0\0\x10ftypM4A " + bytes(4), b"#!AMR\n"):
+        seeds.append(b"\0" + head * 3)
+    return seeds
+
+
+def check_joined(data: bytes) -> None:
+    """Every byte of a file belongs to at most one recording, in order, and is read once."""
+    from tinygiant.runtime.recordings import Window, recordings
+
+    lead, content = data[:1], data[1:]
+    content = bytes(lead[0] if lead else 0) + content
+    file = io.BytesIO(content)
+    found = recordings(file, len(content), LIMIT_S)
+    end = 0
+    for recording in found:
+        assert end <= recording.start <= recording.body <= recording.end <= len(content)
+        end = recording.end
+        window = Window(file, recording.body, recording.end, recording.head, recording.holes)
+        held = sum(end - start for start, end in recording.holes)
+        assert len(window.readall()) == recording.end - recording.body - held
+    check_audio(content)
+
+
+def media_seeds() -> list[bytes]:
+    """A tenth of a second in containers and codecs of FFmpeg."""
+    import av
+
+    seeds = []
+    for container, codec, rate_hz in (
+        ("ipod", "aac", 16_000),
+        ("webm", "libopus", 48_000),
+        ("matroska", "pcm_s16le", 8_000),
+        ("adts", "aac", 16_000),
+        ("asf", "wmav2", 16_000),
+        ("amr", "libopencore_amrnb", 8_000),
+        ("mov", "alac", 16_000),
+        ("wv", "wavpack", 8_000),
+        ("avi", "mp2", 16_000),
+        ("mpegts", "ac3", 48_000),
+        ("flv", "aac", 44_100),
+    ):
+        file = io.BytesIO()
+        with av.open(file, "w", format=container) as out:
+            stream = out.add_stream(codec, rate=rate_hz)
+            stream.layout = "mono"
+            stream.bit_rate = 12_200 if "amr" in codec else 64_000
+            samples = sound(rate_hz // 10).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(samples, "flt", "mono")
+            frame.sample_rate = rate_hz
+            fifo = av.AudioFifo()
+            for part in av.AudioResampler(stream.format, "mono", rate_hz).resample(frame):
+                fifo.write(part)
+            size = stream.codec_context.frame_size or 512
+            while (part := fifo.read(size, partial=True)) is not None:
+                out.mux(stream.encode(part))
+            out.mux(stream.encode(None))
+        seeds.append(file.getvalue())
+    return seeds
+
+
+def check_pyav(data: bytes) -> None:
+    """The worker's own code, in this process: a header and whole frames, or one Python error."""
+    from av.error import FFmpegError
+
+    from tinygiant.runtime import media_worker
+
+    reader, stdin = io.BufferedReader(io.BytesIO(data)), sys.stdin  # type: ignore[arg-type]
+    sys.stdin = SimpleNamespace(buffer=reader)  # type: ignore[assignment]
+    try:
+        blocks = b"".join(media_worker._decoded(LIMIT_S))
+    except (FFmpegError, OSError, ValueError, RuntimeError, MemoryError):
+        return
+    finally:
+        sys.stdin = stdin
+    start, _, encoding, rate_hz, channels = struct.unpack("<5I", blocks[4:24])
+    assert blocks[:4] == b"dns." and encoding == 6
+    assert rate_hz > 0
+    assert (len(blocks) - start) % (4 * channels) == 0
 
 
 # -- the bundle
@@ -351,6 +463,96 @@ def check_request(data: bytes) -> None:
     refused(ApiError, lambda: parse_chat(data, "nano", 512))
 
 
+def message_seeds() -> list[bytes]:
+    """Content parts and roles; see :func:`check_messages`."""
+    clip = {"type": "input_audio", "input_audio": {"data": "UklGRg=="}}
+    text = {"type": "text", "text": "What?"}
+    turns: list[list[dict[str, Any]]] = [
+        [{"role": "user", "content": [clip, text]}],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [clip, text]},
+            {"role": "assistant", "content": None, "tool_calls": [{}], "reasoning_content": "x"},
+            {"role": "tool", "content": [{"type": "refusal", "refusal": "no"}]},
+            {"role": "user", "content": "And?"},
+        ],
+    ]
+    schema = {"type": "object", "properties": {"answer": {"enum": ["a", "b"]}}}
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+    fields = [{}, {"response_format": wanted, "stop": ["."], "n": 2, "tools": [{}], "x": 1}]
+    return [
+        json.dumps({"messages": messages} | more).encode()
+        for messages, more in zip(turns, fields, strict=True)
+    ]
+
+
+def check_messages(data: bytes) -> None:
+    """Lenient: whatever is taken has a clip, a question, and says what was left out in lines."""
+    from tinygiant.runtime.serve.chat import parse_chat
+    from tinygiant.runtime.serve.errors import ApiError
+
+    asked = refused(ApiError, lambda: parse_chat(data, "nano", 512))
+    if asked is not None:
+        assert isinstance(asked.audio, bytes) and isinstance(asked.question, str)
+        assert len(asked.form.ignored) <= 32
+        assert not any("\n" in line or "\r" in line for line in asked.form.ignored)
+        strict = refused(ApiError, lambda: parse_chat(data, "nano", 512, strict=True))
+        assert strict is None or strict == asked
+
+
+def data_uri_seeds() -> list[bytes]:
+    return [
+        b"data:audio/wav;base64,UklGRg==",
+        b"DATA:;charset=x;base64,Ukl\nGRg==\n",
+        b"UklGRg==\r\n",
+        b"data:audio/wav,RIFF",
+    ]
+
+
+def check_data_uri(data: bytes) -> None:
+    """What is taken is what the standard library decodes, white space left out."""
+    import base64
+
+    from tinygiant.runtime.serve.errors import ApiError
+    from tinygiant.runtime.serve.parts import decode_clip
+
+    text = data.decode("utf-8", "surrogateescape")
+    part = {"type": "input_audio", "input_audio": {"data": text}}
+    clip = refused(ApiError, lambda: decode_clip(part))
+    if clip is not None:
+        encoded = re.sub(r"[ \t\r\n]", "", text.rpartition(",")[2])
+        assert base64.b64encode(clip).decode() == encoded or clip == base64.b64decode(encoded)
+
+
+def form_seeds() -> list[bytes]:
+    def part(name: str, value: bytes, more: str = "") -> bytes:
+        head = f'--x\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
+        return head.encode() + value + b"\r\n"
+
+    file = part("file", b"RIFF\x00\xff", '; filename="a.wav"')
+    return [
+        file + part("model", b"nano") + part("response_format", b"text") + b"--x--\r\n",
+        part("stream", b"true") + part("timestamp_granularities[]", b"word") + file + b"--x--",
+        file + part("question", "Wer spricht? \u00e4".encode()) + b"--x--\r\n",
+    ]
+
+
+def check_form(data: bytes) -> None:
+    import asyncio
+    import logging
+
+    from tinygiant.runtime.serve.errors import ApiError
+    from tinygiant.runtime.serve.transcriptions import FORMATS, parse_transcription
+
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    parsing = parse_transcription(headers, data, "nano", "What is said?")
+    asked = refused(ApiError, lambda: asyncio.run(parsing))
+    if asked is not None:
+        assert asked.response_format in FORMATS
+        assert isinstance(asked.audio, bytes) and len(asked.audio) <= len(data)
+
+
 # -- checkpoints
 
 
@@ -400,6 +602,9 @@ def check_index(data: bytes) -> None:
 TARGETS: dict[str, Target] = {
     "audio": Target(audio_seeds, check_audio),
     "wav_header": Target(wav_seeds, check_wav_header),
+    "joined": Target(joined_seeds, check_joined),
+    "media": Target(media_seeds, check_media),
+    "pyav": Target(media_seeds, check_pyav),
     "manifest": Target(manifest_seeds, check_manifest),
     "embeddings": Target(embedding_seeds, check_embeddings),
     "tokenizer": Target(tokenizer_seeds, check_tokenizer),
@@ -407,6 +612,9 @@ TARGETS: dict[str, Target] = {
     "prompt": Target(prompt_seeds, check_prompt),
     "answer": Target(answer_seeds, check_answer),
     "request": Target(request_seeds, check_request),
+    "messages": Target(message_seeds, check_messages),
+    "data_uri": Target(data_uri_seeds, check_data_uri),
+    "form": Target(form_seeds, check_form),
     "safetensors": Target(safetensors_seeds, check_safetensors),
     "checkpoint_index": Target(index_seeds, check_index),
 }
