@@ -65,7 +65,7 @@ _PEERS_PYTHON = _ROOT / ".venv-quality" / "bin" / "python"
 _LENGTH, _PROMPT = 512, 448
 _QUESTION = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
 _GREEDY_TOKENS = 48
-_N_CALIBRATION, _CALIBRATION_LENGTH = 12, 256
+_N_CALIBRATION, _CALIBRATION_LENGTH = 8, 256
 _COPIES = ("original", "rotated")
 
 
