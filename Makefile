@@ -23,8 +23,8 @@ PYTEST_ARGS ?=
 FUZZ_S ?= 300
 
 DEMO_CLIP ?= examples/tiger-and-birds.flac
-DEMO_QUESTION ?= What animal is heard in the speech?
-DEMO_CHOICES ?= monkey tiger spider rabbit
+DEMO_QUESTION ?= What is heard?
+DEMO_SECOND ?= How many times do you hear the bird chirp?
 
 SOURCES := $(shell find runtime models quantize export -type f ! -path '*/__pycache__/*')
 
@@ -34,8 +34,9 @@ help: ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1 /p' Makefile | awk '{printf "  %s %-22s", $$1, $$2; \
 	  $$1 = $$2 = ""; print}'
 
-demo: $(DEMO_VENV)/.installed ## answer a question about a clip, with the runtime alone
-	@$(DEMO_VENV)/bin/tg-run "$(DEMO_CLIP)" "$(DEMO_QUESTION)" --choices $(DEMO_CHOICES)
+demo: $(DEMO_VENV)/.installed ## ask two plain questions about a clip, with the runtime alone
+	@$(DEMO_VENV)/bin/tg-run "$(DEMO_CLIP)" "$(DEMO_QUESTION)"
+	@echo; echo "$(DEMO_SECOND)"; $(DEMO_VENV)/bin/tg-run -q "$(DEMO_CLIP)" "$(DEMO_SECOND)"
 
 test: $(VENV)/.installed ## run the tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

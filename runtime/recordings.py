@@ -322,6 +322,8 @@ def _chunked(layout: _Layout) -> Callable[[_Bytes, int], _Walked]:
             n_bytes = file.number(field, layout.size_bytes, layout.order)
             if name == b"ds64":  # RF64 keeps its sizes here: of the whole, of the sound
                 sizes_at = position + 8
+            if layout.size_from + n_bytes < layout.header:  # W64's sizes count their own header
+                return _until_the_next(file, start)
             if name == layout.data:
                 break
             position = layout.aligned(position + layout.size_from + n_bytes, start)

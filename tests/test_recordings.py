@@ -7,6 +7,7 @@ half was heard and nothing was said.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import subprocess
@@ -407,3 +408,14 @@ def test_an_interrupt_while_a_decoder_reads_is_not_lost(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+def test_a_chunk_of_no_length_does_not_hold_up_the_reader() -> None:
+    """A W64 chunk's size counts its own header: of one that says 0, the walk never left."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(800), 8_000, format="W64")
+    content = bytearray(file.getvalue())
+    assert content[40:43] == b"fmt"
+    content[56:64] = bytes(8)
+    with contextlib.suppress(AudioError):
+        read_audio(bytes(content))
