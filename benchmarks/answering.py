@@ -60,10 +60,12 @@ class RuntimeAnswerer:
         max_new_tokens: int,
         threads: int | None,
         think: bool = True,
+        raw: bool = False,
     ) -> None:
-        """Load ``bundle``; the one installed with the runtime if None."""
+        """Load ``bundle``; the one installed with the runtime if None. ``raw``: no form is kept."""
         self._model = load(bundle, threads=threads)
         self._think = think
+        self._raw = raw
         self._max_new_tokens = max_new_tokens
         opened = self._model.bundle
         manifest = opened.manifest
@@ -89,6 +91,7 @@ class RuntimeAnswerer:
                 None if one.open else one.choices,
                 think=self._think,
                 max_new_tokens=self._max_new_tokens,
+                raw=self._raw,
             )
             sure = answer.choice_probabilities
             confidence = None if sure is None else max(sure)

@@ -59,6 +59,7 @@ from tinygiant.export.verify import output_error
 from tinygiant.models.family import Model
 from tinygiant.models.sources import CheckpointSource, RandomSource
 from tinygiant.quantize import RECIPES, KvPeaks, Limits, Recipe, Scheme, quantize_graph, save_graph
+from tinygiant.quantize.recipes import QualityLimits
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import KvType, ModelConfig
@@ -310,6 +311,7 @@ def recipe_of(task: str, name: str) -> Recipe:
         name=name,
         graphs={r: variant.scheme if r == task else scheme for r, scheme in int8.graphs.items()},
         limits=dict.fromkeys(int8.limits, Limits(relative_error=1e9, cosine=-2.0)),
+        quality=QualityLimits(perplexity_ratio=1e9, same_choice=0.0),
         token_agreement=0.0,
         kv_cache=variant.kv_cache,
     )

@@ -225,8 +225,9 @@ def candidates(n_weights: int) -> tuple[Recipe, ...]:
 
 
 def closer(name: str) -> tuple[Recipe, ...]:
-    """The quantized recipes that are closer to float32 than the one of that name."""
-    return tuple(RECIPES[other] for other in CLOSER[CLOSER.index(name) + 1 :])
+    """The recipes closer to float32 than the one of that name; none for a recipe of one's own."""
+    rest = CLOSER[CLOSER.index(name) + 1 :] if name in CLOSER else ()
+    return tuple(RECIPES[other] for other in rest)
 
 
 def recipe(name: str) -> Recipe:

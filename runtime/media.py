@@ -23,13 +23,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import AudioError
 from .text import printable
+
+if TYPE_CHECKING:  # the doctor reads this module where numpy may be broken
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Sound", "is_available", "kind_of", "may_know", "opened"]
 
@@ -130,6 +131,8 @@ class Sound:
         self.announced_s: float | None = said.get("announced_s")
         self.lasts_s: float | None = said.get("lasts_s")
         self._n_tracks = int(said.get("n_tracks", 1))
+        import numpy as np
+
         self._type = np.dtype(f"{order}f4")
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -138,6 +141,8 @@ class Sound:
         Raises:
             AudioError: FFmpeg gave up before the first of them.
         """
+        import numpy as np
+
         frame_bytes = 4 * self.channels
         n_bytes = 0
         while block := self._out.read(_BLOCK_BYTES // frame_bytes * frame_bytes):

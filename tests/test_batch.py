@@ -229,7 +229,7 @@ def test_bad_sources(run: Run, clips: Path, tmp_path: Path) -> None:
         ((none, *out), 2, "no line in it"),
         ((twice, *out), 2, "two items have the id c"),
         ((clips, *out), 2, "--question"),
-        ((twice, *out, "--question", "What?"), 2, "are for a folder"),
+        ((twice, *out, "--question", "What?"), 2, "are for one; "),
         ((clips, *out, "--question", " "), 5, "empty"),
         ((clips, *out, "--question", "What?", "--choices", "one"), 5, "1 choice given"),
         ((clips, "-o", tmp_path / "no" / "out.jsonl", "--question", "What?"), 8, "another output"),

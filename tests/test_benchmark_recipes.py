@@ -188,9 +188,10 @@ def test_the_encoders_hear_a_window_full_of_sound(
     whisper = recipes.EncoderTrial(model, tmp_path / "whisper_encoder.onnx", SETTINGS)
     htsat = recipes.EncoderTrial(model, tmp_path / "htsat_encoder.onnx", SETTINGS)
     assert (whisper.pack, htsat.pack) == (True, False)  # as the runtime loads them
-    (features,) = (inputs["input_features"] for inputs in whisper._inputs)
+    *others, features = (inputs["input_features"] for inputs in whisper._inputs)
+    assert len(others) == 3  # the examples in the order of their names, the tiger last
     assert features.shape == (1, 128, 3_000)
-    assert [inputs["input_features"].shape for inputs in htsat._inputs] == 3 * [(1, 1, 1_001, 64)]
+    assert [inputs["input_features"].shape for inputs in htsat._inputs] == 12 * [(1, 1, 1_001, 64)]
     # The clip is heard again after 377.775 frames, which is no whole number of them.
     again = np.abs(features[..., 10:300] - features[..., 388:678])
     other = np.abs(features[..., 10:300] - features[..., 110:400])

@@ -45,8 +45,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, tiny_bundle: object) -> TinyGiant:
 
 def test_each_stage_has_its_own_seconds(timed: TinyGiant, tone: Tone) -> None:
     clip = (tone(2.0, 16_000), 16_000)
-    timed.ask(clip, "What?", max_new_tokens=1)  # the constant prefix is known from now on
-    found = timed.ask((tone(2.5, 16_000), 16_000), "What is heard?", max_new_tokens=4)
+    timed.ask(clip, "What?", max_new_tokens=1, raw=True)  # the constant prefix is known from now on
+    found = timed.ask((tone(2.5, 16_000), 16_000), "What is heard?", max_new_tokens=4, raw=True)
     times, n_tokens = found.timings, found.tokens.generated
     assert n_tokens == 4
     assert times.audio_s == 0

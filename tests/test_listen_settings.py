@@ -150,7 +150,7 @@ def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
         (["-", "Who?", "--confidence", "0.5"], "confidence needs choices"),
         (["-", "--config", "x"], "x: cannot be read"),
         (["--choices", "a"], "1 choices? given"),
-        (["--unknown"], "unrecognized arguments"),
+        (["--unknown"], "there is no option --unknown"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -618,7 +618,8 @@ def test_torch_answers_as_the_runtime_does(
         for item in read_items(small_set)[:4]
     ]
     for budget in (1, 24):
-        expected = RuntimeAnswerer(tiny_bundle, max_new_tokens=budget, threads=1).answer(questions)
+        free = RuntimeAnswerer(tiny_bundle, max_new_tokens=budget, threads=1, raw=True)
+        expected = free.answer(questions)
         single = TorchReference(checkpoint, max_new_tokens=budget)
         assert [single.answer([question])[0] for question in questions] == expected
         batched = TorchReference(checkpoint, max_new_tokens=budget, batch_size=4)

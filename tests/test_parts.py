@@ -116,12 +116,13 @@ def test_every_part_computes_what_its_checkpoint_computes(originals: Originals) 
 def test_configuration_comes_from_the_parts(originals: Originals) -> None:
     config = parts_config(originals[0])
     runtime = config.runtime
-    assert runtime.stream_size == 16 + 16
-    assert runtime.projector.hidden_size == runtime.decoder.hidden_size == 32
+    assert config.stream_size == 16 + 16
+    assert config.projector.hidden_size == runtime.decoder.hidden_size == 32
     assert config.eos_token_ids == (2, 0)  # <|im_end|>, <|endoftext|> of this tokenizer
     assert runtime.audio_context == "full"
     one_tower = dataclasses.replace(originals[0], clap=None)
-    assert parts_config(one_tower).runtime.event.shared_tower
+    towers = parts_config(one_tower).runtime.encoders[1:]
+    assert [[output.name for output in tower.outputs] for tower in towers] == [["events", "anchor"]]
 
 
 def _as_original_htsat(tower: ClapAudioEncoder) -> dict[str, Tensor]:
@@ -174,7 +175,7 @@ def test_original_htsat_checkpoint(originals: Originals, tmp_path: Path) -> None
     config = parts_config(parts)
     # 32 kHz and hop 320: the same 1001 frames.
     assert config.event_features.sampling_rate_hz == 32_000
-    assert config.event_features.n_frames == 1001
+    assert config.event_features.log_mel.n_frames(10.0) == 1001
     assert config.anchor_features.sampling_rate_hz == 48_000
     loaded = load_part(parts, config, "htsat", seed=0)
     assert loaded is not None
@@ -187,7 +188,7 @@ def test_projector_file(originals: Originals, tmp_path: Path) -> None:
     config = parts_config(originals[0])
     small = dataclasses.replace(config.projector, n_heads=4, cgmlp_size=32, intent_query=False)
     torch.manual_seed(0)
-    projector = Projector(small, config.runtime.stream_size, config.runtime.event.anchor_size)
+    projector = Projector(small, config.stream_size, config.anchor_size)
     path = tmp_path / "projector.safetensors"
     metadata = {PROJECTOR_CONFIG_KEY: json.dumps(config_to_dict(small))}
     save_file(projector.state_dict(), path, metadata=metadata)

@@ -22,8 +22,9 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line for block in blocks("") for line in block.splitlines()]
+    # Those of the public models need a checkpoint that is not here.
     return [line for line in lines if re.match(r"(cat \S+ \| )?tg-run [^:]", line + " ")
-            and not line.startswith("tg-run:")]  # fmt: skip
+            and not line.startswith("tg-run:") and "--bundle mizar" not in line]  # fmt: skip
 
 
 @pytest.fixture

@@ -147,10 +147,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
 
 
 def _sample(rng: np.random.Generator, n_rows: int, n_response: int) -> Sample:
-    runtime = preset("nano").runtime
+    nano = preset("nano")
     return Sample(
-        streams=rng.standard_normal((n_rows, runtime.stream_size)).astype(np.float32),
-        anchor=rng.standard_normal(runtime.event.anchor_size).astype(np.float32),
+        streams=rng.standard_normal((n_rows, nano.stream_size)).astype(np.float32),
+        anchor=rng.standard_normal(nano.anchor_size).astype(np.float32),
         prefix_ids=[1, 2, 3],
         suffix_ids=[4, 5],
         instruction_ids=[4],
@@ -218,7 +218,7 @@ def test_cota_rows_become_samples(cota: tuple[Path, Path]) -> None:
     dataset = CotaSet([cota[1]], model, tokenizer, max_text_tokens=2048)
     assert len(dataset) == len(dataset.lengths()) == 4
     sample = dataset.sample(0, np.random.default_rng(0))
-    assert sample.streams.shape == (5, model.config.runtime.stream_size)  # half a second
+    assert sample.streams.shape == (5, model.config.stream_size)  # half a second
     text = tokenizer.decode(sample.response_ids)
     assert text.startswith("<think>\n<PLANNING>") and text.endswith("</RESPONSE><|im_end|>")
     assert model.config.think_end_token_id in sample.response_ids

@@ -59,7 +59,7 @@ RECORDINGS: tuple[Recording, ...] = (
     *_notes("footstep", "train", "fluid-gs", (5, 126, 60)),
     *_notes("engine", "train", "fluid-gs", (1, 125, 60), (2, 125, 60), (3, 125, 60)),
     *_notes("bell", "train", "fluid", (0, 14, 60), (8, 14, 60), (0, 112, 72)),
-    *_notes("hand clap", "train", "fluid", (128, 0, 39), (128, 16, 39), (128, 25, 39)),
+    *_notes("hand clap", "train", "fluid", (128, 0, 39), (128, 25, 39)),
     *_notes("thunder", "train", "fluid-gs", (2, 122, 60)),
     *_notes("applause", "train", "fluid", (0, 126, 60)),
     *_notes("drum", "train", "fluid", (0, 116, 50), (0, 117, 55)),
