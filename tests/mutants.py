@@ -235,16 +235,16 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "quantize: no search for scales",
-        "quantize/weight_only.py",
+        "quantize/blocks.py",
         "_SHRINK = np.arange(0.65, 1.06, 0.05, dtype=np.float32)",
         "_SHRINK = np.ones(1, dtype=np.float32)",
         ("tests/test_quantize.py",),
     ),
     Mutant(
         "quantize: halves of a byte swapped",
-        "quantize/weight_only.py",
-        "halves[..., 0::2] | halves[..., 1::2] << 4",
-        "halves[..., 1::2] | halves[..., 0::2] << 4",
+        "quantize/blocks.py",
+        "unsigned[..., 0::2] | unsigned[..., 1::2] << 4",
+        "unsigned[..., 1::2] | unsigned[..., 0::2] << 4",
         ("tests/test_quantize.py",),
     ),
     Mutant(
@@ -354,7 +354,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "pipeline: the prefix of another prompt is used",
         "runtime/pipeline.py",
-        "if self._prefix is not None and self._prefix[0] == prefix_ids:",
+        "if self._prefix is not None and self._prefix[0] == key:",
         "if self._prefix is not None:",
         ("tests/test_pipeline.py",),
     ),
