@@ -117,7 +117,7 @@ class FakeModel:
 
 
 class FakeSource:
-    """Plays blocks; an exception among them is raised, a function is called."""
+    """Plays blocks; an exception among them is raised, a function is called, None is a sign."""
 
     may_return = True
 
@@ -134,6 +134,9 @@ class FakeSource:
                 raise act
             if callable(act):
                 act()
+                continue
+            if act is None:
+                yield None
                 continue
             for start in range(0, act.size, 512):
                 yield act[start : start + 512]

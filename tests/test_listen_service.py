@@ -186,6 +186,19 @@ def test_a_microphone_that_comes_back_is_heard_again(
     assert run.records("report")[-1]["counts"]["away_seconds"]["hall"] > 0.0
 
 
+def test_a_microphone_that_opens_before_it_sounds_is_told_as_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sign of life without sound cleared the loss: the return was never told."""
+    monkeypatch.setattr(listener, "_FIRST_RETRY_S", 0.01)
+    started = lambda: wait_for(lambda: "started" in run.file.read_text())  # noqa: E731
+    mute = AudioError("delivers nothing")
+    run.source("hall", pcm(room(1.0)), started, mute, None, mute, None, None, pcm(room(1.0)))
+    assert run.go(FakeModel()) == 0
+    told = [r["what"] for r in run.records("status")]
+    assert told == ["started", "source_lost", "source_back", "source_ended", "stopped"]
+
+
 def test_what_sounds_when_the_microphone_goes_is_answered(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,6 +416,45 @@ def test_a_hang_silences_the_watchdog(
     assert not [message for message in seen if "WATCHDOG" in message]
 
 
+def test_a_source_that_hangs_is_told_and_ends_what_has_no_other(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PulseAudio's library, when its daemon is killed, waits in itself for ever: without a service
+    manager nobody was told that nothing is heard any more.
+    """
+    monkeypatch.setattr(listener, "_STUCK_S", 0.5)
+    hang = threading.Event()
+    run.source("hall", bursts(2.0, seconds=5.0), lambda: hang.wait(30))
+    assert run.go(FakeModel()) == AudioError.exit_code
+    assert run.service is not None and run.service.is_abandoned
+    hang.set()
+    assert len(run.records("sound")) == 1
+    [lost] = [r for r in run.records("status") if r["what"] == "source_lost"]
+    assert "gives no sign of life for 0.5 s" in lost["message"]
+    counts = run.records("report")[-1]["counts"]
+    assert counts["source_up"] == {"hall": 0.0}
+
+
+def test_a_process_that_was_stopped_takes_no_source_for_hanging(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP, a debugger: the main thread wakes first and sees that nobody moved."""
+    monkeypatch.setattr(listener, "_STUCK_S", 0.3)
+    monkeypatch.setattr(service, "_LATE_S", 0.4)
+    sleep, stopped = time.sleep, threading.Event()
+
+    def stop_once(seconds: float) -> None:
+        sleep(seconds)
+        if threading.current_thread() is threading.main_thread() and not stopped.is_set():
+            sleep(0.5)  # the source's thread is stopped as well
+            stopped.set()
+
+    monkeypatch.setattr(service.time, "sleep", stop_once)
+    run.source("hall", pcm(room(1.0)), lambda: stopped.wait(20), bursts(2.0, seconds=5.0))
+    assert run.go(FakeModel()) == 0
+    assert [r["what"] for r in run.records("status")] == ["started", "source_ended", "stopped"]
+
+
 # --- the command -------------------------------------------------------------------------------
 
 
@@ -484,3 +536,17 @@ def test_a_reader_that_leaves_ends_it() -> None:
     process.stdin.flush()
     assert process.wait(60) == service.BROKEN_PIPE
     process.stdin.close()
+
+
+def test_closed_streams_do_not_matter(tmp_path: Path) -> None:
+    """Some ways to start a service close them: events still go where the settings say."""
+    events = tmp_path / "events.jsonl"
+    words = f"- --pcm-rate 16000 --voice off --events {events}"
+    line = f"{sys.executable} -m tinygiant.runtime.listen.cli {words} >&- 2>&-"
+    done = subprocess.run(
+        ["bash", "-c", line], input=pcm(room(1.0)).tobytes(), cwd=ROOT, timeout=120, check=False
+    )
+    assert done.returncode == 0
+    assert [json.loads(text)["event"] for text in events.read_text().splitlines()] == [
+        "status", "status", "report", "status",
+    ]  # fmt: skip

@@ -281,8 +281,8 @@ def voice_detector() -> Voice | None:
 
 
 @contextmanager
-def device_errors(library: Any) -> Iterator[None]:
-    """PortAudio's complaints as ours."""
+def device_errors(library: Any, choose: str = "--mic=DEVICE") -> Iterator[None]:
+    """PortAudio's complaints as ours; ``choose`` is how another device is named."""
     try:
         yield
     except (library.PortAudioError, ValueError) as error:
@@ -290,5 +290,5 @@ def device_errors(library: Any) -> Iterator[None]:
             raise
         raise AudioError(
             f"the microphone cannot be used ({one_line(error)}); tg-run --list-devices shows what "
-            "there is, --mic=DEVICE chooses"
+            f"there is, {choose} chooses"
         ) from error

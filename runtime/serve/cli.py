@@ -50,8 +50,16 @@ environment:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tg-serve``; returns the exit code."""
     if arguments is None:
-        return watched("tg-serve", _main)
+        return watched("tg-serve", _process)
     return _main(arguments)
+
+
+def _process() -> int:
+    """The command in a process of its own."""
+    from ..cli.streams import prepare_streams
+
+    prepare_streams()
+    return _main()
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:
