@@ -1,8 +1,8 @@
 """A microphone that is none, but real for PortAudio: PulseAudio's null sink, heard through ALSA.
 
-A daemon of the test's own runs in a temporary folder, with a sink that plays nowhere; what is played
-there is heard by ``tg-listen`` through sounddevice, PortAudio and ALSA's plugin. Skipped where
-PulseAudio, its tools, that plugin or PortAudio is not installed (Debian: ``pulseaudio
+A daemon of the test's own runs in a temporary folder, with a sink that plays nowhere; what is
+played there is heard by ``tg-listen`` through sounddevice, PortAudio and ALSA's plugin. Skipped
+where PulseAudio, its tools, that plugin or PortAudio is not installed (Debian: ``pulseaudio
 pulseaudio-utils libasound2-plugins libportaudio2``).
 """
 
