@@ -338,17 +338,16 @@ def test_a_source_taken_away_while_it_sounds_hands_its_sound_on(run: Run) -> Non
 def test_a_signal_ends_it_in_order_and_what_waits_is_told(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = threading.Event()
+    gate, third_is_on = threading.Event(), threading.Event()
     model = FakeModel(before=lambda: gate.wait(20))
 
     def end() -> None:
-        wait_for(lambda: run.service is not None and run.service.counts.all().get(
-            ("sounds", "hall"), 0) == 2)  # fmt: skip
+        assert third_is_on.wait(20)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
         gate.set()
 
-    run.source("hall", bursts(2.0, 6.0, seconds=9.0), bursts(1.0, seconds=1.5),
+    run.source("hall", bursts(2.0, 6.0, seconds=9.0), bursts(1.0, seconds=1.5), third_is_on.set,
                lambda: time.sleep(1.5), pcm(room(0.1)))  # fmt: skip
     later(end)
     assert run.go(model) == 0

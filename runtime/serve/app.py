@@ -253,8 +253,12 @@ def _chat(service: Service, *, strict: bool) -> Callable[[Request, bytearray], A
 
     async def take(request: Request, body: bytearray) -> Asked:
         config = service.model.config
-        chat = parse_chat(body, config.name, service.limits.max_new_tokens, strict=strict)
-        start = service.start(chat.audio, chat.question, chat.choices, chat.max_new_tokens)
+        limits = service.limits
+        chat = parse_chat(
+            body, config.name, limits.max_new_tokens, n_clips=config.n_clips, strict=strict
+        )
+        options = limits.options(chat.max_new_tokens, think=chat.think)
+        start = service.start(chat.clips, chat.question, chat.choices, options)
         return Asked(start, ReplyWriter(config, chat.form), chat.stream, chat.form.ignored)
 
     return take
@@ -273,7 +277,7 @@ def _transcribe(
             options.transcription_question,
             strict=options.strict,
         )
-        start = service.start(asked.audio, asked.question)
+        start = service.start([asked.audio], asked.question)
         return Asked(start, TranscriptionWriter(asked), asked.stream, asked.ignored)
 
     return take
