@@ -196,3 +196,16 @@ def test_what_goes_away_comes_back_and_is_told_once_each_way(
     assert "--device chooses; tried again until it is back" in lost["message"]
     # ALSA and PortAudio write lines of their own at each try.
     assert all(line.startswith("tg-listen: ") for line in listening.lines)
+
+
+def test_a_microphone_that_is_not_there_is_one_line_and_a_code(daemon: Daemon) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tinygiant.runtime.listen.cli", "--device", "nothing"],
+        env=daemon.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3 and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "No input device matching 'nothing'" in done.stderr and "--device chooses" in done.stderr

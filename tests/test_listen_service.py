@@ -549,3 +549,54 @@ def test_closed_streams_do_not_matter(tmp_path: Path) -> None:
     assert [json.loads(text)["event"] for text in events.read_text().splitlines()] == [
         "status", "status", "report", "status",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("speed", "seconds", "at_s"), [(1, 7.0, [3.0]), (20, 60.0, [5.0, 17.0, 29.0, 41.0, 53.0])]
+)
+def test_a_pipe_at_the_pace_of_sound_and_at_twenty_times(
+    speed: int, seconds: float, at_s: list[float]
+) -> None:
+    """Every sound has its record; at the pace of sound before the next one could come."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tinygiant.runtime.listen.cli", "-", "What is heard?", "-q"),
+            *("--pcm-rate", "16000", "--jsonl", "--voice", "off", "--threads", "1"),
+            *("--no-think", "--choices", "a bell", "a dog"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    sounds: list[tuple[float, dict[str, Any]]] = []
+
+    def read() -> None:
+        for line in process.stdout or ():
+            record = json.loads(line)
+            if record["event"] == "sound":
+                sounds.append((time.monotonic(), record))
+            started.set()
+
+    started = threading.Event()
+    reader = threading.Thread(target=read)
+    reader.start()
+    process.stdin.write(pcm(room(0.1)).tobytes())
+    process.stdin.flush()
+    assert started.wait(60)
+    samples = bursts(*at_s, seconds=seconds)
+    begin, size = time.monotonic(), RATE_HZ // 10
+    for start in range(0, samples.size, size):
+        process.stdin.write(samples[start : start + size].tobytes())
+        process.stdin.flush()
+        time.sleep(max(0.0, begin + (start + size) / RATE_HZ / speed - time.monotonic()))
+    process.stdin.close()
+    assert process.wait(60) == 0
+    reader.join()
+    found = [record for _, record in sorted(sounds, key=lambda sound: sound[1]["number"])]
+    assert [record["start_s"] - 0.1 for record in found] == pytest.approx(at_s, abs=0.05)
+    assert {record["unanswered"] for record in found} <= (
+        {None} if speed == 1 else {None, "queue_full"}
+    )
+    if speed == 1:  # told a moment after the second of silence that ends it, not at the pipe's end
+        assert sounds[0][0] - begin < seconds

@@ -360,6 +360,7 @@ def test_paths_methods_and_types(server: Live) -> None:
         "status": "ok",
         "model": "fake",
         "events": False,
+        "token": False,
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..cli.interrupt import INTERRUPTED
 from ..errors import StorageError, TinyGiantError
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .ear import Sound
 from .keeping import ClipFolder
 from .listener import Listener
@@ -230,7 +230,8 @@ class Service:
             self._queue.settings = settings.queue
             opened = self._open_sources(settings)
             self.settings = settings
-            self._tell("reloaded", None, f"settings read again; {len(settings.source)} sources")
+            n_sources = counted(len(settings.source), "source")
+            self._tell("reloaded", None, f"settings read again; {n_sources}")
             self._tell_problems(opened)
         self._notifier.ready(self._summary())
 
@@ -393,7 +394,8 @@ class Service:
         unanswered = sum(n for (name, _), n in self.counts.all().items() if name == "unanswered")
         lost = [name for name, one in self._listeners.items() if one.problem is not None]
         away = f", lost: {', '.join(lost)}" if lost else ""
-        return f"{n_sounds} sounds, {unanswered:g} unanswered, {len(self._queue)} waiting{away}"
+        sounds, n_waiting = counted(n_sounds, "sound"), len(self._queue)
+        return f"{sounds}, {unanswered:g} unanswered, {n_waiting} waiting{away}"
 
     def _live_numbers(self) -> Iterable[tuple[str, str, float]]:
         for name, listener in self._listeners.items():

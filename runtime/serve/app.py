@@ -106,7 +106,8 @@ def create_app(
         if service.engine.deadline is not None:
             return json_response({"status": "shutting_down"}, 503)
         name = service.model.config.name
-        return json_response({"status": "ok", "model": name, "events": options.events is not None})
+        asked_for = {"events": options.events is not None, "token": token is not None}
+        return json_response({"status": "ok", "model": name, **asked_for})
 
     async def events(request: Request) -> Response:
         authorize(request, token)
