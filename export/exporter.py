@@ -341,7 +341,9 @@ class Draft:
 def _recipe_details(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON holds it; its name stands beside it."""
     details = dataclasses.asdict(
-        dataclasses.replace(recipe, graphs=dict(recipe.graphs), limits=dict(recipe.limits))
+        dataclasses.replace(
+            recipe, graphs=dict(recipe.graphs), relative_errors=dict(recipe.relative_errors)
+        )
     )
     del details["name"]
     plain: dict[str, Any] = json.loads(json.dumps(details))

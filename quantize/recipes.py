@@ -26,7 +26,6 @@ from tinygiant.runtime.errors import UsageError
 __all__ = [
     "CLOSER",
     "RECIPES",
-    "Limits",
     "QualityLimits",
     "Recipe",
     "Scheme",
@@ -93,18 +92,6 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How far a graph's outputs may be from PyTorch's, on the same inputs.
-
-    ``relative_error`` is ``||a - b|| / ||b||`` over an output, the largest over all checks;
-    ``cosine`` the smallest.
-    """
-
-    relative_error: float
-    cosine: float
-
-
-@dataclass(frozen=True)
 class QualityLimits:
     """How much worse than its float32 decoder a quantized one may be, on text of the model's own.
 
@@ -122,7 +109,9 @@ class Recipe:
 
     ``token_agreement`` is the share of decoding steps at which the bundle, given the tokens that
     PyTorch chose so far, chooses PyTorch's next token too. ``graphs`` has a scheme for every role,
-    whatever a model's graphs are called; ``limits`` has one more for ``embed_tokens``. Steps at
+    whatever a model's graphs are called. ``relative_errors`` says for each role, and for
+    ``embed_tokens``, how far an output may be from PyTorch's on the same inputs: ``||a - b|| /
+    ||b||`` over the output, the largest of all checks. Steps at
     which PyTorch's two best logits lie within ``tie_margin`` standard deviations of the logits do
     not count: there, rounding decides. ``kv_cache`` is how keys and values are kept: in ``int8``, a
     quarter of the memory and faster to read a token; prompts attend in float32.
@@ -130,7 +119,7 @@ class Recipe:
 
     name: str
     graphs: Mapping[Role, Scheme]
-    limits: Mapping[str, Limits]
+    relative_errors: Mapping[str, float]
     quality: QualityLimits
     embeddings: Literal["fp32", "int8"]
     token_agreement: float
@@ -159,7 +148,7 @@ def _int8(name: str, block_size: int) -> Recipe:
     return Recipe(
         name=name,
         graphs=_int8_but(Scheme("weight_only", bits=8, block_size=block_size)),
-        limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995)),
+        relative_errors=dict.fromkeys(_CHECKED, 0.1),
         quality=_QUALITY_INT8,
         embeddings="int8",
         token_agreement=0.98,
@@ -172,8 +161,7 @@ def _int4(name: str, decoder: Scheme) -> Recipe:
         name=name,
         graphs=_int8_but(decoder),
         quality=_QUALITY_INT4,
-        limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995))
-        | {"decoder": Limits(relative_error=0.3, cosine=0.95)},
+        relative_errors=dict.fromkeys(_CHECKED, 0.1) | {"decoder": 0.3},
         embeddings="int8",
         token_agreement=0.9,
         tie_margin=0.3,
@@ -188,7 +176,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "fp32": Recipe(
             name="fp32",
             graphs=dict.fromkeys(typing.get_args(Role), Scheme()),
-            limits=dict.fromkeys(_CHECKED, Limits(relative_error=1e-4, cosine=0.999999)),
+            relative_errors=dict.fromkeys(_CHECKED, 1e-4),
             quality=QualityLimits(perplexity_ratio=1.001, same_choice=0.99),
             embeddings="fp32",
             token_agreement=1.0,

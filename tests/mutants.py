@@ -215,7 +215,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "verify: errors of graphs are not judged",
         "export/verify.py",
-        "if not error.relative_error <= limits.relative_error:",
+        "if not error.relative_error <= limit:",
         "if False:",
         ("tests/test_verify.py",),
     ),

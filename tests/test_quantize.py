@@ -259,7 +259,7 @@ def test_recipes_are_complete_and_frozen() -> None:
     for name, found in RECIPES.items():
         assert found.name == name
         assert set(found.graphs) == {"encoder", "projector", "decoder"}
-        assert set(found.limits) == {"encoder", "projector", "decoder", "embed_tokens"}
+        assert set(found.relative_errors) == {"encoder", "projector", "decoder", "embed_tokens"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["int4"].embeddings = "fp32"  # type: ignore[misc]
     with pytest.raises(
