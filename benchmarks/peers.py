@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,8 @@ __all__ = [
     "CONTENDERS",
     "SETTLE_S",
     "Contender",
+    "WorkerError",
+    "WorkerProcess",
     "busy_jiffies",
     "busy_warning",
     "main",
@@ -255,11 +258,11 @@ def busy_warning(others_cores: float) -> list[str]:
 # Processes.
 
 
-class _WorkerError(Exception):
+class WorkerError(Exception):
     """A worker that cannot be used; the message says why."""
 
 
-class _Process:
+class WorkerProcess:
     """A worker: started, asked for rounds, ended."""
 
     def __init__(self, command: Sequence[str], log: Path, threads: int, timeout_s: float) -> None:
@@ -280,16 +283,18 @@ class _Process:
         self.others_cores: list[float] = []
 
     def wait_until_loaded(self) -> None:
+        """Return when the worker is ready; raises WorkerError if it ends first."""
         self.started = self._read()
 
     def ask(self, request: Round) -> Round:
+        """One round and what it took; raises WorkerError if the worker ends or is too slow."""
         assert self._popen.stdin is not None
         before_s, start_s = others_s(self._popen.pid), time.perf_counter()
         try:
             self._popen.stdin.write(json.dumps(request) + "\n")
             self._popen.stdin.flush()
         except OSError as error:
-            raise _WorkerError(self._reason()) from error
+            raise WorkerError(self._reason()) from error
         answer = self._read()
         seconds = time.perf_counter() - start_s
         used_s = others_s(self._popen.pid) - before_s
@@ -305,16 +310,19 @@ class _Process:
         finally:
             timer.cancel()
         if not line:
-            raise _WorkerError(self._reason())
+            raise WorkerError(self._reason())
         answer: Round = json.loads(line)
         self.peak_rss_bytes = answer["peak_rss_bytes"]
         return answer
 
     def _reason(self) -> str:
         code = self._popen.wait()
+        if code < 0:  # its last line would be of something else
+            return f"died of {signal.Signals(-code).name}"
         return _last_line(self._log) or f"ended with {code}"
 
     def close(self) -> None:
+        """End the worker."""
         assert self._popen.stdin is not None
         with contextlib.suppress(OSError):
             self._popen.stdin.close()
@@ -386,7 +394,7 @@ class _Peers:
     def race(self, entries: Sequence[tuple[Contender, Round]]) -> dict[str, list[Round]]:
         """Load the contenders, then run the rounds, each with its request."""
         with contextlib.ExitStack() as stack:
-            running: list[tuple[Contender, _Process, Round]] = []
+            running: list[tuple[Contender, WorkerProcess, Round]] = []
             for contender, request in entries:
                 with self._told(contender):
                     process = self._start(contender, stack)
@@ -421,15 +429,15 @@ class _Peers:
     def _told(self, contender: Contender) -> Any:
         try:
             yield
-        except _WorkerError as error:
+        except WorkerError as error:
             self.skipped[contender.name] = str(error)
             _say(f"{contender.name} is left out: {error}")
 
-    def _start(self, contender: Contender, stack: contextlib.ExitStack) -> _Process:
+    def _start(self, contender: Contender, stack: contextlib.ExitStack) -> WorkerProcess:
         _say(f"loading {contender.name}")
         python, missing = pick_python(contender.modules, self.pythons)
         if python is None:
-            raise _WorkerError(missing)
+            raise WorkerError(missing)
         command = [str(python), "-m", "benchmarks.peer_workers", contender.worker]
         command += ["--threads", str(self._options.threads)]
         command += ["--tiny"] if self._options.tiny else []
@@ -438,14 +446,14 @@ class _Peers:
         elif contender.model is not None:
             command += ["--model", str(self._made(contender.model))]
         log = self._models / "logs" / f"{contender.name}.txt"
-        process = _Process(command, log, self._options.threads, self._options.timeout)
+        process = WorkerProcess(command, log, self._options.threads, self._options.timeout)
         stack.callback(process.close)
         return process
 
     def _bundle(self, contender: Contender) -> Bundle:
         name = "clip" if contender.name == "our-question-clip" else "bundle"
         if name not in self._bundles:
-            raise _WorkerError("no --clip-bundle was given")
+            raise WorkerError("no --clip-bundle was given")
         return self._bundles[name]
 
     def _made(self, model: str) -> Path:
@@ -455,7 +463,7 @@ class _Peers:
             return folder
         python, missing = pick_python(MODULES[model], self.pythons)
         if python is None:
-            raise _WorkerError(f"its model cannot be made: {missing}")
+            raise WorkerError(f"its model cannot be made: {missing}")
         _say(f"making {model}, once")
         log = self._models / "logs" / f"{model}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -470,10 +478,10 @@ class _Peers:
                 env=_environment(self._options.threads),
             )
         if done.returncode:
-            raise _WorkerError(f"its model cannot be made: {_last_line(log)}")
+            raise WorkerError(f"its model cannot be made: {_last_line(log)}")
         return folder
 
-    def _facts(self, contender: Contender, process: _Process) -> Round:
+    def _facts(self, contender: Contender, process: WorkerProcess) -> Round:
         python, _ = pick_python(contender.modules, self.pythons)
         assert python is not None
         return {
