@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from transformers.modeling_utils import no_init_weights
 
 from tinygiant.runtime.bundle import SourceEntry
 from tinygiant.runtime.config import LogMel, ModelConfig
@@ -208,8 +207,7 @@ def load_public(kind: PublicKind, path: Path) -> PublicModel:
             f"{path}: another model's checkpoint: expected tensors named {kind.mark}*, "
             f"found {found}"
         )
-    with no_init_weights():
-        model = kind.build()
+    model = kind.build()
     load_into(model, model.renamed(tensors), where=str(path))
     for name, (held, ours) in model.constants().items():
         _check_constant(name, held.numpy(), ours, path)

@@ -142,6 +142,8 @@ def test_blocks_mean_what_the_kernel_computes(bits: int, symmetric: bool, tmp_pa
     packed, scales, zero_points = quantize_blocks(weight, bits, scheme)
     meant = dequantize_blocks(packed, scales, bits, 48, None if symmetric else zero_points)
     np.testing.assert_allclose(found, x @ meant, rtol=1e-4, atol=1e-4)
+    # And that is the layer, as far as so many bits can tell.
+    assert np.linalg.norm(found - x @ weight) <= {4: 0.15, 8: 0.01}[bits] * np.linalg.norm(found)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
