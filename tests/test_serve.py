@@ -536,15 +536,17 @@ def test_grace_ends(server: Live) -> None:
 
 
 def test_a_failing_model_is_500_and_the_server_goes_on() -> None:
-    failures = iter([RuntimeError("secret\nof the model"), None])
+    """However often: a request that failed does not keep its place."""
+    failures = iter([RuntimeError("secret\nof the model")] * 5)
 
     def tick() -> None:
         if (failure := next(failures, None)) is not None:
             raise failure
 
-    with live(FakeModel(tick)) as running:
-        response = running.post(chat())
-        assert (response.status_code, error_of(response)["code"]) == (500, "unforeseen")
+    with live(FakeModel(tick), n_queued=2) as running:
+        for _ in range(5):
+            response = running.post(chat())
+            assert (response.status_code, error_of(response)["code"]) == (500, "unforeseen")
         assert running.post(chat()).status_code == 200
 
 
