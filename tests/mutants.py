@@ -296,8 +296,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "machine: threads of a core count twice",
         "runtime/ort/machine.py",
-        "return max(1, min(len(cores)",
-        "return max(1, min(len(allowed)",
+        "min(len(cores), self._cpu_quota() or len(cores))",
+        "min(len(allowed), self._cpu_quota() or len(allowed))",
         ("tests/test_sessions.py",),
     ),
     Mutant(
@@ -343,7 +343,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "runtime/pipeline.py",
         "if self._prefix is not None and self._prefix[0] == key:",
         "if self._prefix is not None:",
-        ("tests/test_pipeline.py",),
+        ("tests/test_public_bundle.py::test_another_clip_is_not_taken_for_the_one_before",),
     ),
     Mutant(
         "choices: the likeliest token overall decides",
