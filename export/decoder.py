@@ -2,7 +2,8 @@
 
 The graph is written rather than traced: it computes logits only at the positions that are asked
 for, takes the number of valid KV positions directly, shares past and present buffers, and needs
-one tensor of the checkpoint in memory at a time. Inputs and outputs are those of
+one tensor of the checkpoint in memory at a time. A step of one token may have any number of
+sequences, each with its own length. Inputs and outputs are those of
 :class:`~tinygiant.runtime.config.DecoderConfig`.
 
 Architecture after ``Qwen3ForCausalLM`` and ``LlamaForCausalLM`` (transformers), which differ in the
@@ -204,16 +205,16 @@ class _Builder:
         self.weights: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         if config.qk_norm:
-            # 0 keeps a dimension of the input: (1, T, heads * head_dim) <-> (1, T, heads, head_dim)
+            # 0 keeps a dimension of the input: (B, T, heads * head_dim) <-> (B, T, heads, head_dim)
             self._heads = self._constant("shape.heads", np.array([0, 0, -1, config.head_dim]))
             self._flat = self._constant("shape.flat", np.array([0, 0, -1]))
 
     def decoder(self, rotation: npt.NDArray[np.float64] | None) -> tuple[ir.Value, list[ir.Value]]:
         """Layers, final norm, the asked-for rows, LM head: ``logits`` and the presents."""
         config = self._config
-        hidden_shape = (config.hidden_size,)
-        embeds = self._input("inputs_embeds", ir.DataType.FLOAT, [1, "sequence", *hidden_shape])
-        seqlens = self._input("seqlens_k", ir.DataType.INT32, [1])
+        embeds_shape = ["batch", "sequence", config.hidden_size]
+        embeds = self._input("inputs_embeds", ir.DataType.FLOAT, embeds_shape)
+        seqlens = self._input("seqlens_k", ir.DataType.INT32, ["batch"])
         total = self._input("total_sequence_length", ir.DataType.INT32, [])
         positions = self._input("logits_positions", ir.DataType.INT64, ["n_logits"])
         cos, sin = _rotary_caches(config)
@@ -241,7 +242,7 @@ class _Builder:
             transpose=True,
         )
         (logits,) = self._node("MatMul", LM_HEAD, [rows, weight], ["logits"])
-        _declare(logits, [1, "n_logits", config.vocab_size])
+        _declare(logits, ["batch", "n_logits", config.vocab_size])
         return logits, presents
 
     def _layer(
@@ -254,7 +255,7 @@ class _Builder:
         """One transformer layer: the residual, the branch not yet added to it, the presents."""
         config, name = self._config, f"model.layers.{index}"
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        cache_shape = [1, config.n_kv_heads, "capacity", config.head_dim]
+        cache_shape = ["batch", config.n_kv_heads, "capacity", config.head_dim]
 
         residual, hidden = self._norm(f"{name}.input_layernorm", residual, branch)
         query, key, value = (self._linear(f"{attention}.{x}_proj", hidden) for x in "qkv")
@@ -310,7 +311,7 @@ class _Builder:
         return (rest[-1] if rest else residual), normed
 
     def _head_norm(self, name: str, source: ir.Value) -> ir.Value:
-        """RMS norm over each head of ``(1, T, heads * head_dim)``."""
+        """RMS norm over each head of ``(B, T, heads * head_dim)``."""
         scale = self._weight(f"{name}.weight", f"{name}.weight", (self._config.head_dim,))
         (heads,) = self._node("Reshape", f"{name}.heads", [source, self._heads])
         normed = self._rms_norm(name, heads, scale)

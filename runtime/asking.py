@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from .audio import MAX_AUDIO_S
+from .audio import MAX_AUDIO_S, Audio, AudioSource
 from .choices import ChoiceTrie
 from .config import ModelConfig
 from .errors import UsageError
 from .prompt import Prompt, build_prompt
 from .tokenizer import Tokenizer
 
-__all__ = ["MAX_NEW_TOKENS", "AskKeywords", "AskOptions", "Asked", "check"]
+__all__ = ["MAX_NEW_TOKENS", "AskKeywords", "AskOptions", "Asked", "Clips", "Query", "check"]
 
 MAX_NEW_TOKENS = 512
+
+Clips = AudioSource | Audio | list[AudioSource | Audio]
+"""One clip, or a list of as many as the model hears at once."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,16 @@ class AskKeywords(TypedDict, total=False):
     max_new_tokens: int
     max_audio_s: float
     raw: bool
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question about a clip as a caller puts it; see :meth:`TinyGiant.stream`."""
+
+    audio: Clips
+    question: str
+    choices: Sequence[str] | None = None
+    options: AskOptions = AskOptions()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ only for the positions that are asked for: the last one in :meth:`Decoder.prefil
 lowest id at a tie. :meth:`Decoder.write` is held to a :class:`~tinygiant.runtime.masks.Guide`,
 which tells at each position which tokens may come.
 
-What reads several tokens in a step, drafts or tokens that are known beforehand, is a
+Where a single token is to be read, :meth:`Decoder._advance` does it at once; a decoder of a
+:class:`~tinygiant.runtime.batch.Batch` waits there for a step of all, and says so by a None among
+its tokens. What reads several tokens in a step, drafts or tokens that are known beforehand, is a
 :class:`~tinygiant.runtime.drafting.DraftingDecoder`.
 
 Shapes: ``T`` tokens of a prompt, ``K`` tokens of a step, ``D`` hidden size, ``V`` vocabulary.
@@ -15,7 +17,7 @@ Shapes: ``T`` tokens of a prompt, ``K`` tokens of a step, ``D`` hidden size, ``V
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,11 +28,24 @@ from .errors import UsageError
 from .kv_cache import KvCache
 from .masks import ALL, Guide, Mask, greedy
 
-__all__ = ["PREFILL_TOKENS", "BindableGraph", "Decoder", "EmbeddingRows", "greedy"]
+__all__ = [
+    "FIRST",
+    "PREFILL_TOKENS",
+    "BindableGraph",
+    "Binding",
+    "Decoder",
+    "EmbeddingRows",
+    "bind_kv",
+    "greedy",
+    "run_graph",
+]
 
 # Positions of one prefill run: bounds the activations (full size: about 40 KB a position and
 # layer width) while the matrix products stay large enough to be efficient.
 PREFILL_TOKENS = 512
+
+FIRST = np.zeros(1, np.int64)
+"""The only position of a step of one token."""
 
 
 class EmbeddingRows(Protocol):
@@ -40,17 +55,26 @@ class EmbeddingRows(Protocol):
         """The rows of these tokens."""
 
 
-class _Binding(Protocol):
-    def input(self, name: str, array: NDArray[Any]) -> None: ...
-    def output(self, name: str, array: NDArray[Any]) -> None: ...
-    def shared(self, input_name: str, output_name: str, array: NDArray[Any]) -> None: ...
-    def run(self) -> None: ...
+class Binding(Protocol):
+    """Arrays bound to a graph."""
+
+    def input(self, name: str, array: NDArray[Any]) -> None:
+        """Let an input read ``array``."""
+
+    def output(self, name: str, array: NDArray[Any]) -> None:
+        """Let an output be written into ``array``."""
+
+    def shared(self, input_name: str, output_name: str, array: NDArray[Any]) -> None:
+        """Let one array be read as an input and written as an output."""
+
+    def run(self) -> None:
+        """Run the graph."""
 
 
 class BindableGraph(Protocol):
     """A graph whose inputs and outputs are bound to arrays."""
 
-    def bind(self) -> _Binding:
+    def bind(self) -> Binding:
         """A fresh binding."""
 
 
@@ -65,22 +89,20 @@ class Decoder:
         capacity: int,
         *,
         kv_type: KvType = "fp32",
+        cache: KvCache | None = None,
     ) -> None:
         """Start an empty sequence of at most ``capacity`` tokens.
 
-        ``kv_type`` is how the graph keeps keys and values: the manifest's ``kv_cache``.
+        ``kv_type`` is how the graph keeps keys and values: the manifest's ``kv_cache``. An empty
+        ``cache`` that there is already is used instead of a new one.
 
         Raises:
             UsageError: more positions than the decoder has.
         """
-        self.cache = KvCache(config, capacity, kv_type)
+        self.cache = KvCache(config, capacity, kv_type) if cache is None else cache
         self._embeddings = embeddings
         self._config = config
-        self._binding = graph.bind()
-        for layer, key, value in self.cache.buffers():
-            for kind, buffer in (("key", key), ("value", value)):
-                past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
-                self._binding.shared(past, present, buffer)
+        self._binding = bind_kv(graph, self.cache.buffers())
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Read ``embeds (1, T, D)``; returns the last position's logits ``(V,)``.
@@ -143,7 +165,7 @@ class Decoder:
 
     def generate(
         self, logits: NDArray[np.float32], *, max_new_tokens: int, stop_ids: Collection[int]
-    ) -> Generator[int, None, int | None]:
+    ) -> Generator[int | None, None, int | None]:
         """Yield greedy tokens, starting from the ``logits (V,)`` after what was read so far.
 
         Ends before a token of ``stop_ids`` and returns it, or returns None after
@@ -156,12 +178,12 @@ class Decoder:
                 return token
             yield token
             if n_left > 1:
-                logits = self.step([token])[-1]
+                logits = yield from self._advance([token])
         return None
 
     def write(
         self, logits: NDArray[np.float32], guide: Guide, unread: Sequence[int] = ()
-    ) -> Generator[int, None, None]:
+    ) -> Generator[int | None, None, None]:
         """Yield the greedy tokens of a text that ``guide`` allows.
 
         It goes on from the ``logits (V,)`` after what was read so far, or from ``unread`` tokens.
@@ -179,13 +201,19 @@ class Decoder:
             if guide.done:
                 return
             if unread:
-                self.cache.require(len(unread))
-                for token in unread[:-1]:
-                    self._prefill(self._rows([token]), with_logits=False)
-                logits = self._run(self._rows(unread[-1:]), np.zeros(1, np.int64))[0]
+                logits = yield from self._advance(unread)
             token = self.best(logits, guide.mask())
             unread = [token] if guide.take(token) else []
             yield from unread
+
+    def _advance(self, token_ids: Sequence[int]) -> Generator[None, None, NDArray[np.float32]]:
+        """Read tokens one by one; returns the logits after the last, ``(V,)``. Yields nothing."""
+        self.cache.require(len(token_ids))
+        for token in token_ids[:-1]:
+            self._prefill(self._rows([token]), with_logits=False)
+        logits: NDArray[np.float32] = self._run(self._rows(token_ids[-1:]), FIRST)[0]
+        return logits
+        yield
 
     def _rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Embeddings of tokens as the graph takes them, ``(1, K, D)``."""
@@ -209,14 +237,41 @@ class Decoder:
     ) -> NDArray[np.float32]:
         """Run the graph on ``embeds (1, T, D)``: logits ``(K, V)`` at ``positions (K,)``."""
         length = self.cache.length + embeds.shape[1]
-        # A fresh buffer each time: the caller may keep the logits.
-        logits = np.empty((1, positions.size, self._config.vocab_size), np.float32)
-        self._binding.input("inputs_embeds", embeds)
-        self._binding.input("seqlens_k", np.array([length - 1], np.int32))
-        self._binding.input("total_sequence_length", np.array(length, np.int32))
-        self._binding.input("logits_positions", positions)
-        self._binding.output("logits", logits)
-        self._binding.run()
+        logits = run_graph(self._binding, embeds, [length], positions, self._config)
         self.cache.advance(embeds.shape[1])
         rows: NDArray[np.float32] = logits[0]
         return rows
+
+
+def bind_kv(
+    graph: BindableGraph, buffers: Iterable[tuple[int, NDArray[Any], NDArray[Any]]]
+) -> Binding:
+    """A binding of ``graph`` that reads and writes these keys and values, by layer."""
+    binding = graph.bind()
+    for layer, key, value in buffers:
+        for kind, buffer in (("key", key), ("value", value)):
+            past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
+            binding.shared(past, present, buffer)
+    return binding
+
+
+def run_graph(
+    binding: Binding,
+    embeds: NDArray[np.float32],
+    lengths: Sequence[int],
+    positions: NDArray[np.int64],
+    config: DecoderConfig,
+) -> NDArray[np.float32]:
+    """Read ``embeds (B, T, D)``, after which the sequences have these ``lengths (B,)``.
+
+    Returns the logits ``(B, K, V)`` at ``positions (K,)`` of what was read.
+    """
+    # A fresh buffer each time: the caller may keep the logits.
+    logits = np.empty((len(lengths), positions.size, config.vocab_size), np.float32)
+    binding.input("inputs_embeds", embeds)
+    binding.input("seqlens_k", np.array(lengths, np.int32) - np.int32(1))
+    binding.input("total_sequence_length", np.array(max(lengths), np.int32))
+    binding.input("logits_positions", positions)
+    binding.output("logits", logits)
+    binding.run()
+    return logits

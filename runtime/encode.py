@@ -10,6 +10,7 @@ Shapes of a chunk: ``N`` audio rows, ``D`` decoder hidden size.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,12 +75,13 @@ class Projection:
 
 
 class EncodedCache:
-    """Encoder outputs of the clips asked about last, bounded by their bytes."""
+    """Encoder outputs of the clips asked about last, bounded by their bytes; for any thread."""
 
     def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         """Keep at most ``max_bytes``; 0 keeps nothing."""
         self._max_bytes = max_bytes
         self._entries: OrderedDict[bytes, tuple[Encoded, ...]] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def n_bytes(self) -> int:
@@ -88,22 +90,25 @@ class EncodedCache:
 
     def get(self, key: bytes) -> tuple[Encoded, ...] | None:
         """The outputs kept under ``key``, which become the last to be forgotten."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
 
     def put(self, key: bytes, outputs: tuple[Encoded, ...]) -> None:
         """Keep ``outputs``; those not used for longest make room for them."""
         if _total_bytes(outputs) > self._max_bytes:
             return
-        self._entries[key] = outputs
-        self._entries.move_to_end(key)
-        while self.n_bytes > self._max_bytes:
-            self._entries.popitem(last=False)
+        with self._lock:
+            self._entries[key] = outputs
+            self._entries.move_to_end(key)
+            while self.n_bytes > self._max_bytes:
+                self._entries.popitem(last=False)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
 
 
 def audio_key(audio: Audio) -> bytes:

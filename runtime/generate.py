@@ -43,8 +43,10 @@ def generate(
     asked: Asked,
     config: ModelConfig,
     writer: Writer | None,
-) -> Generator[int, None, Ending]:
+) -> Generator[int | None, None, Ending]:
     """Yield the tokens of the text after ``logits (V,)``; returns how it ended.
+
+    A None among them: the decoder waits for a step of its batch.
 
     ``writer`` holds the text to the model's form; without one it is raw. Where a choice is to be
     taken without a thought, each is scored, and the likeliest written.
@@ -62,7 +64,7 @@ def generate(
 
 def _raw(
     decoder: Decoder, logits: NDArray[np.float32], asked: Asked, config: ModelConfig
-) -> Generator[int, None, Ending]:
+) -> Generator[int | None, None, Ending]:
     """The model's own text; of choices one is written after the thought, however it ended."""
     n_prompt = decoder.cache.length
     written: list[int] = []
@@ -74,7 +76,8 @@ def _raw(
         )
     )
     for token in free:
-        written.append(token)
+        if token is not None:
+            written.append(token)
         yield token
     finish_reason: FinishReason = "length" if free.value is None else "stop"
     if asked.trie is None or config.answer.thought is None:

@@ -16,16 +16,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .asking import MAX_NEW_TOKENS, Asked, AskKeywords, AskOptions, check
+from .asking import MAX_NEW_TOKENS, Asked, AskKeywords, AskOptions, Clips, Query, check
 from .audio import Audio, AudioSource, read_audio
+from .batch import Batch, Trials
 from .bundle import Bundle, default_bundle_path
 from .decoder import Decoder
 from .drafting import make_decoder
@@ -45,14 +47,25 @@ from .scope import require_positions
 from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation
 from .stages import Clock, Returning
+from .together import Together
 from .tokenizer import Tokenizer
 from .transcript import Transcript, account, assemble, nothing_heard, prompt_read
 
-__all__ = ["MAX_NEW_TOKENS", "Clips", "Memory", "Prepared", "TinyGiant", "load"]
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "PARALLEL",
+    "Clips",
+    "Memory",
+    "Prepared",
+    "Query",
+    "TinyGiant",
+    "load",
+]
 
 Memory = Literal["default", "low"]
-Clips = AudioSource | Audio | list[AudioSource | Audio]
-"""One clip, or a list of as many as the model hears at once."""
+
+PARALLEL = 4
+"""Answers that are written at a time: beyond, a step takes nearly as long as two."""
 
 
 def load(
@@ -138,6 +151,7 @@ class TinyGiant:
         self._vocabulary: Vocabulary | None = None  # once it is needed
         # What every prompt begins with, and its keys and values once they are known.
         self._prefix: tuple[Hashable, KvSnapshot] | None = None
+        self._trials = Trials()
         _check_tokenizer(self._tokenizer, bundle)
 
     @property
@@ -196,7 +210,61 @@ class TinyGiant:
         """
         options = dataclasses.replace(options, **changes)
         asked = check(question, choices, options, self._tokenizer, self.config)
-        return self._stream(self._clips(audio), asked)
+        return _without_waits(self._stream(self._clips(audio), asked))
+
+    def ask_many(
+        self, queries: Iterable[Query], *, parallel: int = PARALLEL, workers: int = 0
+    ) -> Iterator[Answer | Exception]:
+        """Ask questions about clips, several at a time; answers come in the order of ``queries``.
+
+        The answers are those of :meth:`ask`. Of a question that cannot be answered comes the error
+        that :meth:`ask` raises, and the others go on. See :mod:`~tinygiant.runtime.together`.
+
+        Args:
+            queries: the questions; taken as there is room for them.
+            parallel: how many answers are written at a time, where :meth:`batch` can do that.
+            workers: threads that hear the clips of the next questions meanwhile; without any, a
+                clip is heard when there is room for its answer.
+
+        Raises:
+            UsageError: ``parallel`` below 1 or ``workers`` below 0.
+            BundleError: the bundle's graphs fail.
+        """
+        if parallel < 1 or workers < 0:
+            raise UsageError(
+                f"parallel is {parallel} and workers {workers}, expected at least 1 and 0"
+            )
+        return self._ask_many(enumerate(queries), self.batch(parallel), workers)
+
+    def batch(self, size: int) -> Batch | None:
+        """Room for ``size`` answers that are written in common steps of the decoder.
+
+        None where there is no such thing: for a ``size`` of 1, with ``memory="low"``, on a provider
+        other than the CPU, and for bundles of earlier versions, whose decoder takes one sequence.
+        """
+        graph = self.config.decoder.graph
+        if size < 2 or not self._pool.keep or self.providers[graph] != ("cpu",):
+            return None
+        with self._pool.use(graph) as decoder:
+            if not decoder.is_batched:
+                return None
+            return Batch(
+                decoder,
+                self._embeddings,
+                self.config.decoder,
+                size,
+                kv_type=self.bundle.manifest.kv_cache,
+                trials=self._trials,
+            )
+
+    def events(self, query: Query, batch: Batch | None) -> Iterator[Event | None]:
+        """The events of an answer that is written in steps of ``batch``, if there is any.
+
+        A None comes where the answer is ready for the decoder, and then wherever it waits for
+        :meth:`Batch.step`. Errors are those of :meth:`stream`.
+        """
+        asked = check(query.question, query.choices, query.options, self._tokenizer, self.config)
+        return self._stream(self._clips(query.audio), asked, batch)
 
     def prepare(
         self,
@@ -216,11 +284,21 @@ class TinyGiant:
         return Prepared(embeds, asked, tuple(itertools.chain(*projections)), cached)
 
     @contextmanager
-    def decoder(self, capacity: int, drafter: Drafter | None = None) -> Iterator[Decoder]:
+    def decoder(
+        self, capacity: int, drafter: Drafter | None = None, batch: Batch | None = None
+    ) -> Iterator[Decoder]:
         """An empty sequence of at most ``capacity`` tokens, while its graph is in memory.
 
-        What is bound to a graph keeps it there: delete the decoder before the block ends.
+        It is one of ``batch``, if there is any. What is bound to a graph keeps it there: delete the
+        decoder before the block ends.
         """
+        if batch is not None:
+            member = batch.join(capacity)
+            try:
+                yield member
+            finally:
+                batch.leave(member)
+            return
         with self._pool.use(self.config.decoder.graph) as graph:
             yield make_decoder(
                 graph,
@@ -232,7 +310,33 @@ class TinyGiant:
                 speculation=self._speculation,
             )
 
-    def _stream(self, sources: Sequence[AudioSource | Audio], asked: Asked) -> Iterator[Event]:
+    def _ask_many(
+        self, queries: Iterator[tuple[int, Query]], batch: Batch | None, workers: int
+    ) -> Iterator[Answer | Exception]:
+        ended: dict[int, Answer | Exception] = {}
+        n_given = 0
+        with Together[int](batch, workers) as together:
+            while True:
+                while together.has_room and (following := next(queries, None)) is not None:
+                    index, query = following
+                    together.add(index, partial(self.events, query, batch))
+                if together.is_idle:
+                    return
+                for index, event in together.turn():
+                    if isinstance(event, BundleError):
+                        raise event
+                    if isinstance(event, Finished):
+                        ended[index] = event.answer
+                    elif isinstance(event, Exception):
+                        ended[index] = event
+                while n_given in ended:
+                    yield ended.pop(n_given)
+                    n_given += 1
+
+    def _stream(
+        self, sources: Sequence[AudioSource | Audio], asked: Asked, batch: Batch | None = None
+    ) -> Iterator[Event | None]:
+        """See :meth:`events`."""
         clock = Clock()
         with clock.stage("audio"):
             clips = [_read(source, asked.options) for source in sources]
@@ -269,19 +373,27 @@ class TinyGiant:
 
         transcript = Transcript(self._tokenizer, self.config.answer, asked, writer)
         first_token_s = 0.0
-        drafter = self._drafter(asked)
-        with self.decoder(n_tokens + room, drafter) as decoder:
+        yield None
+        if batch is not None and batch.width == 1:
+            batch = None
+        drafter = self._drafter(asked) if batch is None else None
+        with self.decoder(n_tokens + room, drafter, batch) as decoder:
             with clock.stage("prefill"):
                 logits = self._prefill(decoder, parts, asked.prompt, clips)
             yield prompt_read(n_tokens, list(itertools.chain(*projections)))
 
             tokens = Returning(generate(decoder, logits, asked, self.config, writer))
             for token in clock.timed("decode", tokens):
+                if token is None:
+                    with clock.stage("decode"):
+                        yield None
+                    continue
                 first_token_s = first_token_s or clock.total()
                 yield from transcript.push(token)
             ending = tokens.value
             del decoder, logits, tokens
-        self._remember(transcript, asked, clock.seconds("decode"), drafted=drafter is not None)
+        if batch is None:
+            self._remember(transcript, asked, clock.seconds("decode"), drafted=drafter is not None)
         self._pool.release()
         yield from transcript.finish()
         counts = TokenCounts(
@@ -401,6 +513,13 @@ class TinyGiant:
         """Keep an answer for the drafts of later ones."""
         if self._speculation is not None and asked.options.think and not asked.is_scored:
             self._speculation.remember(transcript.token_ids, decode_s, drafted=drafted)
+
+
+def _without_waits(events: Iterator[Event | None]) -> Iterator[Event]:
+    """The events of an answer that waits for nobody."""
+    for event in events:
+        if event is not None:
+            yield event
 
 
 def _read(source: AudioSource | Audio, options: AskOptions) -> Audio:

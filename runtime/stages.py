@@ -52,8 +52,8 @@ class Returning(Generic[_T]):
 
     value: _T
 
-    def __init__(self, tokens: Generator[int, None, _T]) -> None:
+    def __init__(self, tokens: Generator[int | None, None, _T]) -> None:
         self._tokens = tokens
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | None]:
         self.value = yield from self._tokens

@@ -61,7 +61,7 @@ class GraphPool:
         }
         self._bundle = bundle
         self._settings = settings
-        self._keep = keep
+        self.keep = keep
         self._not_packed = not_packed(bundle.config)
         self._graphs: dict[str, Graph] = {}
 
@@ -70,7 +70,7 @@ class GraphPool:
 
         Loading is work of one thread, so as many graphs as there are threads are loaded at a time.
         """
-        if not self._keep:
+        if not self.keep:
             return
         missing = [name for name in self._bundle.manifest.graphs if name not in self._graphs]
         # The largest first: the others fit beside it.
@@ -87,7 +87,7 @@ class GraphPool:
     @contextmanager
     def use(self, name: str) -> Iterator[Graph]:
         """Graph ``name`` for the length of a ``with`` block."""
-        if self._keep:
+        if self.keep:
             if name not in self._graphs:
                 self._graphs[name] = self._load(name)
             yield self._graphs[name]

@@ -75,6 +75,7 @@ class Graph:
         input_names: in the order of the graph.
         input_types: by name, as onnxruntime calls them: "tensor(float)".
         output_names: in the order of the graph.
+        is_batched: whether its first input takes any number of sequences.
         providers: names of the providers that run its operators, the one asked for first.
     """
 
@@ -126,6 +127,7 @@ class Graph:
         self.providers = self._used_providers()
         self.input_names = tuple(node.name for node in self._session.get_inputs())
         self.output_names = tuple(node.name for node in self._session.get_outputs())
+        self.is_batched = isinstance(self._session.get_inputs()[0].shape[0], str)
         self.input_types = {node.name: str(node.type) for node in self._session.get_inputs()}
 
     def _used_providers(self) -> tuple[str, ...]:

@@ -1,0 +1,235 @@
+"""Several sequences in one step: the tokens of each by itself, whoever comes and goes meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.model_stub import small_qwen3
+from tinygiant.export.decoder import DecoderSpec, build_decoder
+from tinygiant.quantize.kv_cache import KvPeaks
+from tinygiant.quantize.quantizer import quantize_graph
+from tinygiant.quantize.recipes import RECIPES
+from tinygiant.runtime.batch import Batch, BatchedDecoder, Trials
+from tinygiant.runtime.decoder import BindableGraph, Decoder
+from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.ort.sessions import Graph, SessionSettings
+
+CONFIG = DecoderSpec(
+    vocab_size=131,
+    hidden_size=256,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=32,
+    ffn_size=384,
+    max_positions=512,
+    stop_token_ids=(1,),
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    qk_norm=True,
+)
+SETTINGS = SessionSettings(threads=1, spin=False)
+
+
+@dataclasses.dataclass
+class Model:
+    """A decoder of random weights, and what it writes by itself."""
+
+    graph: Graph
+    embeddings: TokenEmbeddings
+    kv_type: Any
+
+    def alone(self, prompt: list[int], n_new: int) -> list[int]:
+        decoder = Decoder(
+            self.graph, self.embeddings, CONFIG, len(prompt) + n_new, kv_type=self.kv_type
+        )
+        return list(decoder.generate(decoder.read(prompt), max_new_tokens=n_new, stop_ids=(1,)))
+
+    def batch(self, size: int, trials: Trials | None = None, graph: Any = None) -> Batch:
+        return Batch(
+            graph or self.graph,
+            self.embeddings,
+            CONFIG,
+            size,
+            kv_type=self.kv_type,
+            trials=trials,
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("decoders")
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8", "int4-b32", "int4"])
+def model(request: pytest.FixtureRequest, folder: Path) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        qwen = small_qwen3(CONFIG)
+        with torch.no_grad():
+            for parameter in qwen.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    source = folder / "fp32.onnx"
+    if not source.exists():
+        build_decoder(CONFIG, {k: v.numpy() for k, v in qwen.state_dict().items()}, source)
+    recipe = RECIPES[request.param]
+    path = folder / f"{recipe.name}-q.onnx"
+    peaks = KvPeaks(*np.full((2, CONFIG.n_kv_heads, CONFIG.head_dim), 6, np.float32))
+    is_int8 = recipe.kv_cache == "int8"
+    quantize_graph(source, path, recipe.graphs["decoder"], [peaks] * 2 if is_int8 else None)
+    table = qwen.get_input_embeddings().weight.detach().numpy()
+    return Model(Graph(path, SETTINGS), TokenEmbeddings(table), recipe.kv_cache)
+
+
+class Sequence:
+    """One that is written in a batch."""
+
+    def __init__(self, batch: Batch, prompt: list[int], n_new: int) -> None:
+        self.tokens: list[int] = []
+        self.batch = batch
+        self.decoder = batch.join(len(prompt) + n_new)
+        logits = self.decoder.read(prompt)
+        self.written: Generator[int | None, None, int | None] = self.decoder.generate(
+            logits, max_new_tokens=n_new, stop_ids=(1,)
+        )
+
+    def advance(self) -> bool:
+        """Up to the next step; whether one is needed."""
+        for token in self.written:
+            if token is None:
+                return True
+            self.tokens.append(token)
+        self.batch.leave(self.decoder)
+        return False
+
+
+def together(batch: Batch, questions: list[tuple[list[int], int, int]]) -> list[list[int]]:
+    """Tokens of each: (prompt, n_new, steps before it may join)."""
+    waiting, live, found = list(enumerate(questions)), [], {}
+    n_steps = 0
+    while waiting or live:
+        while waiting and len(live) < batch.size and (not live or n_steps >= waiting[0][1][2]):
+            index, (prompt, n_new, _) = waiting.pop(0)
+            live.append((index, Sequence(batch, prompt, n_new)))
+        still = []
+        for index, sequence in live:
+            if sequence.advance():
+                still.append((index, sequence))
+            else:
+                found[index] = sequence.tokens
+        live = still
+        batch.step()
+        n_steps += 1
+    return [found[index] for index in range(len(questions))]
+
+
+PROMPT = st.lists(st.integers(2, CONFIG.vocab_size - 1), min_size=1, max_size=40)
+QUESTION = st.tuples(PROMPT, st.integers(1, 24), st.integers(0, 60))
+
+
+@settings(max_examples=25, deadline=None)
+@given(questions=st.lists(QUESTION, min_size=1, max_size=7), size=st.integers(2, 5))
+def test_the_tokens_of_each_by_itself(
+    model: Model, questions: list[tuple[list[int], int, int]], size: int
+) -> None:
+    wanted = [model.alone(prompt, n_new) for prompt, n_new, _ in questions]
+    assert together(model.batch(size), questions) == wanted
+
+
+class Counting:
+    """A graph that counts its runs by how many sequences they have."""
+
+    def __init__(self, graph: BindableGraph, wrong_at: int = 0) -> None:
+        self.graph = graph
+        self.runs: dict[int, int] = {}
+        self.wrong_at = wrong_at
+
+    def bind(self) -> Any:
+        binding, counting = self.graph.bind(), self
+        inputs: dict[str, NDArray[Any]] = {}
+
+        class Watched:
+            def input(self, name: str, array: NDArray[Any]) -> None:
+                inputs[name] = array
+                binding.input(name, array)
+
+            def output(self, name: str, array: NDArray[Any]) -> None:
+                inputs[name] = array
+                binding.output(name, array)
+
+            def shared(self, past: str, present: str, array: NDArray[Any]) -> None:
+                binding.shared(past, present, array)
+
+            def run(self) -> None:
+                binding.run()
+                n, n_new, _ = inputs["inputs_embeds"].shape
+                if n_new == 1:
+                    counting.runs[n] = counting.runs.get(n, 0) + 1
+                if n == counting.wrong_at:
+                    # The smallest difference there is, in the last sequence.
+                    inputs["logits"][-1, 0] = np.nextafter(inputs["logits"][-1, 0], np.inf)
+
+        return Watched()
+
+
+QUESTIONS = [([5, 9, 17], 12, 0), ([40, 3, 8, 90, 77, 6], 12, 0), ([101], 12, 0)]
+
+
+@pytest.mark.parametrize("model", ["fp32"], indirect=True)
+def test_a_step_reads_the_weights_once_for_all(model: Model) -> None:
+    counting = Counting(model.graph)
+    batch = model.batch(3, graph=counting)
+    n_tokens = [len(model.alone(prompt, n)) for prompt, n, _ in QUESTIONS]
+    assert n_tokens == [12] * 3  # none meets its stop token
+    together(batch, QUESTIONS)
+    assert batch.width == 3
+    # One prompt is a single token. Of the eleven steps two are computed one by one as well.
+    assert counting.runs == {1: 1 + 2 * 3, 3: 11}
+
+
+@pytest.mark.parametrize("model", ["fp32"], indirect=True)
+def test_steps_that_differ_are_taken_one_by_one(model: Model) -> None:
+    """onnxruntime's 4-bit product in blocks of 128 sums a single row in another order: one bit of
+    one logit is enough for sequences to be stepped by themselves from then on."""
+    counting, trials = Counting(model.graph, wrong_at=3), Trials()
+    batch = model.batch(3, trials, counting)
+    wanted = [model.alone(prompt, n) for prompt, n, _ in QUESTIONS]
+    assert together(batch, QUESTIONS) == wanted
+    assert counting.runs == {1: 1 + 11 * 3, 3: 1}
+    assert batch.width == 1
+    assert model.batch(3, trials).width == 1  # it is remembered with the model
+
+
+@pytest.mark.parametrize("model", ["int8"], indirect=True)
+def test_a_longer_sequence_moves_the_others_to_more_room(model: Model) -> None:
+    """Slots have room for the longest sequence; what is in them is kept."""
+    questions = [([5, 9, 17], 20, 0), ([8] * 300, 20, 5), ([70, 71], 20, 8)]
+    wanted = [model.alone(prompt, n_new) for prompt, n_new, _ in questions]
+    batch = model.batch(3)
+    assert together(batch, questions) == wanted
+    assert batch._slots is None  # nothing is held for nobody
+
+
+def test_members_are_decoders(model: Model) -> None:
+    """Scoring choices reads several tokens and forgets them again, while others wait."""
+    batch = model.batch(2)
+    first, second = batch.join(30), batch.join(30)
+    plain = Decoder(model.graph, model.embeddings, CONFIG, 30, kv_type=model.kv_type)
+    assert isinstance(first, BatchedDecoder)
+    for decoder in (first, second, plain):
+        decoder.read([4, 5, 6, 7])
+    batch.leave(first)  # the second gets its slot
+    for decoder in (second, plain):
+        decoder.step([9, 8, 3])
+        decoder.truncate(5)
+    np.testing.assert_array_equal(second.step([12, 60]), plain.step([12, 60]))
