@@ -50,7 +50,7 @@ from benchmarks.quality_speed import BASELINE, race, summarize
 from benchmarks.report import command_line, write_result
 from tinygiant.export.decoder import DecoderSpec, TensorSource, build_decoder
 from tinygiant.export.quality import log_softmax
-from tinygiant.export.rotation import random_rotation, rotated
+from tinygiant.export.rotation import Rotation, random_rotation, rotated
 from tinygiant.quantize import RECIPES, KvPeaks, Scheme, kv_peaks, quantize_graph, quantize_rows
 from tinygiant.quantize.calibration import input_moments
 from tinygiant.runtime.cli.options import OneLineParser
@@ -85,7 +85,7 @@ class Variant:
     embeddings_int8: bool = True
 
 
-_ROWS = Scheme("dynamic_int8", reduce_range=False, row_scaled=("*_proj",), excluded=("rotation",))
+_ROWS = Scheme("dynamic_int8", reduce_range=False, row_scaled=("*_proj",), excluded=("*rotation",))
 VARIANTS: Mapping[str, Variant] = {
     name: Variant(recipe.graphs["decoder"], recipe.kv_cache)
     for name, recipe in RECIPES.items()
@@ -199,7 +199,7 @@ class Copy:
         source, target = self.graph, folder / _QUANTIZED
         if variant.rotate:
             source = folder / "rotated.onnx"
-            rotation = random_rotation(self.spec.hidden_size, seed=1)
+            rotation = Rotation.random(self.spec.hidden_size, self.spec.ffn_size, seed=1)
             tensors = rotated(self._tensors, self.spec.n_layers, rotation)
             build_decoder(self.spec, tensors, source, rotation)
         peaks = self._kv_peaks() if variant.kv_cache == "int8" else None
@@ -287,10 +287,10 @@ def rotated_copy(source: Path, target: Path, seed: int = 0) -> None:
     tensors: dict[str, TensorSource] = {
         path.stem: _reader(path) for path in (source / "tensors").glob("*.npy")
     }
-    rotation = random_rotation(size["hidden_size"], seed)
+    rotation = Rotation(random_rotation(size["hidden_size"], seed), gated=np.eye(1))
     embeddings = "model.embed_tokens.weight"
     table = np.load(source / "tensors" / f"{embeddings}.npy").astype(np.float64)
-    np.save(target / "tensors" / f"{embeddings}.npy", (table @ rotation).astype(np.float32))
+    np.save(target / "tensors" / f"{embeddings}.npy", (table @ rotation.stream).astype(np.float32))
     for name, tensor in rotated(tensors, size["n_layers"], rotation).items():
         np.save(target / "tensors" / f"{name}.npy", tensor() if callable(tensor) else tensor)
 
