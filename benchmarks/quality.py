@@ -77,15 +77,14 @@ _QUANTIZED = "quantized.onnx"
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantize a decoder, with a rotation folded in before, or without."""
+    """A way to quantize a decoder, and what is around it."""
 
     scheme: Scheme
     kv_cache: KvType = "fp32"
-    rotate: bool = False
     embeddings_int8: bool = True
 
 
-_ROWS = Scheme("dynamic_int8", reduce_range=False, row_scaled=("*_proj",), excluded=("*rotation",))
+_ROWS = RECIPES["int8-rows"].graphs["decoder"]
 VARIANTS: Mapping[str, Variant] = {
     name: Variant(recipe.graphs["decoder"], recipe.kv_cache)
     for name, recipe in RECIPES.items()
@@ -97,15 +96,14 @@ VARIANTS: Mapping[str, Variant] = {
     "int4-b32-gptq": Variant(
         dataclasses.replace(RECIPES["int4-b32"].graphs["decoder"], calibrated=True), "int8"
     ),
-    "int8-tensor": Variant(dataclasses.replace(_ROWS, row_scaled=())),
-    "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=()), rotate=True),
-    "int8-rows": Variant(_ROWS),
-    "int8-rows-rotated": Variant(_ROWS, rotate=True),
+    "int8-tensor": Variant(dataclasses.replace(_ROWS, row_scaled=(), rotated=False)),
+    "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=())),
+    "int8-rows-unrotated": Variant(dataclasses.replace(_ROWS, rotated=False)),
 }
 """What is measured, by name: the recipes, and what was tried beside them.
 
 ``int8-tensor`` multiplies 8-bit weights with activations of one scale a tensor, ``int8-rows`` with
-activations of a scale a row.
+activations of a scale a row, in a rotated decoder.
 """
 
 LLAMA_CPP = ("F32", "Q8_0", "Q4_K_M", "Q4_0")
@@ -197,7 +195,7 @@ class Copy:
     def measure(self, variant: Variant, folder: Path) -> Row:
         """Quantize the decoder so into ``folder``, and compare it with float32."""
         source, target = self.graph, folder / _QUANTIZED
-        if variant.rotate:
+        if variant.scheme.rotated:
             source = folder / "rotated.onnx"
             rotation = Rotation.random(self.spec.hidden_size, self.spec.ffn_size, seed=1)
             tensors = rotated(self._tensors, self.spec.n_layers, rotation)

@@ -49,11 +49,12 @@ examples:
   tg-export --mizar stage3_q4_seed20260905.ckpt --tokenizer SmolLM2-135M -o bundles/mizar
   tg-export --mellow soham97/mellow --allow-download -o bundles/mellow
 
-recipes: fp32 (exact), int8 (8-bit weights), int8-b128 (in larger blocks: faster), int4 (4-bit
+recipes: fp32 (exact), int8 (8-bit weights), int8-b128 (in larger blocks: faster), int8-rows (8-bit
+  weights and activations: reads prompts fastest; needs VNNI, or Arm's dot product), int4 (4-bit
   decoder with keys and values in 8 bits, 8-bit encoders), int4-b32 (in smaller blocks: closer and
   slower), int4-gptq (4 bits fitted to what the decoder sees, 8 where it hurts); auto: the smallest
-  that suits the decoder's size and passes. What a decoder loses is measured on text that the model
-  itself writes; one that loses too much is not written.
+  that suits the decoder's size, runs on any processor and passes. What a decoder loses is measured
+  on text that the model itself writes; one that loses too much is not written.
 
 exit codes:
   0 written · 1 unforeseen failure · 2 wrong options, or the folder exists · 6 checkpoint does not
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         default="int8",
         metavar="NAME",
-        help="fp32, int8, int8-b128, int4, int4-b32, int4-gptq or auto (%(default)s)",
+        help="fp32, int8, int8-b128, int8-rows, int4, int4-b32, int4-gptq or auto (%(default)s)",
     )
     add("--force", action="store_true", help="replace an existing bundle")
     add("--threads", type=int, metavar="N", help="threads of the check; default: physical cores")

@@ -48,6 +48,7 @@ from .decoder import OPSET, DecoderSpec, build_decoder
 from .optimum_encoder import export_with_optimum
 from .quality import Gate, Quality
 from .reference import Reference
+from .rotation import Rotation, rotated
 from .tracing import trace
 from .verify import Verification, verify_bundle
 
@@ -236,15 +237,27 @@ class Draft:
         del part
         self.stage(f"{name}: PyTorch")
         self.reference.run_decoder(decoder)
-        tensors = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
-        if decoder.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
+        spec, tensors = self._decoder_parts(decoder)
         self._n_weights = sum(tensor.size for tensor in tensors.values())
         self.stage(f"{name}: graph")
-        spec = DecoderSpec.of(self.config.decoder, decoder.config)
         build_decoder(spec, tensors, self._fp32(name))
         self.stage("embed_tokens")
         self._write_embeddings(tensors["model.embed_tokens.weight"])
+
+    def _decoder_parts(
+        self, decoder: PreTrainedModel
+    ) -> tuple[DecoderSpec, dict[str, NDArray[np.float32]]]:
+        """What the decoder's graph is built from."""
+        tensors = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
+        if decoder.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        return DecoderSpec.of(self.config.decoder, decoder.config), tensors
+
+    def _write_rotated_decoder(self, path: Path) -> None:
+        """The decoder's float32 graph in a rotated basis."""
+        spec, tensors = self._decoder_parts(cast(PreTrainedModel, self.source.decoder()))
+        rotation = Rotation.random(spec.hidden_size, spec.ffn_size)
+        build_decoder(spec, rotated(tensors, spec.n_layers, rotation), path, rotation)
 
     def _part(self, graph: str) -> Part:
         self.stage(f"{graph}: load")
@@ -304,7 +317,11 @@ class Draft:
             if scheme.calibrated and not moments:
                 moments = gate.moments()
             peaks = self.reference.kv_peaks if tried.kv_cache == "int8" else None
-            report = quantize_graph(source, target, scheme, peaks, moments)
+            plain = source
+            if scheme.rotated:
+                plain = self._scratch / "rotated.onnx"
+                self._write_rotated_decoder(plain)
+            report = quantize_graph(plain, target, scheme, peaks, moments)
             quality = gate.judge(target, embeddings, tried)
             missed = quality.missed(tried.quality)
             if missed is None:

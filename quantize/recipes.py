@@ -56,7 +56,8 @@ class Scheme:
     The rest are patterns (fnmatch) of node names: ``excluded`` stay in float32, ``wide`` have 8
     bits whatever ``bits`` says, and in ``row_scaled`` products of ``dynamic_int8`` each row of
     activations has a scale of its own. With ``calibrated``, ``weight_only`` weights are fitted to
-    what the graph's products see (:mod:`tinygiant.quantize.gptq`).
+    what the graph's products see (:mod:`tinygiant.quantize.gptq`). ``rotated`` asks for a decoder
+    in a rotated basis, whose activations have no outliers (``tinygiant.export.rotation``).
     """
 
     kind: Literal["none", "dynamic_int8", "weight_only"] = "none"
@@ -70,6 +71,7 @@ class Scheme:
     wide: tuple[str, ...] = ()
     row_scaled: tuple[str, ...] = ()
     calibrated: bool = False
+    rotated: bool = False
 
     def bits_of(self, node: str) -> int:
         """Bits of a weight of the node of that name."""
@@ -83,7 +85,9 @@ class Scheme:
         if self.kind == "dynamic_int8":
             range_ = "-7bit" if self.reduce_range else ""
             rows = "-rows" if self.row_scaled else ""
-            return f"dynamic-int8{range_}{'-per-channel' if self.per_channel else ''}{rows}"
+            rotated = "-rotated" if self.rotated else ""
+            channels = "-per-channel" if self.per_channel else ""
+            return f"dynamic-int8{range_}{channels}{rows}{rotated}"
         zero_point = "" if self.symmetric else "-zp"
         head_only = "-head8" if self.wide == (_HEAD,) else "-mixed"
         wide = head_only if self.bits == 4 and self.wide else ""
@@ -143,11 +147,10 @@ _QUALITY_INT8 = QualityLimits(perplexity_ratio=1.02, same_choice=0.87)
 _QUALITY_INT4 = QualityLimits(perplexity_ratio=1.1, same_choice=0.8)
 
 
-def _int8(name: str, block_size: int) -> Recipe:
-    """Small blocks are closer to the float32 weights, large ones faster to multiply."""
+def _int8(name: str, decoder: Scheme) -> Recipe:
     return Recipe(
         name=name,
-        graphs=_int8_but(Scheme("weight_only", bits=8, block_size=block_size)),
+        graphs=_int8_but(decoder),
         relative_errors=dict.fromkeys(_CHECKED, 0.1),
         quality=_QUALITY_INT8,
         embeddings="int8",
@@ -169,6 +172,14 @@ def _int4(name: str, decoder: Scheme) -> Recipe:
     )
 
 
+# Weights have all 8 bits: with VNNI, or Arm's dot product, nothing saturates.
+_ROWS = Scheme(
+    "dynamic_int8",
+    reduce_range=False,
+    excluded=("*rotation",),
+    row_scaled=("*_proj", _HEAD),
+    rotated=True,
+)
 _INT4_B32 = Scheme("weight_only", bits=4, wide=(_HEAD,))
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -182,8 +193,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             token_agreement=1.0,
             tie_margin=1e-3,
         ),
-        "int8": _int8("int8", block_size=32),
-        "int8-b128": _int8("int8-b128", block_size=128),
+        # Small blocks are closer to the float32 weights, large ones faster to multiply.
+        "int8": _int8("int8", Scheme("weight_only", bits=8, block_size=32)),
+        "int8-b128": _int8("int8-b128", Scheme("weight_only", bits=8, block_size=128)),
+        "int8-rows": _int8("int8-rows", _ROWS),
         "int4": _int4("int4", dataclasses.replace(_INT4_B32, block_size=128)),
         "int4-b32": _int4("int4-b32", _INT4_B32),
         "int4-gptq": _int4(
@@ -206,7 +219,8 @@ _LARGE_WEIGHTS = 300_000_000
 def candidates(n_weights: int) -> tuple[Recipe, ...]:
     """What ``auto`` tries for a decoder of so many weights, the first that passes is taken.
 
-    A small decoder gains little from 4 bits, and loses most.
+    A small decoder gains little from 4 bits, and loses most. ``int8-rows`` is not among them: on a
+    processor without VNNI, or Arm's dot product, its products saturate.
     """
     names = CLOSER[2:] if n_weights >= _LARGE_WEIGHTS else CLOSER[3:]
     return tuple(RECIPES[name] for name in names)

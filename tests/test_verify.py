@@ -74,7 +74,7 @@ def nothing_left(folder: Path) -> bool:
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4", "int4-b32"])
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int8-rows", "int4", "int4-b32"])
 def test_every_recipe_makes_a_verified_bundle(
     checkpoint: Path,
     tmp_path: Path,
