@@ -369,6 +369,57 @@ MUTANTS: tuple[Mutant, ...] = (
             "tests/test_parts.py::test_all_parts_that_do_not_fit_are_named",
         ),
     ),
+    Mutant(
+        "rotation: an MLP's last product is not rotated back",
+        "export/rotation.py",
+        "gated: last(gated)",
+        "gated: writer(gated)",
+        ("tests/test_gptq.py::test_a_rotated_decoder_is_the_same_function",),
+    ),
+    Mutant(
+        "gate: first choices are not judged",
+        "export/quality.py",
+        "            and self.same_choice >= limits.same_choice\n",
+        "",
+        (
+            "tests/test_quality_gate.py::test_limits_refuse_what_is_not_a_number_and_spare_random_weights",
+        ),
+    ),
+    Mutant(
+        "public models: features in the file are not compared",
+        "models/public.py",
+        "if error <= _CONSTANT_TOLERANCE:",
+        "if True:",
+        ("tests/test_public_models.py::test_a_checkpoint_with_other_features_is_refused",),
+    ),
+    Mutant(
+        "signal: channels in reverse are averaged",
+        "runtime/signal.py",
+        "return mean_square > SILENT_PEAK**2 and",
+        "return False and",
+        ("tests/test_signal.py::test_channels_in_reverse_are_not_averaged_to_nothing",),
+    ),
+    Mutant(
+        "signal: dither is heard",
+        "runtime/signal.py",
+        "SILENT_PEAK = 10 / 32_768",
+        "SILENT_PEAK = 0.0",
+        ("tests/test_signal.py::test_dither_and_an_offset_are_silent",),
+    ),
+    Mutant(
+        "grammar: what may never be written is allowed",
+        "runtime/grammar.py",
+        "Mask(np.flatnonzero(never), only=False)",
+        "Mask(np.flatnonzero(never & False), only=False)",
+        ("tests/test_grammar.py",),
+    ),
+    Mutant(
+        "grammar: a loop is not ended",
+        "runtime/grammar.py",
+        'self._reasons.add("loop")',
+        'self._reasons.discard("loop")',
+        ("tests/test_grammar.py",),
+    ),
 )
 
 
