@@ -265,6 +265,7 @@ def test_recipes_are_complete_and_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["int4"].embeddings = "fp32"  # type: ignore[misc]
     with pytest.raises(
-        UsageError, match="'int5' is unknown; expected one of fp32, int8, int8-b128, int4"
+        UsageError,
+        match="'int5' is unknown; expected one of fp32, int8, int8-b128, int8-rows, int4",
     ):
         recipe("int5")
