@@ -105,6 +105,9 @@ CONTENDERS = (
     ),
     Contender("torch-fp32-encoder", "encoder", "torch-encoder", _TORCH),
     Contender("our-decoder", "decoder", "our-decoder", _OURS),
+    Contender("our-decoder-int8", "decoder", "our-decoder", _OURS),
+    Contender("llama.cpp-q8_0", "decoder", "llama.cpp", ("llama_cpp",), "qwen3-q8_0"),
+    Contender("llama.cpp-q8_0-flash", "decoder", "llama.cpp-flash", ("llama_cpp",), "qwen3-q8_0"),
     Contender("llama.cpp-q4_0", "decoder", "llama.cpp", ("llama_cpp",), "qwen3-q4_0"),
     Contender("llama.cpp-q4_0-flash", "decoder", "llama.cpp-flash", ("llama_cpp",), "qwen3-q4_0"),
     Contender("llama.cpp-q4_k_m", "decoder", "llama.cpp", ("llama_cpp",), "qwen3-q4_k_m"),
@@ -129,6 +132,8 @@ CONTENDERS = (
     Contender("our-question", "question", "our-question", _OURS),
     Contender("our-question-clip", "question", "our-question", _OURS),
 )
+# Which option gives the bundle, where it is not --bundle.
+_OTHER_BUNDLES = {"our-question-clip": "clip-bundle", "our-decoder-int8": "int8-bundle"}
 _NAMES = [contender.name for contender in CONTENDERS]
 ENCODER_BASELINES = ("ctranslate2-int8",)
 DECODER_BASELINES = ("llama.cpp-q4_0", "llama.cpp-q4_0-flash")
@@ -451,9 +456,9 @@ class _Peers:
         return process
 
     def _bundle(self, contender: Contender) -> Bundle:
-        name = "clip" if contender.name == "our-question-clip" else "bundle"
+        name = _OTHER_BUNDLES.get(contender.name, "bundle")
         if name not in self._bundles:
-            raise WorkerError("no --clip-bundle was given")
+            raise WorkerError(f"no --{name} was given")
         return self._bundles[name]
 
     def _made(self, model: str) -> Path:
@@ -572,6 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bundle", metavar="DIR", help="a full-size one; with --tiny any")
     parser.add_argument("--clip-bundle", metavar="DIR", help="another, of audio context clip")
+    parser.add_argument("--int8-bundle", metavar="DIR", help="another, of an 8-bit recipe")
     parser.add_argument("--peers-python", type=Path, metavar="PATH")
     parser.add_argument("--models", type=Path, default=Path(".cache/peers"), metavar="DIR")
     parser.add_argument("--rounds", type=int, default=5)
@@ -586,8 +592,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     try:
         bundles = {"bundle": Bundle.open(options.bundle or default_bundle_path())}
-        if options.clip_bundle:
-            bundles["clip"] = Bundle.open(options.clip_bundle)
+        for name in {*_OTHER_BUNDLES.values()}:
+            if folder := getattr(options, name.replace("-", "_")):
+                bundles[name] = Bundle.open(folder)
         if not options.tiny:
             _require_full_size(bundles.values())
         peers = _Peers(options, bundles)
