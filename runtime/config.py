@@ -347,7 +347,8 @@ class ModelConfig:
     clip has beyond them becomes further ``chunks``, or is ``dropped`` and reported. With
     ``audio_context`` ``full``, every chunk has all its rows; with ``clip``, encoders of variable
     length see the clip plus ``clip_margin_s`` of silence, and only rows that hold sound reach the
-    decoder.
+    decoder. Log-likelihoods of choices are divided by ``choice_temperature``, fitted so that their
+    probabilities are as often right as they say.
     """
 
     name: str
@@ -362,6 +363,7 @@ class ModelConfig:
     audio_context: AudioContext = "full"
     clip_margin_s: float = 1.0
     scope: Scope = Scope()
+    choice_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         problems = list(_number_problems(self, ""))
