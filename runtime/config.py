@@ -394,6 +394,11 @@ class ModelConfig:
         return tuple(reversed(found.values()))
 
     @property
+    def n_clips(self) -> int:
+        """How many clips the model hears at once; a prompt holds the audio rows of each."""
+        return sum(part.kind == "audio" for part in self.prompt.parts)
+
+    @property
     def row_s(self) -> float:
         """Seconds of sound that one audio row stands for."""
         return self.chunk_s / self.rows_per_chunk

@@ -10,11 +10,11 @@ from typing import Protocol
 
 import soundfile
 
-from ..audio import MAX_AUDIO_S
+from ..asking import MAX_NEW_TOKENS, AskOptions
+from ..audio import MAX_AUDIO_S, Audio, AudioSource
 from ..config import ModelConfig
 from ..errors import AudioError
 from ..events import Event, Finished
-from ..pipeline import MAX_NEW_TOKENS
 from .engine import Engine, Job
 from .errors import ApiError
 from .metrics import Metrics
@@ -31,14 +31,12 @@ class Model(Protocol):
 
     def stream(
         self,
-        audio: bytes,
+        audio: list[AudioSource | Audio],
         question: str,
         choices: Sequence[str] | None,
-        *,
-        max_new_tokens: int,
-        max_audio_s: float,
+        options: AskOptions,
     ) -> Iterator[Event]:
-        """Answer a question about a clip."""
+        """Answer a question about a clip, or about as many as the model hears at once."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,15 @@ class Limits:
     max_channels: int = 8
     body_timeout_s: float = 60.0
 
+    def options(self, max_new_tokens: int | None = None, *, think: bool = True) -> AskOptions:
+        """How a question is answered within these limits."""
+        return AskOptions(
+            think=think,
+            max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, self.max_new_tokens),
+            max_audio_s=self.max_audio_s,
+            fit=True,
+        )
+
 
 class Service:
     """A model, its queue and its counters: what HTTP and Wyoming share."""
@@ -69,22 +76,18 @@ class Service:
 
     def start(
         self,
-        audio: bytes,
+        clips: Sequence[bytes],
         question: str,
         choices: Sequence[str] | None = None,
-        max_new_tokens: int | None = None,
+        options: AskOptions | None = None,
     ) -> Callable[[], Iterator[Event]]:
         """The work of one question, for :meth:`~tinygiant.runtime.serve.engine.Place.run`."""
 
         def events() -> Iterator[Event]:
-            _check_header(audio, self.limits)
-            return self.model.stream(
-                audio,
-                question,
-                choices,
-                max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, self.limits.max_new_tokens),
-                max_audio_s=self.limits.max_audio_s,
-            )
+            for clip in clips:
+                _check_header(clip, self.limits)
+            chosen = options or self.limits.options()
+            return self.model.stream([*clips], question, choices, chosen)
 
         return events
 
