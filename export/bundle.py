@@ -76,7 +76,9 @@ def _check_target(target: Path, *, force: bool) -> None:
     if not force:
         raise UsageError(f"{target} exists; choose another folder, or replace it with --force")
     if not (target / MANIFEST_NAME).is_file():
-        raise UsageError(f"{target} exists and is not a bundle; it will not be replaced")
+        raise UsageError(
+            f"{target} exists and is not a bundle, so it is not replaced; choose another folder"
+        )
 
 
 def _remove_leftovers(target: Path) -> None:

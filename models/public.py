@@ -226,6 +226,6 @@ def _check_constant(name: str, held: NDArray[Any], ours: NDArray[Any], path: Pat
     else:
         found = f"its shape is {held.shape}, expected {ours.shape}"
     raise CheckpointError(
-        f"{path}: {name} is not what this model's features are made with here ({found}); "
+        f"{path}: {name} differs from this project's ({found}); "
         "a checkpoint of the published model is expected"
     )

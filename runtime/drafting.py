@@ -101,14 +101,14 @@ class DraftingDecoder(Decoder):
         token = mask.best(logits)
         if not self._inexact:
             return token
-        found = mask.lead(logits, token)
-        if found > self._speculation.guard:
+        found = mask.logit_margin(logits, token)
+        if found > self._speculation.min_margin:
             return token
         start_s = time.perf_counter()
         exact = self._settle()
         self._speculation.learn_reread(time.perf_counter() - start_s)
         best = mask.best(exact)
-        self._speculation.learn_difference(found, mask.lead(exact, token))
+        self._speculation.learn_difference(found, mask.logit_margin(exact, token))
         return best
 
     def generate(
@@ -186,7 +186,7 @@ class DraftingDecoder(Decoder):
                 break
             mask = ALL if guide is None else guide.mask()
             found = mask.best(row)
-            if found != guess or mask.lead(row, found) <= self._speculation.guard:
+            if found != guess or mask.logit_margin(row, found) <= self._speculation.min_margin:
                 break
             if guide is not None and not guide.take(found):
                 break

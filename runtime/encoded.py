@@ -131,13 +131,13 @@ def decode(file: EncodedFile, name: str, max_audio_s: float) -> Decoded:
         parts.append(part)
         if recording.lead_bytes:
             lead = counted(recording.lead_bytes, "byte")
-            notes.append(f"{lead} in front of it are not sound and were left out")
+            notes.append(f"{lead} in front of it left out: not sound")
         if recording.holes:
             hole_bytes = counted(sum(end - start for start, end in recording.holes), "byte")
-            notes.append(f"{hole_bytes} in its middle are not sound and were left out")
+            notes.append(f"{hole_bytes} in its middle left out: not sound")
         if recording.leftover_bytes > _LEAST_LEFTOVER_BYTES:
             leftover = counted(recording.leftover_bytes, "byte")
-            notes.append(f"{leftover} at its end are not sound and were left out")
+            notes.append(f"{leftover} at its end left out: not sound")
     return _joined(parts, notes)
 
 

@@ -196,7 +196,7 @@ class Sound:
         if time.monotonic() >= self._deadline:
             reason = f"it took more than {MAX_WALL_S:.0f} s"
         elif code < 0:
-            reason = f"FFmpeg broke down: {signal.Signals(-code).name}"
+            reason = f"FFmpeg crashed: {signal.Signals(-code).name}"
         return AudioError(
             f"{self._name}: is {self._kind}, and FFmpeg cannot read it ({reason}); record or copy "
             "it again, or convert it to wav"

@@ -225,7 +225,7 @@ class _Reader:
 
 
 def _damaged(what: str) -> BundleError:
-    return BundleError(f"the graph is damaged or no ONNX file: {what}")
+    return BundleError(f"the graph is damaged or not an ONNX file: {what}")
 
 
 def _control_flow(what: str) -> BundleError:

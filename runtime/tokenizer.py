@@ -76,7 +76,9 @@ class Tokenizer:
             raise BundleError(f"{printable(path)}: {error}") from error
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the package panics, beside raising, on some damaged files
+        except (
+            BaseException
+        ) as error:  # on some damaged files the package panics instead of raising
             raise BundleError(f"{printable(path)}: not a tokenizer: {one_line(error)}") from error
 
     @property

@@ -60,7 +60,7 @@ def _main(words: list[str]) -> int:
 
 def _guarded(words: list[str]) -> int:
     from .options import parse
-    from .terminal import complain, debugging
+    from .terminal import debugging, report_error
 
     try:
         if words[:1] == ["doctor"]:
@@ -73,7 +73,7 @@ def _guarded(words: list[str]) -> int:
     except Exception as error:
         if debugging():
             raise
-        return complain(error)
+        return report_error(error)
 
 
 def _run(options: argparse.Namespace) -> int:

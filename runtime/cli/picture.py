@@ -108,7 +108,7 @@ def save(figure: Any, path: str) -> None:
         draft.replace(path)
     except OSError as error:
         raise StorageError(
-            f"{printable(path)}: the picture cannot be written ({error.strerror}); name another"
+            f"{printable(path)}: the plot cannot be written ({error.strerror}); name another"
         ) from error
     finally:
         draft.unlink(missing_ok=True)

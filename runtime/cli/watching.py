@@ -81,8 +81,8 @@ def _told(program: str, code: int) -> int:
         return code
     if -code in _NATIVE_DEATHS:
         print(
-            f"{program}: ended by {signal.Signals(-code).name} in native code, most likely for "
-            "want of address space; raise ulimit -v, or use --memory low or a smaller recipe",
+            f"{program}: ended by {signal.Signals(-code).name} in native code, most likely because "
+            "address space ran out; raise ulimit -v, or use --memory low or a smaller recipe",
             file=sys.stderr,
         )
         return TinyGiantError.exit_code

@@ -93,7 +93,7 @@ class Broker:
             message = self._left[0]
             while not self._connected.wait(0.2):
                 if stopping.is_set():
-                    raise OSError(None, self._problem or "the broker is away")
+                    raise OSError(None, self._problem or "the broker cannot be reached")
             if self._sent is None:
                 self._sent = self._publish(message)
             while not self._sent.is_published():
@@ -156,7 +156,7 @@ class Broker:
         reason = getattr(error, "strerror", None) or (one_line(error) if error else "no answer")
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = f"its certificate is not trusted: {error.verify_message}"
-        self._say(f"{printable(self._settings.host)} is not reached ({reason})")
+        self._say(f"{printable(self._settings.host)} cannot be reached ({reason})")
 
     def _on_disconnect(self, client: Client, _: Any, flags: Any, code: Any, *__: Any) -> None:
         self._connected.clear()

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from ..cli.records import json_line
 from ..errors import StorageError, UsageError
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .settings import EventsSettings, WebhookSettings
 from .telling import Record, line, text_line
 
@@ -172,7 +172,8 @@ class Outlet:
                 self._tell(f"{self.name}: {one_line(error)}; the record was dropped")
             else:
                 if failed:
-                    self._tell(f"{self.name}: works again, {len(self._records)} wait")
+                    waiting = counted(len(self._records), "record")
+                    self._tell(f"{self.name}: works again, {waiting} waiting")
             return True
         return False
 

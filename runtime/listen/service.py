@@ -18,7 +18,7 @@ from typing import Any
 
 from ..cli.interrupt import INTERRUPTED
 from ..errors import StorageError, TinyGiantError
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .ear import Sound
 from .keeping import ClipFolder
 from .listener import Listener
@@ -151,7 +151,7 @@ class Service:
         for name, listener in self._listeners.items():
             source = listener.source
             for kind, total, text in (
-                ("bad", source.n_bad, "samples were no numbers (NaN, infinite), taken for silence"),
+                ("bad", source.n_bad, "samples were not numbers (NaN, infinite), read as silence"),
                 ("overflow", source.n_overflows, "times this machine was too busy and lost sound"),
             ):
                 number = total - self._told_losses.get((kind, name), 0)
@@ -309,7 +309,7 @@ class Service:
             n_left = outlet.close(_FLUSH_S)
             self.counts.add("dropped", name, outlet.n_dropped)
             if n_left and not outlet.is_broken:
-                self._say(f"{name}: {n_left} records could not be delivered")
+                self._say(f"{name}: {counted(n_left, 'record')} could not be delivered")
 
     def outlet(self, name: str, carrier: Any, **options: Any) -> Outlet:
         """An outlet whose lines are told under this service's name."""
@@ -383,7 +383,8 @@ class Service:
         unanswered = sum(n for (name, _), n in self.counts.all().items() if name == "unanswered")
         lost = [name for name, one in self._listeners.items() if one.problem is not None]
         away = f", lost: {', '.join(lost)}" if lost else ""
-        return f"{n_sounds} sounds, {unanswered:g} unanswered, {len(self._queue)} waiting{away}"
+        heard = counted(n_sounds, "sound")
+        return f"{heard}, {unanswered:g} unanswered, {len(self._queue)} waiting{away}"
 
     def _live_numbers(self) -> Iterable[tuple[str, str, float]]:
         for name, listener in self._listeners.items():

@@ -118,6 +118,6 @@ def require_available(providers: Iterable[Provider], available: Collection[str])
         if provider.ort_name not in available:
             raise UsageError(
                 f"the installed onnxruntime has no {provider.name}, only "
-                f"{', '.join(available_names(available))}; in place of onnxruntime, not beside "
-                f"it, install {provider.wheel}"
+                f"{', '.join(available_names(available))}; replace onnxruntime by "
+                f"{provider.wheel}; never install both"
             )

@@ -138,14 +138,15 @@ class Graph:
         came_up = self._session.get_providers()
         if came_up[:1] != [wanted]:
             raise UsageError(
-                f"graph {self.name} came up on {', '.join(came_up)}, not on {wanted}: its "
-                "libraries cannot be loaded; onnxruntime says above which, or use --provider cpu"
+                f"graph {self.name} came up on {', '.join(came_up)}, not on {wanted}: libraries "
+                "of it cannot be loaded; install those that onnxruntime names above, or use "
+                "--provider cpu"
             )
         parts = self._session.get_provider_graph_assignment_info()
         used = {part.ep_name for part in parts if part.get_nodes()}
         if wanted not in used:
             raise UsageError(
-                f"graph {self.name} has no operator that {wanted} runs; give it to another one"
+                f"graph {self.name} has no operator that {wanted} runs; choose another provider"
             )
         short = {provider.ort_name: name for name, provider in PROVIDERS.items()}
         others = sorted(short.get(name, name) for name in used - {wanted})

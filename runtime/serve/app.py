@@ -284,7 +284,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         message = {404: f"no such path: {request.url.path[:100]}"}.get(error.status_code)
         allowed: Mapping[str, str] = error.headers or {}
         if error.status_code == 405:
-            message = f"{request.method} is not for this path; use {allowed.get('Allow')}"
+            message = f"{request.method} is not allowed for this path; use {allowed.get('Allow')}"
         error = ApiError(error.status_code, message or error.detail, headers=dict(allowed))
     return error_response(api_error(error))
 

@@ -86,7 +86,7 @@ async def read_body(request: Request, limits: Limits) -> bytearray:
     )
     announced = request.headers.get("content-length", "0")
     if not announced.isascii() or not announced.isdigit() or len(announced) > 15:
-        raise ApiError(400, "Content-Length is no number", code="invalid_header")
+        raise ApiError(400, "Content-Length is not a number", code="invalid_header")
     if int(announced) > limits.max_body_bytes:
         raise too_large
     body = bytearray()

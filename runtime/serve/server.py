@@ -126,7 +126,7 @@ def serve(
     if not engine.stop(_AFTER_GRACE_S):
         # The worker is inside onnxruntime, which cannot be interrupted; waiting for it at exit
         # could take as long as the longest stage.
-        _say(["the running request was given up"])
+        _say(["the running request was cancelled"])
         sys.stderr.flush()
         os._exit(code)
     return code
@@ -148,7 +148,7 @@ def _greeting(
     if wyoming is not None:
         yield f"Wyoming at tcp://{name}:{wyoming.getsockname()[1]}"
     if not is_loopback(host) and not has_token:
-        yield f"anybody who reaches {name} can ask: set TINYGIANT_TOKEN to ask for a token"
+        yield f"anybody who reaches {name} can ask: set TINYGIANT_TOKEN to require a token"
 
 
 def _say(lines: Iterable[str]) -> None:

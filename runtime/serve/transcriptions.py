@@ -31,8 +31,8 @@ _MAX_FIELD_BYTES = 64 << 10
 _WHY = {
     "prompt": "the question is the server's, or that of the field question",
     "temperature": "the answer is always the likeliest text",
-    "timestamp_granularities[]": "the model tells no times",
-    "include[]": "probabilities of tokens are not told",
+    "timestamp_granularities[]": "the model gives no times",
+    "include[]": "token probabilities are not available",
 }
 
 
@@ -44,7 +44,7 @@ class TranscriptionRequest:
         audio: the encoded clip.
         question: what is asked about it.
         response_format: one of :data:`FORMATS`.
-        language: the language that the client expects, as it gave it; only told back.
+        language: the language that the client expects, as it gave it; only returned.
         stream: answer in server-sent events.
         ignored: what was left out, a line each: ``field: why``.
     """
@@ -125,7 +125,7 @@ async def _read_form(
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
         reason = getattr(error, "message", None) or error
-        message = f"the body is no multipart/form-data ({str(reason)[:120]})"
+        message = f"the body is not multipart/form-data ({str(reason)[:120]})"
         raise ApiError(400, message, code="invalid_form") from error
     try:
         fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
