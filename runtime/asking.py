@@ -28,14 +28,14 @@ class AskOptions:
     Attributes:
         think: whether the model thinks first. If not, an empty thought ends the prompt, and either
             the answer is written at once or, with choices, each choice is scored and the likeliest
-            taken, with their probabilities in the answer. A model that knows no thought answers so
-            in any case.
+            taken, with their probabilities in the answer. A model without a thought always answers
+            in this way.
         max_new_tokens: how much the model may write freely. Tags and choices come on top; of a free
             answer's tokens a quarter, at most 64, is kept from the thought.
         max_audio_s: longest clip to read; an :class:`~tinygiant.runtime.audio.Audio` has been read
             already.
-        raw: let the model write whatever it wants, for those who study that. Its text is then not
-            held to the form of an answer, and a silent clip is asked about like any other.
+        raw: do not enforce the form of an answer, to study the model's own text; a silent clip is
+            asked about like any other.
     """
 
     think: bool = True

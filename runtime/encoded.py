@@ -76,14 +76,14 @@ _LEAST_LEFTOVER_BYTES = 4_096
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """What a file holds.
+    """The sound of a file.
 
     Attributes:
         samples: ``(n_samples,) float32``, mono.
         rate_hz: of ``samples``.
         channels: of the source, mixed down to one.
         announced_frames: what its headers announce; None if they do not say.
-        notes: one line for each thing a listener should know.
+        notes: one line for each thing the user should know.
     """
 
     samples: NDArray[np.float32]
@@ -286,7 +286,7 @@ def _whole(file: EncodedFile, recording: Recording) -> EncodedFile:
 
 
 def _body(file: EncodedFile, recording: Recording) -> EncodedFile:
-    """What a decoder has to read of it, where its own header is not right."""
+    """The bytes for a decoder, with a right header in place of a wrong one."""
     window = Window(file, recording.body, recording.end, recording.head, recording.holes)
     return EncodedFile(window, 1 << 16)
 

@@ -1,4 +1,4 @@
-"""Which tokens may come next: what holds a text that is written to a form."""
+"""Which tokens may come next, so that a text keeps its form."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ALL = Mask(np.array([], np.intp), only=False)
 
 
 class Guide(Protocol):
-    """What holds a text to a form."""
+    """Keeps a text to a form."""
 
     @property
     def done(self) -> bool:
@@ -64,7 +64,7 @@ class Guide(Protocol):
         """Tokens that come next whatever the model wants; they count as taken."""
 
     def mask(self) -> Mask:
-        """Which tokens may come next; what would be forced is the only one."""
+        """Which tokens may come next; a forced token is the only one."""
 
     def take(self, token: int) -> bool:
         """Go on with an allowed token; whether it is written."""

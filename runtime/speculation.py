@@ -1,9 +1,10 @@
-"""Drafts for the decoder: guesses at the next tokens, how many to check, and when to doubt.
+"""Drafts for the decoder: guesses at the next tokens, how many to check, and when to recompute.
 
-Prompt lookup: what followed the last few tokens where they occurred before, in the prompt, in the
-answer so far and in earlier answers of the same model. Checking ``d`` drafted tokens in one step
-costs less than ``d`` steps of one, so a text that repeats itself is written faster. Tokens never
-change by it, only time (:class:`~tinygiant.runtime.decoder.Decoder` sees to that).
+Prompt lookup: if the last few tokens occurred before, in the prompt, in the answer so far or in
+earlier answers of the same model, the tokens that followed them there are the draft. Checking ``d``
+drafted tokens in one step costs less than ``d`` steps of one, so a text that repeats itself is
+written faster. Only the time changes, never the tokens (:mod:`~tinygiant.runtime.drafting` sees to
+that).
 
 :class:`Speculation` lives as long as the model: it holds earlier answers, how often drafts were
 right, what steps cost on this machine, and the logit margin from which a token of a draft is
@@ -90,7 +91,7 @@ class NgramIndex:
 
 
 class Speculation:
-    """What is learned about drafts while a model answers."""
+    """Statistics about drafts, learned while a model answers."""
 
     def __init__(self, min_margin: float = _MIN_MARGIN) -> None:
         """Start without any knowledge; ``min_margin`` is in standard deviations of the logits."""
