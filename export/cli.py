@@ -1,7 +1,7 @@
 """``tg-export``: make a bundle from a checkpoint, and prove that it reproduces it.
 
-Progress goes to standard error, the table of sizes and errors to standard output. Whatever goes
-wrong ends in one line and an exit code of :mod:`tinygiant.runtime.errors`.
+Progress goes to standard error, the table of sizes and errors to standard output. A failure is one
+line and an exit code of :mod:`tinygiant.runtime.errors`.
 """
 
 from __future__ import annotations

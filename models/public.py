@@ -74,15 +74,15 @@ class PublicModel(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class PublicKind:
-    """What there is to know of one public model beside its weights.
+    """One public model, without its weights.
 
     Attributes:
         build: makes the module, not filled yet.
-        mark: what some tensor's name begins with if a file holds this model at all.
+        mark: beginning of a tensor's name that shows that a file holds this model.
         checkpoint: the published file.
         licence: of weights and code, in words.
         notes: for the bundle's card, Markdown: origin, published scores, warnings.
-        probe: how the tokenizer is known; None if any of the decoder's size will do.
+        probe: how the tokenizer is recognised; None if any of the decoder's size will do.
     """
 
     build: Callable[[], PublicModel]
@@ -174,7 +174,7 @@ def open_public(
         kind: which model.
         checkpoint: the published file, or a name as :func:`~tinygiant.models.hub.locate` takes it.
         tokenizer: ``tokenizer.json`` or its folder; None for the published one.
-        allow_download: whether what is not here may be fetched.
+        allow_download: whether missing files may be fetched.
 
     Raises:
         UsageError: no tokenizer, and none may be fetched.

@@ -72,7 +72,7 @@ def read_tokenizer(path: Path, vocab_size: int, probe: Probe | None = SMOLLM2_PR
     Args:
         path: ``tokenizer.json`` or the folder it is in.
         vocab_size: tokens that the decoder knows.
-        probe: what a text has to become; None if any vocabulary of that size will do.
+        probe: a text and its token ids; None if any vocabulary of that size will do.
 
     Raises:
         CheckpointError: there is none, or it is another model's.

@@ -203,7 +203,7 @@ def _sharded(index: Path) -> TensorFile:
         raise CheckpointError(f"{index}: no 'weight_map'; fetch the checkpoint again")
     files = {}
     for name, shard in weight_map.items():
-        # A shard is a file beside its index; anything else could name any file of this machine.
+        # A shard is a file next to its index; anything else could name any file of this machine.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: shard {shard!r} is not a file name in this folder")
         files[name] = index.parent / shard

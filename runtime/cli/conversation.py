@@ -1,12 +1,12 @@
 """Many questions about one clip: the prompt that ``tg-run CLIP`` opens.
 
-A line is a question, or a command if it begins with a colon. The clip's streams stay in the model's
-cache, so that only the first question waits for the encoders. What goes wrong with one line is told
-and ends that line alone; an unwritable standard output ends the conversation.
+A line is a question, or a command if it begins with a colon. The clip's encoder outputs stay in the
+model's cache, so that only the first question waits for the encoders. An error is reported and ends
+only its line; an unwritable standard output ends the conversation.
 
-On a terminal Ctrl-C gives up the answer being written (an encoder that runs is not stopped, only
-what follows it) and Ctrl-D leaves. Lines may be piped in as well: then Ctrl-C ends the command, and
-the exit code is that of the first line that failed.
+On a terminal Ctrl-C cancels the current answer (a running encoder finishes first) and Ctrl-D
+leaves. Lines may be piped in as well: then Ctrl-C ends the command, and the exit code is that of
+the first line that failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``tg-run doctor``: is this machine fit to run the model, and if not, what to do?
+"""``tg-run doctor``: can this machine run the model, and if not, what to do?
 
 The contract: every check is a :class:`Finding` that says what was found and, unless all is well,
 what to do; a check that fails to look is a finding, never a traceback. Packages are imported in
@@ -58,7 +58,7 @@ Nothing is changed, downloaded or sent."""
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: one line, and what to do unless all is well."""
+    """The result of one check: one line, and what to do unless all is well."""
 
     check: str
     level: Level

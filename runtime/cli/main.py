@@ -1,7 +1,7 @@
 """``tg-run``: ask a question about a clip from the command line.
 
 The answer goes to standard output as it is written; progress, notes and timings go to standard
-error, so that output can be piped. Whatever goes wrong ends in one line and an exit code of
+error, so that output can be piped. A failure is one line and an exit code of
 :mod:`tinygiant.runtime.errors`; 130 after an interrupt, 141 if the reader of the output left.
 """
 

@@ -64,10 +64,10 @@ environment:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other failure."""
+    """An argument parser whose errors are one line, like every other failure."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError with the complaint, and the command that helps."""
+        """Raise UsageError with the message, and the command that helps."""
         message = message.removeprefix("argument ")
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
@@ -106,7 +106,7 @@ def _second_clip(clip: str) -> UsageError:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``tg-run``; what goes together is checked by :func:`parse`."""
+    """The parser of ``tg-run``; :func:`parse` checks which options go together."""
     parser = OneLineParser(
         prog="tg-run",
         usage=_USAGE,

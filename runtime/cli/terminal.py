@@ -45,7 +45,7 @@ _HEADINGS: dict[Section, str] = {
 def show(
     events: Iterable[Event], style: Style, progress: Progress, choices: Sequence[str] | None
 ) -> tuple[Answer, PromptRead]:
-    """Write the answer as it comes; returns it, and what was seen of how the model listened.
+    """Write the answer as it comes; returns it, with the intent attention and the gate.
 
     Raises:
         StorageError: standard output cannot be written.
@@ -155,7 +155,7 @@ class Progress:
             self.line(f"{printable(model)} has random weights: its answers mean nothing")
 
     def show(self, event: Event) -> None:
-        """Say what was received, and how it was listened to."""
+        """Report the audio that was received, and the time of the encoders."""
         from .. import events
 
         if isinstance(event, events.AudioRead):

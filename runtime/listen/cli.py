@@ -1,8 +1,8 @@
-"""``tg-listen``: listen without end, and say what happened.
+"""``tg-listen``: listen continuously, and report sounds.
 
 Lines about sounds go to standard output, everything else to standard error. Ends with 0 when every
-source has ended or after SIGTERM, 130 after Ctrl-C, 141 if the reader of the output left; whatever
-goes wrong before is one line and an exit code of :mod:`tinygiant.runtime.errors`.
+source has ended or after SIGTERM, 130 after Ctrl-C, 141 if the reader of the output left; a failure
+before that is one line and an exit code of :mod:`tinygiant.runtime.errors`.
 """
 
 from __future__ import annotations

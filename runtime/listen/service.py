@@ -2,8 +2,8 @@
 
 Threads: one a source, one for the model, one an outlet; the main thread only watches. SIGTERM and
 SIGINT end it: sources are closed, the sound that is on is cut, the question being answered has
-``GRACE_S`` to finish, what still waits is told as unanswered, and outlets have a moment to deliver.
-SIGHUP reads the settings again; wrong ones are told and change nothing.
+``GRACE_S`` to finish, what still waits is reported as unanswered, and outlets have a moment to
+deliver. SIGHUP reads the settings again; wrong ones are reported and change nothing.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ class Service:
                 self._say(f"{name}: {counted(n_left, 'record')} could not be delivered")
 
     def outlet(self, name: str, carrier: Any, **options: Any) -> Outlet:
-        """An outlet whose lines are told under this service's name."""
+        """An outlet whose lines are printed under this service's name."""
         return Outlet(name, carrier, tell=self._say, **options)
 
     # --- threads -------------------------------------------------------------------------------

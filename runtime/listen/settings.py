@@ -1,4 +1,4 @@
-"""What ``tg-listen`` is told: one tree of frozen dataclasses, from a TOML file or from options.
+"""The settings of ``tg-listen``: one tree of frozen dataclasses, from a TOML file or from options.
 
 The names of tables and keys in the file are those of the classes and fields here. Whatever is
 wrong (an unknown key, a value of another type or out of range, keys that do not go together) is a

@@ -1,9 +1,9 @@
 """A chat request taken apart: the body of ``POST /v1/chat/completions`` to a :class:`ChatRequest`.
 
-Clients send more than this model has a use for. What can be honoured is; what cannot change a
-greedy answer, or only widens what was asked for, is left out and reported (``ignored``); what would
-make the answer another one than was asked for (a tool that must be called, a schema that the answer
-does not have) is refused by name. ``strict`` refuses whatever would be left out or rearranged.
+Clients send more fields than this model can use. Some are honoured. Those that cannot change a
+greedy answer, or only widen the request, are left out and reported (``ignored``). Those without
+which the answer would be a wrong one (a tool that must be called, a schema that the answer does not
+have) are refused by name. ``strict`` refuses anything that would be left out or rearranged.
 
 System and earlier messages are put before the question::
 

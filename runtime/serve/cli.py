@@ -1,6 +1,6 @@
-"""``tg-serve``: serve the model on this computer, until it is told to stop.
+"""``tg-serve``: serve the model on this computer, until it is stopped.
 
-Ends with 0 after SIGTERM and 130 after Ctrl-C; whatever goes wrong before that is one line and an
+Ends with 0 after SIGTERM and 130 after Ctrl-C; a failure before that is one line and an
 exit code of :mod:`tinygiant.runtime.errors`. The log has no line for a request: what is asked, and
 by whom, is nobody else's business; ``/metrics`` counts.
 """

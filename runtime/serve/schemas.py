@@ -1,8 +1,8 @@
 """``response_format``: which fields of the answer a client wants as a JSON object.
 
-The model writes text, so a schema is honoured only where the answer's own fields fulfil it whatever
-they hold. A property that lists values (``enum``) makes these the choices. A schema of one text
-under a name of its own is that of the answer.
+The model writes text, so a schema is honoured only if the answer's own fields always fulfil it. If
+a property lists values (``enum``), these are the choices. If the only property has a name that the
+answer lacks, it is the answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ANNOTATIONS = {"default", "description", "examples", "title"}
 
 
 def answer_fields(value: Any) -> tuple[dict[str, str] | None, tuple[str, ...] | None]:
-    """What ``response_format`` asks for.
+    """The fields that ``response_format`` asks for.
 
     Returns:
         For an object its fields (name in the object -> one of :data:`ANSWER_FIELDS`), for text

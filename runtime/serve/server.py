@@ -1,7 +1,7 @@
-"""The server's life: start, say where it listens, stop cleanly.
+"""Start the server, print its address, stop it cleanly.
 
 SIGTERM and SIGINT: no new request is taken, waiting ones are refused with 503, the running one has
-its grace; two seconds later the process ends whatever still runs. A second Ctrl-C ends it at once.
+its grace; two seconds later the process ends in any case. A second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AFTER_GRACE_S = 2.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells the engine first that the end has come."""
+    """uvicorn's server, which first stops the engine."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         """Serve ``config``'s application."""
