@@ -2,11 +2,11 @@
 
 A few channels of a language model's residual stream are far larger than the others, and 8 bits with
 one scale a row are too coarse for both. An orthogonal matrix ``Q`` spreads them over all channels:
-every weight that writes to the stream is multiplied by it, every weight that reads the stream by
-its transpose (after Ashkboos et al., *QuaRot*, and Liu et al.,
-*SpinQuant*, 2024). RMS norms commute with a rotation once their weights are folded into the
-products behind them. Rows that enter the decoder are rotated by the graph's first product, so its
-inputs and outputs are unchanged, and embeddings and projector are too.
+what is added to the stream is rotated by it, what is read from the stream is rotated back, and all
+of it is folded into the weights (after Ashkboos et al., *QuaRot*, and Liu et al., *SpinQuant*,
+2024). RMS norms commute with a rotation once their weights are folded into the products behind
+them. Rows that enter the decoder are rotated by the graph's first product, so its inputs and
+outputs stay what they are, and neither embeddings nor projector know of it.
 """
 
 from __future__ import annotations

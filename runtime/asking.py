@@ -34,8 +34,8 @@ class AskOptions:
             answer's tokens a quarter, at most 64, is kept from the thought.
         max_audio_s: longest clip to read; an :class:`~tinygiant.runtime.audio.Audio` has been read
             already.
-        raw: do not enforce the form of an answer, to study the model's own text; a silent clip is
-            asked about like any other.
+        raw: let the model write whatever it wants, for those who study that. Its text is then not
+            held to the form of an answer, and a silent clip is asked about like any other.
     """
 
     think: bool = True

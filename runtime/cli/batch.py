@@ -1,7 +1,7 @@
 """Many questions in one go: ``tg-run --batch SOURCE -o OUT.jsonl``.
 
-Every item becomes one line of the output, in the order of the source: the item, and its answer or
-an error; see ``$defs/batch`` in ``schema/answer.schema.json``. A line is written at
+Every item becomes one line of the output, in the order of the source: the item as it was asked and
+its answer, or an error; see ``$defs/batch`` in ``schema/answer.schema.json``. A line is written at
 once when its item is done, and only then: whatever ends the process loses at most the item in work.
 Started again with the same output, a half-written last line is cut off and what has a line,
 answer or error, is not asked again.
