@@ -109,9 +109,10 @@ def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:
         model = result["model"]
         variant = switches[(model["intent_query"], model["semantic_gate"])]
         groups[variant].append(_counts(result["result"]))
-    counts = groups[next(name for name, runs in groups.items() if runs)][0] head = "| | n | " + " |
-    ".join(VARIANTS) + " |\n|---|---|" + "---|" * len(VARIANTS) lines =
-    [f"{results[0]['questions']['name']}, % right, mean ± standard deviation over seeds:", "", head]
+    counts = groups[next(name for name, runs in groups.items() if runs)][0]
+    head = "| | n | " + " | ".join(VARIANTS) + " |\n|---|---|" + "---|" * len(VARIANTS)
+    title = f"{results[0]['questions']['name']}, % right, mean ± standard deviation over seeds:"
+    lines = [title, "", head]
     for row in _ROWS:
         if row in counts:
             cells = [_spread([run[row] for run in runs if row in run]) for runs in groups.values()]
