@@ -99,7 +99,7 @@ def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:
         UsageError: runs over different questions, or the same checkpoint twice.
     """
     if len({result["questions"]["sha256"] for result in results}) > 1:
-        raise UsageError("the results are of different sets of questions; give results of one set")
+        raise UsageError("the results are over different questions; give results of one set")
     checkpoints = [result["model"]["checkpoint_sha256"] for result in results]
     if len(set(checkpoints)) < len(checkpoints):
         raise UsageError("two results are of the same checkpoint; give one a seed and variant")

@@ -297,7 +297,7 @@ def test_a_reload_changes_questions_and_sources_and_a_wrong_one_nothing(run: Run
     assert run.go(model) == 0
     assert model.asked == ["One?", "Two?", "Two?"]
     status = {r["what"]: r["message"] for r in run.records("status")}
-    assert "aks is not a key here" in status["reload_failed"]
+    assert "aks is unknown" in status["reload_failed"]
     assert [r["number"] for r in run.records("sound")] == [1, 2, 3]
     assert "garden" in run.records("report")[-1]["counts"]["heard_seconds"]
 

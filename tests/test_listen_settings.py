@@ -81,9 +81,9 @@ def test_an_empty_file_is_a_microphone_and_one_question() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[gates]", r"\[gates\] is not a table here; did you mean gate\?"),
-        ("[gate]\nstart_dB = 3", r"\[gate\]: start_dB is not a key here; did you mean start_db\?"),
-        ("[gate]\nzzz = 3", r"\[gate\]: zzz is not a key here; there are start_db, stay_db"),
+        ("[gates]", r"\[gates\] is unknown; did you mean gate\?"),
+        ("[gate]\nstart_dB = 3", r"\[gate\]: start_dB is unknown; did you mean start_db\?"),
+        ("[gate]\nzzz = 3", r"\[gate\]: zzz is unknown; there are start_db, stay_db"),
         ("[gate]\nstart_db = 'x'", r"\[gate\]: start_db = 'x': expected a number"),
         ("[gate]\nstart_db = true", "start_db = True: expected a number"),
         ("[gate]\nstart_db = nan", "start_db = nan: expected 1 to 60"),
@@ -103,7 +103,7 @@ def test_an_empty_file_is_a_microphone_and_one_question() -> None:
         ("[question]\nask = 'x'", r"questions are a list; write \[\[question\]\]"),
         (
             "[[question]]\naks = 'x'",
-            r"\[\[question\]\] 1: aks is not a key here; did you mean ask\?",
+            r"\[\[question\]\] 1: aks is unknown; did you mean ask\?",
         ),
         ("[[question]]\nask = ''", r"\[\[question\]\] 1: the question is empty"),
         ("[[question]]\nchoices = ['a']", "1 choices? given"),
@@ -118,8 +118,8 @@ def test_an_empty_file_is_a_microphone_and_one_question() -> None:
         ("[[question]]\nname = 'a/b'", "name = 'a/b': expected letters"),
         ("[[question]]\nsources = ['attic']", r"what: there is no \[source.attic\]"),
         ("[[question]]\n[[question]]", "two questions have the name what"),
-        ("[mqtt]\nca_file = 'x'", "go with tls = true"),
-        ("[mqtt]\npassword_file = 'x'", "password_file goes with user"),
+        ("[mqtt]\nca_file = 'x'", "need tls = true"),
+        ("[mqtt]\npassword_file = 'x'", "password_file needs user"),
         ("[mqtt]\ntopic = 'a/#'", "topic = 'a/#' is not a topic"),
         ("[webhook]\nurl = 'example.org'", "expected http://HOST/PATH"),
     ],

@@ -367,7 +367,7 @@ def settings_of(tables: Mapping[str, Any], name: str) -> Settings:
     known = {f.name: f for f in dataclasses.fields(Settings)}
     for key in tables:
         if key not in known:
-            raise UsageError(f"{name}: [{key}] is not a table here{_instead(key, known)}")
+            raise UsageError(f"{name}: [{key}] is unknown{_instead(key, known)}")
     found: dict[str, Any] = {}
     for key in tables:
         if key == "source":
@@ -443,7 +443,7 @@ def _table(kind: type[T], table: Any, where: str) -> T:
     values = {}
     for key, value in table.items():
         if key not in hints:
-            raise UsageError(f"{where}: {printable(key)} is not a key here{_instead(key, hints)}")
+            raise UsageError(f"{where}: {printable(key)} is unknown{_instead(key, hints)}")
         values[key] = _value(value, hints[key], ranges[key], f"{where}: {key}")
     made = kind(**values)
     problem = getattr(made, "problem", lambda: None)()
