@@ -52,8 +52,8 @@ examples:
 recipes: fp32 (exact), int8 (8-bit weights), int8-b128 (in larger blocks: faster), int4 (4-bit
   decoder with keys and values in 8 bits, 8-bit encoders), int4-b32 (in smaller blocks: closer and
   slower), int4-gptq (4 bits fitted to what the decoder sees, 8 where it hurts); auto: the smallest
-  that suits the decoder's size and passes. The loss of a quantized decoder is measured on text
-  that the model itself writes; if it is too large, no bundle is written.
+  that suits the decoder's size and passes. What a decoder loses is measured on text that the model
+  itself writes; one that loses too much is not written.
 
 exit codes:
   0 written · 1 unforeseen failure · 2 wrong options, or the folder exists · 6 checkpoint does not
