@@ -141,7 +141,7 @@ def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     path = tmp_path / "listen.toml"
     path.write_text(WHOLE)
     assert cli.main(["--config", str(path), "--check"]) == 0
-    assert capsys.readouterr().out == "2 sources, 2 questions: valid\n"
+    assert capsys.readouterr().out == "2 sources, 2 questions: can be used\n"
     path.write_text("[gate")
     assert cli.main(["--config", str(path), "--check"]) == 2
     assert "listen.toml: not valid TOML" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
     settings = read()
     if options.check:
         n_sources, n_questions = len(settings.source), len(settings.question)
-        print(f"{counted(n_sources, 'source')}, {counted(n_questions, 'question')}: valid")
+        print(f"{counted(n_sources, 'source')}, {counted(n_questions, 'question')}: can be used")
         return 0
 
     # Imported here, so that --help and wrong settings need no model.
@@ -212,10 +212,24 @@ def _parser() -> argparse.ArgumentParser:
     asking = parser.add_argument_group("asking")
     add = asking.add_argument
     add("--choices", nargs="+", metavar="CHOICE", help="possible answers; give them last")
-    add("--no-think", action="store_true", help="answer without a thought; scores --choices")
+    add(
+        "--no-think",
+        action="store_true",
+        help="answer at once; --choices are scored, with probabilities",
+    )
     add("--only-if", metavar="Q", help="ask only if this is answered with yes")
-    add("--confidence", type=float, metavar="P", help="lowest probability of an answer, 0 to 1")
-    add("--refractory", type=float, metavar="S", help="seconds to rest after an answer")
+    add(
+        "--confidence",
+        type=float,
+        metavar="P",
+        help="least probability, 0 to 1; with --choices and --no-think, or --only-if",
+    )
+    add(
+        "--refractory",
+        type=float,
+        metavar="S",
+        help="after an answer, ask nothing for so many seconds",
+    )
     output = parser.add_argument_group("output")
     add = output.add_argument
     add("--jsonl", action="store_true", help="print lines of JSON instead of text")

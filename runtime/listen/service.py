@@ -383,8 +383,8 @@ class Service:
         unanswered = sum(n for (name, _), n in self.counts.all().items() if name == "unanswered")
         lost = [name for name, one in self._listeners.items() if one.problem is not None]
         away = f", lost: {', '.join(lost)}" if lost else ""
-        heard = counted(n_sounds, "sound")
-        return f"{heard}, {unanswered:g} unanswered, {len(self._queue)} waiting{away}"
+        sounds, n_waiting = counted(n_sounds, "sound"), len(self._queue)
+        return f"{sounds}, {unanswered:g} unanswered, {n_waiting} waiting{away}"
 
     def _live_numbers(self) -> Iterable[tuple[str, str, float]]:
         for name, listener in self._listeners.items():
