@@ -41,7 +41,7 @@ demo: $(DEMO_VENV)/.installed ## ask two plain questions about a clip, with the 
 test: $(VENV)/.installed ## run the tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-mutants: $(VENV)/.installed ## damage a copy of the code in known ways: a test must fail of each
+mutants: $(VENV)/.installed ## damage a copy of the code in known ways: each time a test must fail
 	@$(VENV)/bin/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
 
 golden: $(VENV)/.installed ## compare public models with their original code's outputs: GOLDEN=FOLDER
@@ -54,7 +54,7 @@ test-transformers5: $(VENV)-transformers5/.installed ## run the tests of models 
 	  tests/test_committed_checkpoint.py tests/test_public_models.py tests/test_public_bundle.py \
 	  tests/test_toy_model.py $(PYTEST_ARGS)
 
-quality: $(VENV)/.installed $(QUALITY_VENV)/.installed ## what recipes do to a real language model, beside llama.cpp
+quality: $(VENV)/.installed $(QUALITY_VENV)/.installed ## compare recipes on a real language model with llama.cpp
 	@$(VENV)/bin/python -m benchmarks.quality $(BENCH_ARGS)
 
 test-arm: $(VENV)/.installed ## compare Arm (emulated Raspberry Pi 4 and 5) with this machine

@@ -70,7 +70,7 @@ from tinygiant.runtime.ort.machine import Machine
 from tinygiant.runtime.ort.pool import not_packed
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.preprocess import preprocess
-from tinygiant.runtime.speculation import lead
+from tinygiant.runtime.speculation import logit_margin
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -145,7 +145,7 @@ class DecoderTrial:
         error = output_error(zip(found, self._wanted, strict=True))
         pairs = zip(np.concatenate(found), np.concatenate(self._wanted), strict=True)
         margin = RECIPES["int4"].tie_margin
-        same = [greedy(a) == greedy(b) for a, b in pairs if lead(b, greedy(b)) > margin]
+        same = [greedy(a) == greedy(b) for a, b in pairs if logit_margin(b, greedy(b)) > margin]
         return {
             "relative_error": error.relative_error,
             "agreement": sum(same) / len(same) if same else None,

@@ -14,8 +14,8 @@ __all__ = ["graph_table", "model_card"]
 _WEIGHTS = {
     "trained": "Weights: from the checkpoint `{checkpoint}` (sha256 `{sha256:.12}`).",
     "seeded-random": (
-        "Weights: **random** (seed {seed}). The bundle is for measuring speed and memory; what it "
-        "answers means nothing."
+        "Weights: **random** (seed {seed}). Use the bundle only to measure speed and memory: its "
+        "answers mean nothing."
     ),
 }
 
@@ -62,15 +62,15 @@ def model_card(
         lines += [
             "",
             f"End to end, {tokens.n_steps} decoding steps given PyTorch's tokens so far: "
-            f"{tokens.agreement:.1%} choose PyTorch's token; of the {tokens.n_decided} at which "
-            f"PyTorch's best token leads clearly, {tokens.decided_agreement:.1%}.",
+            f"{tokens.agreement:.1%} choose PyTorch's token; of the {tokens.n_decided} with "
+            f"a clear logit margin in PyTorch, {tokens.decided_agreement:.1%}.",
         ]
     lines += _quality(verification)
     lines += [
         "",
         "## Limits",
         "",
-        f"Audio is heard in chunks of {model.chunk_s:g} s, {model.rows_per_chunk} audio tokens",
+        f"Audio is heard in chunks of {model.chunk_s:g} s, {model.rows_per_chunk} audio rows",
         "each. Answers may be wrong, and thoughts may not describe what is heard; do not rely on",
         "them where a mistake does harm.",
     ]

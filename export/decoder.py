@@ -8,7 +8,7 @@ sequences, each with its own length. Inputs and outputs are those of
 
 Architecture after ``Qwen3ForCausalLM`` and ``LlamaForCausalLM`` (transformers), which differ in the
 norms of queries and keys; attention is onnxruntime's ``com.microsoft.GroupQueryAttention`` with
-rotary embeddings inside. What another family has beyond them, :meth:`DecoderSpec.of` refuses.
+rotary embeddings inside. :meth:`DecoderSpec.of` refuses a family that has more than that.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CONTRIB = "com.microsoft"
 
 @dataclass(frozen=True)
 class DecoderSpec(DecoderConfig):
-    """What the graph is built from: the runtime's sizes, and those inside of it.
+    """The sizes that the graph is built from: the runtime's, and those inside of it.
 
     ``qk_norm``: queries and keys are normalised head by head, as in Qwen3; Llama has no such norms.
     """
@@ -62,8 +62,8 @@ class DecoderSpec(DecoderConfig):
         """The decoder ``config`` with the inside of a transformers configuration.
 
         Raises:
-            CheckpointError: it has what the graph has not: biases, another activation, scaled
-                rotary positions, a family that is neither Qwen3 nor Llama.
+            CheckpointError: it has something that the graph lacks: biases, another activation,
+                scaled rotary positions, a family that is neither Qwen3 nor Llama.
         """
         kind = upstream.model_type
         if kind not in _QK_NORM:
@@ -110,7 +110,7 @@ def build_decoder(
     path: Path,
     rotation: Rotation | None = None,
 ) -> None:
-    """Write the decoder graph to ``path`` and its weights beside it.
+    """Write the decoder graph to ``path`` and its weights next to it.
 
     ``tensors`` has the names of transformers' ``state_dict()``; without ``lm_head.weight`` the
     head is tied to the token embeddings. Every tensor is read when its turn to be written comes,

@@ -1,6 +1,6 @@
 """The whole export: one component after another, then proof, then the bundle.
 
-For each component: load it, record what PyTorch computes on the verification set, write its graph
+For each component: load it, record PyTorch's outputs on the verification set, write its graph
 in float32, drop the module, quantize the graph from disk. So peak memory is that of one component,
 not of the model.
 """
@@ -71,7 +71,7 @@ _TOOLS = ("tinygiant", "torch", "transformers", "onnx", "onnxruntime", "onnxscri
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export: what was written, how it was quantized, and the proof."""
+    """A finished export: what was written, how it was quantized, and the verification."""
 
     manifest: Manifest
     reports: tuple[GraphReport, ...]
@@ -141,7 +141,7 @@ def write_bundle(
 
 @dataclass
 class Draft:
-    """A bundle that is being written into the folder ``root``, and what PyTorch says of it."""
+    """A bundle that is being written into the folder ``root``, and PyTorch's outputs for it."""
 
     source: Model
     root: Path
@@ -176,7 +176,7 @@ class Draft:
         shutil.rmtree(self._scratch)
 
     def manifest(self, verification: dict[str, Any]) -> Manifest:
-        """The manifest of what lies in the folder now."""
+        """The manifest of the present content of the folder."""
         files = sorted(
             path.relative_to(self.root).as_posix()
             for path in self.root.rglob("*")
@@ -215,7 +215,7 @@ class Draft:
         return manifest
 
     def stage(self, name: str) -> None:
-        """Tell what is being done now."""
+        """Report the current stage."""
         self.progress(f"[{time.perf_counter() - self._start:6.1f} s] {name}")
 
     def _write_encoder(self, graph: str) -> None:
@@ -356,7 +356,7 @@ class Draft:
 
 
 def _recipe_details(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON holds it; its name stands beside it."""
+    """The recipe as JSON holds it, without its name."""
     details = dataclasses.asdict(
         dataclasses.replace(
             recipe, graphs=dict(recipe.graphs), relative_errors=dict(recipe.relative_errors)

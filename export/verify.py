@@ -43,7 +43,7 @@ __all__ = [
 Array = NDArray[np.float32]
 
 EMBEDDINGS = "embed_tokens"
-"""The name under which the token embeddings are checked, beside the graphs."""
+"""The name under which the token embeddings are checked, in addition to the graphs."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Verification:
         return max(errors.values(), key=lambda e: e.relative_error) if errors else None
 
     def require(self) -> None:
-        """Raise what was missed, all at once.
+        """Raise one error that names every missed limit.
 
         Raises:
             VerificationError: at least one limit was missed.
@@ -114,7 +114,7 @@ class Verification:
             )
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest says: the worst error of each graph, and the tokens."""
+        """For the manifest: the worst error of each graph, and the tokens."""
         graphs = {name: self.worst(name) for name in self.outputs}
         return {
             "passed": self.passed,

@@ -217,7 +217,7 @@ _LARGE_WEIGHTS = 300_000_000
 
 
 def candidates(n_weights: int) -> tuple[Recipe, ...]:
-    """What ``auto`` tries for a decoder of so many weights, the first that passes is taken.
+    """The recipes that ``auto`` tries, in order, for a decoder of so many weights.
 
     A small decoder gains little from 4 bits, and loses most. ``int8-rows`` is not among them: on a
     processor without VNNI, or Arm's dot product, its products saturate.

@@ -216,7 +216,7 @@ REFUSED: list[tuple[Any, int, str]] = [
     (changed(messages=[{"role": "critic", "content": "No."}]), 400, "unknown role 'critic'"),
     (changed(messages=[{"role": "user"}]), 400, "must be a list of parts"),
     (with_content(TEXT), 400, "no input_audio parts"),
-    (with_content(AUDIO), 400, "text part with the question"),
+    (with_content(AUDIO), 400, "no question given; add a text part"),
     (with_content(AUDIO, {"type": "text", "text": None}), 400, "must be a string"),
     (with_content(AUDIO, {"type": "image_url", "image_url": {}}), 400, "'image_url'"),
     (with_content({"type": "input_audio"}, TEXT), 400, "fields type and input_audio"),
