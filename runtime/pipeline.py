@@ -38,7 +38,7 @@ from .events import Answer, AudioRead, Event, Finished, StreamsReady, TokenCount
 from .generate import end_ids, generate
 from .grammar import Grammar, Vocabulary, Writer
 from .kv_cache import KvSnapshot
-from .ort.memory import require_memory
+from .ort.memory import how_many, require_memory
 from .ort.pool import GraphPool
 from .ort.sessions import SessionSettings
 from .preprocess import chunks_s, preprocess
@@ -213,7 +213,7 @@ class TinyGiant:
         return _without_waits(self._stream(self._clips(audio), asked))
 
     def ask_many(
-        self, queries: Iterable[Query], *, parallel: int = PARALLEL, workers: int = 0
+        self, queries: Iterable[Query], *, parallel: int | None = None, workers: int = 0
     ) -> Iterator[Answer | Exception]:
         """Ask questions about clips, several at a time; answers come in the order of ``queries``.
 
@@ -222,7 +222,9 @@ class TinyGiant:
 
         Args:
             queries: the questions; taken as there is room for them.
-            parallel: how many answers are written at a time, where :meth:`batch` can do that.
+            parallel: how many answers are written at a time, where :meth:`batch` can do that; None:
+                ``PARALLEL``, or fewer where their keys and values would take more than an eighth of
+                the memory that is left.
             workers: threads that hear the clips of the next questions meanwhile; without any, a
                 clip is heard when there is room for its answer.
 
@@ -230,6 +232,9 @@ class TinyGiant:
             UsageError: ``parallel`` below 1 or ``workers`` below 0.
             BundleError: the bundle's graphs fail.
         """
+        if parallel is None:
+            token_bytes = self.config.decoder.kv_token_bytes(self.bundle.manifest.kv_cache)
+            parallel = how_many(PARALLEL, token_bytes)
         if parallel < 1 or workers < 0:
             raise UsageError(
                 f"parallel is {parallel} and workers {workers}, expected at least 1 and 0"
