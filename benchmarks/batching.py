@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import command_line, write_result
-from tinygiant.runtime import Answer, AskOptions, TinyGiantError, load, read_audio
-from tinygiant.runtime.asking import Query
+from tinygiant.runtime import Answer, AskOptions, Query, TinyGiantError, load, read_audio
 from tinygiant.runtime.pipeline import TinyGiant
 
 __all__ = ["main", "measure", "questions"]

@@ -25,12 +25,12 @@ from tinygiant.runtime import (
     AskOptions,
     AudioError,
     BundleError,
+    Query,
     QuestionError,
     TinyGiant,
     UsageError,
     load,
 )
-from tinygiant.runtime.asking import Query
 from tinygiant.runtime.batch import Batch, BatchedDecoder, Trials
 from tinygiant.runtime.decoder import BindableGraph, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
