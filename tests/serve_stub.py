@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tests.shipped import NANO
 from tinygiant.runtime.answer import AnswerParser
+from tinygiant.runtime.asking import Query
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.events import (
     Answer,
@@ -81,6 +82,20 @@ class FakeModel:
         if choices is not None:
             check_choices(choices)
         return self._events(audio, question, choices, max_new_tokens, max_audio_s)
+
+    def batch(self, size: int | None) -> None:
+        """One at a time."""
+
+    def events(self, query: Query, batch: None) -> Iterator[Event | None]:
+        assert isinstance(query.audio, bytes)
+        options = query.options
+        return self.stream(
+            query.audio,
+            query.question,
+            query.choices,
+            max_new_tokens=options.max_new_tokens,
+            max_audio_s=options.max_audio_s,
+        )
 
     def _events(
         self,
@@ -167,6 +182,7 @@ def live(
     *,
     limits: Limits | None = None,
     n_queued: int = 8,
+    parallel: int | None = None,
     options: HttpOptions | None = None,
     grace_s: float = 5.0,
     wyoming: bool = False,
@@ -179,6 +195,7 @@ def live(
         listener,
         limits=limits or Limits(),
         n_queued=n_queued,
+        parallel=parallel,
         grace_s=grace_s,
         options=options,
         wyoming=wyoming_socket,

@@ -355,7 +355,7 @@ def test_a_model_that_fails_ends_it(
     monkeypatch.setattr(Batch, "_step", broken)
     with pytest.raises(BundleError, match="no such thing"):
         list(answers)
-    with pytest.raises(UsageError, match="parallel is 0"):
+    with pytest.raises(UsageError, match="0 answers at a time"):
         tiny.ask_many(queries, parallel=0)
 
 

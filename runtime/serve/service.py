@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import soundfile
 
+from ..asking import MAX_NEW_TOKENS, AskOptions, Query
 from ..audio import MAX_AUDIO_S
+from ..batch import Batch
 from ..config import ModelConfig
 from ..errors import AudioError
 from ..events import Event, Finished
-from ..pipeline import MAX_NEW_TOKENS
-from .engine import Engine, Job
+from .engine import Engine, Job, Start
 from .errors import ApiError
 from .metrics import Metrics
 
@@ -29,15 +30,10 @@ class Model(Protocol):
     def config(self) -> ModelConfig:
         """The model's constants."""
 
-    def stream(
-        self,
-        audio: bytes,
-        question: str,
-        choices: Sequence[str] | None,
-        *,
-        max_new_tokens: int,
-        max_audio_s: float,
-    ) -> Iterator[Event]:
+    def batch(self, size: int | None) -> Batch | None:
+        """Room for several answers in work at a time."""
+
+    def events(self, query: Query, batch: Batch | None) -> Iterator[Event | None]:
         """Answer a question about a clip."""
 
 
@@ -73,18 +69,16 @@ class Service:
         question: str,
         choices: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
-    ) -> Callable[[], Iterator[Event]]:
+    ) -> Start:
         """The work of one question, for :meth:`~tinygiant.runtime.serve.engine.Place.run`."""
+        options = AskOptions(
+            max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, self.limits.max_new_tokens),
+            max_audio_s=self.limits.max_audio_s,
+        )
 
-        def events() -> Iterator[Event]:
+        def events(batch: Batch | None) -> Iterator[Event | None]:
             _check_header(audio, self.limits)
-            return self.model.stream(
-                audio,
-                question,
-                choices,
-                max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, self.limits.max_new_tokens),
-                max_audio_s=self.limits.max_audio_s,
-            )
+            return self.model.events(Query(audio, question, choices, options), batch)
 
         return events
 
