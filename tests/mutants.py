@@ -219,8 +219,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "serve: a cancelled job runs to its end",
         "runtime/serve/engine.py",
-        "                if self.cancelled:\n                    return\n",
-        "",
+        "if event is None or self.cancelled:",
+        "if event is None:",
         ("tests/test_serve.py::test_a_client_that_leaves_stops_its_work",),
     ),
     Mutant(

@@ -25,7 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve_stub import FakeModel, Live, chat, clip, live, wait_for
 from tinygiant.runtime import TinyGiant
-from tinygiant.runtime.errors import MissingDependencyError, UsageError
+from tinygiant.runtime.batch import Batch
+from tinygiant.runtime.errors import BundleError, MissingDependencyError, UsageError
 from tinygiant.runtime.events import TextPiece
 from tinygiant.runtime.serve import cli
 from tinygiant.runtime.serve.app import HttpOptions
@@ -686,3 +687,64 @@ def test_the_bare_runtime_does_not_import_the_server() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+# --- several at a time -------------------------------------------------------------------------
+
+
+def ask_all(running: Live, bodies: list[dict[str, Any]]) -> list[Any]:
+    """All at once; what a request says, times and ids apart."""
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        responses = list(pool.map(running.post, bodies))
+    return [
+        r.json()["choices"] if r.status_code == 200 else (r.status_code, error_of(r))
+        for r in responses
+    ]
+
+
+def test_requests_are_answered_together_as_by_themselves(tiny: TinyGiant) -> None:
+    """A full step is seen; bad requests and those that leave cost the others nothing."""
+    model = tiny.config.name
+    bodies = [
+        chat(f"Question {n}?", clip(0.4 + n / 10), model=model, max_tokens=10 + 5 * n)
+        for n in range(6)
+    ]
+    bodies.insert(2, chat("Which?", base64.b64encode(b"no sound").decode(), model=model))
+    with live(tiny, parallel=1) as running:
+        wanted = [ask_all(running, [body])[0] for body in bodies]
+    assert [isinstance(found, list) for found in wanted] == [True] * 2 + [False] + [True] * 4
+    sizes: list[int] = []
+    step = Batch._step
+
+    def counted(self: Batch, members: Any) -> Any:
+        sizes.append(len(members))
+        return step(self, members)
+
+    with pytest.MonkeyPatch.context() as patch, live(tiny, parallel=3) as running:
+        patch.setattr(Batch, "_step", counted)
+        assert running.engine.n_places == 3 + 8
+        assert ask_all(running, bodies) == wanted
+        assert max(sizes) == 3
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{running.url}/v1/chat/completions",
+                json=chat("Long?", model=model, max_tokens=300),
+                timeout=0.05,
+            )
+        assert ask_all(running, bodies) == wanted
+        wait_for(lambda: running.engine.n_taken == 0)
+
+
+def test_a_step_that_fails_fails_for_all_and_the_server_goes_on(tiny: TinyGiant) -> None:
+    model = tiny.config.name
+    bodies = [chat("What?", clip(0.5), model=model, max_tokens=20) for _ in range(2)]
+
+    def broken(*_: object) -> None:
+        raise BundleError("graph decoder_model failed: it is broken")
+
+    with live(tiny, parallel=2) as running:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Batch, "step", broken)
+            for status, error in ask_all(running, bodies):
+                assert (status, error["type"]) == (500, "server_error")
+        assert all(isinstance(found, list) for found in ask_all(running, bodies))

@@ -153,7 +153,8 @@ def _batch(options: argparse.Namespace, progress: Progress) -> int:
         if others := left_out(options.batch):
             progress.line(f"note: {others}")
         if output.left:
-            run(output, _load(options, progress), progress, _ask_options(options))
+            model = _load(options, progress)
+            run(output, model, progress, _ask_options(options), options.parallel)
         output.require_complete()
     return 0
 

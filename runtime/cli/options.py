@@ -225,6 +225,10 @@ def _add_batch(group: argparse._ArgumentGroup) -> None:
         "-o", "--output", metavar="OUT.jsonl",
         help="the answers, a line each; items that it already holds are not asked again",
     )  # fmt: skip
+    group.add_argument(
+        "--parallel", type=at_least_one, metavar="N",
+        help="items in work at a time, with the same answers; default: 4, fewer if memory is short",
+    )  # fmt: skip
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -295,7 +299,7 @@ def _check(options: argparse.Namespace) -> None:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} does not go with --batch; leave it out")
         return
-    for name, option in (("each", "--question"), ("output", "-o")):
+    for name, option in (("each", "--question"), ("output", "-o"), ("parallel", "--parallel")):
         if getattr(options, name) is not None:
             raise UsageError(f"{option} needs --batch; for one clip: tg-run CLIP QUESTION")
     if options.mic is not None and options.clip is not None:

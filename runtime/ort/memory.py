@@ -13,7 +13,7 @@ from ..bundle import Bundle
 from ..errors import TinyGiantError
 from .machine import Machine
 
-__all__ = ["estimated_bytes", "least_bytes", "require_memory"]
+__all__ = ["estimated_bytes", "how_many", "least_bytes", "require_memory"]
 
 MIB = 2**20
 
@@ -22,6 +22,9 @@ MIB = 2**20
 _BASE_BYTES = 120 * MIB
 _BYTES_PER_GRAPH_BYTE = 1.3
 _TYPICAL_TOKENS = 1_024
+_SHARE = (
+    8  # of the memory that is left, keys and values of several sequences may take one in so many
+)
 
 # After loading, the full-size int4 bundle held 1.02 bytes of anonymous memory for each byte of its
 # graphs on x86-64: they are repacked for the processor. Where one of them is not, its weights stay
@@ -74,6 +77,17 @@ def require_memory(bundle: Bundle, *, keep: bool, machine: Machine | None = None
                 f"the model needs at least {_mib(needed)} MiB of {what}, {left // MIB} are left; "
                 f"use {advice}, or end programs (--no-memory-check tries all the same)"
             )
+
+
+def how_many(most: int, token_bytes: int, machine: Machine | None = None) -> int:
+    """How many sequences to have at a time: at most ``most``, at least one.
+
+    ``token_bytes`` are those of the keys and values of a token.
+    """
+    left = (machine or Machine()).obtainable_bytes()
+    if left is None:
+        return most
+    return max(1, min(most, left // _SHARE // (_TYPICAL_TOKENS * token_bytes)))
 
 
 def _graph_bytes(bundle: Bundle) -> list[int]:

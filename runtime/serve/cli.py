@@ -125,6 +125,7 @@ def _run(options: argparse.Namespace) -> int:
         listener,
         limits=limits,
         n_queued=options.queue,
+        parallel=options.parallel,
         grace_s=options.grace,
         options=HttpOptions(
             token=token,
@@ -146,6 +147,7 @@ def _check(options: argparse.Namespace) -> str | None:
         ("--max-audio", options.max_audio, 0.001),
         ("--max-new-tokens", options.max_new_tokens, 1),
         ("--queue", options.queue, 0),
+        *([] if options.parallel is None else [("--parallel", options.parallel, 1)]),
         ("--grace", options.grace, 0),
     ):
         if not least <= value <= 1e6:
@@ -245,7 +247,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--queue", type=int, default=8, metavar="N",
-        help="requests that may wait while one runs; more are refused with 429 (%(default)s)",
+        help="requests that may wait for others; more are refused with 429 (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--parallel", type=int, metavar="N",
+        help="requests answered at a time, with the same answers; default: 4, fewer if memory is "
+        "short",
     )  # fmt: skip
     add(
         "--grace", type=float, default=10, metavar="S",

@@ -56,6 +56,7 @@ def make_server(
     *,
     limits: Limits,
     n_queued: int = 8,
+    parallel: int | None = None,
     grace_s: float = 10.0,
     options: HttpOptions | None = None,
     wyoming: socket.socket | None = None,
@@ -63,7 +64,7 @@ def make_server(
     """A server for ``model`` on a bound socket, not yet running, and its engine."""
     # It warns of every broken form; what clients send is not for the log.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
-    engine = Engine(n_queued, grace_s=grace_s)
+    engine = Engine(n_queued, grace_s=grace_s, batch=model.batch(parallel))
     service = Service(model, engine, limits)
 
     @asynccontextmanager
@@ -105,6 +106,7 @@ def serve(
     *,
     limits: Limits,
     n_queued: int,
+    parallel: int | None,
     grace_s: float,
     options: HttpOptions,
     wyoming: socket.socket | None,
@@ -115,6 +117,7 @@ def serve(
         listener,
         limits=limits,
         n_queued=n_queued,
+        parallel=parallel,
         grace_s=grace_s,
         options=options,
         wyoming=wyoming,
