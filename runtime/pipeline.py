@@ -38,7 +38,7 @@ from .events import Answer, AudioRead, Event, Finished, StreamsReady, TokenCount
 from .generate import end_ids, generate
 from .grammar import Grammar, Vocabulary, Writer
 from .kv_cache import KvSnapshot
-from .ort.memory import require_memory
+from .ort.memory import how_many, require_memory
 from .ort.pool import GraphPool
 from .ort.sessions import SessionSettings
 from .preprocess import chunks_s, preprocess
@@ -213,7 +213,7 @@ class TinyGiant:
         return _without_waits(self._stream(self._clips(audio), asked))
 
     def ask_many(
-        self, queries: Iterable[Query], *, parallel: int = PARALLEL, workers: int = 0
+        self, queries: Iterable[Query], *, parallel: int | None = None, workers: int = 0
     ) -> Iterator[Answer | Exception]:
         """Ask questions about clips, several at a time; answers come in the order of ``queries``.
 
@@ -222,7 +222,7 @@ class TinyGiant:
 
         Args:
             queries: the questions; taken as there is room for them.
-            parallel: how many answers are written at a time, where :meth:`batch` can do that.
+            parallel: how many answers are written at a time, as :meth:`batch` takes it.
             workers: threads that hear the clips of the next questions meanwhile; without any, a
                 clip is heard when there is room for its answer.
 
@@ -230,18 +230,26 @@ class TinyGiant:
             UsageError: ``parallel`` below 1 or ``workers`` below 0.
             BundleError: the bundle's graphs fail.
         """
-        if parallel < 1 or workers < 0:
-            raise UsageError(
-                f"parallel is {parallel} and workers {workers}, expected at least 1 and 0"
-            )
+        if workers < 0:
+            raise UsageError(f"workers is {workers}, expected at least 0")
         return self._ask_many(enumerate(queries), self.batch(parallel), workers)
 
-    def batch(self, size: int) -> Batch | None:
+    def batch(self, size: int | None = None) -> Batch | None:
         """Room for ``size`` answers that are written in common steps of the decoder.
 
-        None where there is no such thing: for a ``size`` of 1, with ``memory="low"``, on a provider
-        other than the CPU, and for bundles of earlier versions, whose decoder takes one sequence.
+        Without a ``size``: ``PARALLEL``, or fewer where their keys and values would take more than
+        an eighth of the memory that is left. None where there is no such thing: for a ``size`` of
+        1, with ``memory="low"``, on a provider other than the CPU, and for bundles of earlier
+        versions, whose decoder takes one sequence.
+
+        Raises:
+            UsageError: a ``size`` below 1.
         """
+        if size is None:
+            token_bytes = self.config.decoder.kv_token_bytes(self.bundle.manifest.kv_cache)
+            size = how_many(PARALLEL, token_bytes)
+        if size < 1:
+            raise UsageError(f"{size} answers at a time, expected at least 1")
         graph = self.config.decoder.graph
         if size < 2 or not self._pool.keep or self.providers[graph] != ("cpu",):
             return None

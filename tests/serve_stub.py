@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tests.shipped import NANO
 from tinygiant.runtime.answer import AnswerParser
-from tinygiant.runtime.asking import AskOptions
+from tinygiant.runtime.asking import AskOptions, Query
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.events import (
     Answer,
@@ -83,6 +83,13 @@ class FakeModel:
         if choices is not None:
             check_choices(choices)
         return self._events(audio, question, choices, options)
+
+    def batch(self, size: int | None) -> None:
+        """One at a time."""
+
+    def events(self, query: Query, batch: None) -> Iterator[Event | None]:
+        assert isinstance(query.audio, list)
+        return self.stream(query.audio, query.question, query.choices, query.options)
 
     def _events(
         self,
@@ -168,6 +175,7 @@ def live(
     *,
     limits: Limits | None = None,
     n_queued: int = 8,
+    parallel: int | None = None,
     options: HttpOptions | None = None,
     grace_s: float = 5.0,
     wyoming: bool = False,
@@ -180,6 +188,7 @@ def live(
         listener,
         limits=limits or Limits(),
         n_queued=n_queued,
+        parallel=parallel,
         grace_s=grace_s,
         options=options,
         wyoming=wyoming_socket,
