@@ -232,6 +232,8 @@ class TinyGiant:
         """
         if workers < 0:
             raise UsageError(f"workers is {workers}, expected at least 0")
+        # With little memory an encoder is not in it beside the decoder.
+        workers = workers if self._pool.keep else 0
         return self._ask_many(enumerate(queries), self.batch(parallel), workers)
 
     def batch(self, size: int | None = None) -> Batch | None:
