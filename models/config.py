@@ -152,6 +152,7 @@ class TinyGiantConfig:
 
     ``whisper``, ``htsat``, ``clap`` and ``decoder`` are fields of the transformers configurations
     of the same name; ``clap = None`` means that HTS-AT's tower also gives the anchor.
+    ``choice_temperature`` is fitted on a trained model (``benchmarks.calibrate``).
     """
 
     name: str
@@ -169,6 +170,7 @@ class TinyGiantConfig:
     anchor_features: ClapFeatures = field(default_factory=ClapFeatures)
     prompt: ChatPrompt = field(default_factory=ChatPrompt)
     scope: Scope = field(default_factory=Scope)
+    choice_temperature: float = 1.0
 
     @property
     def whisper_config(self) -> WhisperConfig:
@@ -259,6 +261,7 @@ class TinyGiantConfig:
             audio_context=self.audio_context,
             clip_margin_s=self.clip_margin_s,
             scope=self.scope,
+            choice_temperature=self.choice_temperature,
         )
 
     def _temporal(self) -> EncoderConfig:

@@ -150,9 +150,13 @@ class ChoiceTrie:
         return np.array(scores)
 
 
-def probabilities(log_likelihoods: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The likelihoods divided by their sum: ``(n,) -> (n,)``."""
-    likelihoods: NDArray[np.float64] = np.exp(log_likelihoods - log_likelihoods.max())
+def probabilities(
+    log_likelihoods: NDArray[np.float64], temperature: float = 1.0
+) -> NDArray[np.float64]:
+    """The likelihoods, to the power of 1 / temperature, divided by their sum: ``(n,) -> (n,)``."""
+    likelihoods: NDArray[np.float64] = np.exp(
+        (log_likelihoods - log_likelihoods.max()) / temperature
+    )
     shares: NDArray[np.float64] = likelihoods / likelihoods.sum()
     return shares
 

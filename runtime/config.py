@@ -348,7 +348,8 @@ class ModelConfig:
     clip has beyond them becomes further ``chunks``, or is ``dropped`` and reported. With
     ``audio_context`` ``full``, every chunk has all its rows; with ``clip``, encoders of variable
     length see the clip plus ``clip_margin_s`` of silence, and only rows that hold sound reach the
-    decoder.
+    decoder. Log-likelihoods of choices are divided by ``choice_temperature``, fitted so that their
+    probabilities are as often right as they say.
     """
 
     name: str
@@ -363,6 +364,7 @@ class ModelConfig:
     audio_context: AudioContext = "full"
     clip_margin_s: float = 1.0
     scope: Scope = Scope()
+    choice_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         problems = list(_number_problems(self, ""))
@@ -391,6 +393,11 @@ class ModelConfig:
         """The first encoder of each kind of features and window: what there is to see or time."""
         found = {(e.features, e.window_s): e for e in reversed(self.encoders)}
         return tuple(reversed(found.values()))
+
+    @property
+    def n_clips(self) -> int:
+        """How many clips the model hears at once; a prompt holds the audio rows of each."""
+        return sum(part.kind == "audio" for part in self.prompt.parts)
 
     @property
     def row_s(self) -> float:

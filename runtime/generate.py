@@ -54,7 +54,8 @@ def generate(
     if writer is None:
         return (yield from _raw(decoder, logits, asked, config))
     if asked.trie is not None and asked.is_scored:
-        found = probabilities(asked.trie.log_likelihoods(decoder, logits))
+        scores = asked.trie.log_likelihoods(decoder, logits)
+        found = probabilities(scores, config.choice_temperature)
         writer.choose(int(found.argmax()))
         yield from writer.forced()
         return Ending("stop", writer.choice_index, tuple(found.tolist()))

@@ -95,6 +95,7 @@ def tiny_config() -> TinyGiantConfig:
         },
         projector=EBranchformerConfig(hidden_size=48, n_layers=1, n_heads=4, cgmlp_size=64),
         prompt=ChatPrompt(system="Listen, think, then answer."),
+        choice_temperature=2.0,
     )
 
 

@@ -162,6 +162,11 @@ def test_likelihoods_become_probabilities() -> None:
     np.testing.assert_allclose(found, [0.25, 0.75, 0.0], atol=1e-12)
 
 
+def test_a_temperature_evens_probabilities_out_and_keeps_their_order() -> None:
+    found = probabilities(np.log([0.01, 0.16, 0.09]) - 900.0, temperature=2.0)
+    np.testing.assert_allclose(found, [1 / 8, 4 / 8, 3 / 8], atol=1e-12)  # of the roots
+
+
 def test_every_choice_can_win(tokenizer: Tokenizer) -> None:
     choices = [f"{letter} sound" for letter in "abcdefghijklmnopqrstuvwxyz"]
     trie = trie_of(choices, tokenizer)

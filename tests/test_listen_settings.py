@@ -147,7 +147,7 @@ def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
         (["a", "b", "c"], "'c' is one word too many"),
         (["Who?", "--pcm-rate", "8000"], "--pcm-rate describes raw sound"),
         (["-", "Who?", "--device", "USB"], "--device names a microphone"),
-        (["-", "Who?", "--confidence", "0.5"], "confidence needs choices"),
+        (["-", "Who?", "--confidence", "0.5"], "--confidence needs --choices and --no-think"),
         (["-", "--config", "x"], "x: cannot be read"),
         (["--choices", "a"], "1 choices? given"),
         (["--unknown"], "there is no option --unknown"),

@@ -717,3 +717,20 @@ def test_picture_and_results_on_disk(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no result of benchmark mmar" in capsys.readouterr().err
     with pytest.raises(UsageError, match="result name"):
         write_result("../up", "mmar", "", {}, tmp_path)
+
+
+def test_the_temperature_of_choices_is_found_again() -> None:
+    """A model twice as sure as it may be: answers come from the roots of what it says."""
+    from benchmarks.calibrate import fit_temperature
+
+    rng = np.random.default_rng(0)
+    said, right = [], []
+    for n in rng.integers(2, 5, 4000):
+        row = rng.dirichlet(np.full(n, 0.5)) + 1e-6
+        said.append(row / row.sum())
+        roots = np.sqrt(row)
+        right.append(int(rng.choice(n, p=roots / roots.sum())))
+    hits = [int(row.argmax()) == k for row, k in zip(said, right, strict=True)]
+    temperature, sure = fit_temperature(said, right)
+    assert temperature == pytest.approx(2.0, rel=0.06)
+    assert calibration_error(sure, hits) < 0.03 < calibration_error([max(r) for r in said], hits)

@@ -145,7 +145,7 @@ def test_forms_are_asked_as_the_runtime_asks_them(run: Path) -> None:
     world = WorldDataset(run / "world" / "train")
     streams = CachedStreams(run / "streams" / "train")
     forms = WorldFormsSet(world, streams, tokenizer, preset("nano").runtime)
-    assert len(forms) == 9 * len(world) == len(forms.lengths())
+    assert len(forms) == 10 * len(world) == len(forms.lengths())
     seen = Counter()
     for draw in range(3):
         for index in range(len(forms)):
@@ -165,7 +165,13 @@ def test_forms_are_asked_as_the_runtime_asks_them(run: Path) -> None:
                 assert prompt.endswith("<think>\n\n</think>\n\n")
                 assert response.startswith("<RESPONSE>\n")
             assert response.endswith("</RESPONSE><|im_end|>")
-    assert seen[True, True] == seen[False, True] == 3 * seen[True, False] == 9 * len(world)
+    later = WorldFormsSet(world, streams, tokenizer, preset("nano").runtime, first_clip=3)
+    assert later.lengths() == forms.lengths()[30:]
+    one, other = (s.sample(k, np.random.default_rng(1)) for s, k in ((later, 11), (forms, 41)))
+    assert one.response_ids == other.response_ids
+    assert np.array_equal(one.streams, other.streams)
+    assert seen[True, True] == seen[False, True] == 9 * len(world)
+    assert seen[True, False] == seen[False, False] == 6 * len(world)
 
 
 def test_an_ablation_takes_over_encoders_and_decoder(

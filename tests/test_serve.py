@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,7 @@ def test_paths_methods_and_types(server: Live) -> None:
         "status": "ok",
         "model": "fake",
         "events": False,
+        "token": False,
     }
 
 
@@ -602,6 +604,23 @@ def test_the_command_serves_and_stops(tiny_bundle: Path, number: int, code: int)
         process.send_signal(number)
         assert process.wait(20) == code
         assert process.stderr.read() == ""
+
+
+def test_the_command_serves_with_its_streams_closed(tiny_bundle: Path) -> None:
+    """As a script starts it that wants no output; uvicorn's log asked what is not there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = f"exec {SCRIPTS / 'tg-serve'} --bundle {tiny_bundle} --port {port} --threads 1"
+    with subprocess.Popen(["bash", "-c", f"{line} <&- >&- 2>&-"]) as process:
+        reply = None
+        while reply is None and process.poll() is None:
+            with suppress(httpx.TransportError):
+                reply = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(20) == 0
+    assert reply is not None and reply.json()["status"] == "ok"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -22,7 +23,13 @@ from tinygiant.models.training.batching import LengthBatches
 from tinygiant.models.training.cota import CotaSet, recipe_task
 from tinygiant.models.training.encoders import _spans, span_means
 from tinygiant.models.training.loop import LoopConfig, ParameterGroup, schedule, train
-from tinygiant.models.training.reasoning import Sample, collate, response_loss
+from tinygiant.models.training.reasoning import (
+    DrawnBatches,
+    ReasoningTask,
+    Sample,
+    collate,
+    response_loss,
+)
 from tinygiant.models.training.tokenizer import train_tokenizer
 from tinygiant.models.world.scene import sample_scene
 from tinygiant.models.world.vocabulary import WORDS
@@ -51,6 +58,37 @@ def test_an_epoch_sees_every_sample_once_in_batches_of_like_length() -> None:
     assert np.mean(spreads) < 10  # at random it would be about 70
     assert batches[0] == LengthBatches(lengths, 8, seed=1)[0]
     assert batches[0] != LengthBatches(lengths, 8, seed=2)[0]
+
+
+class _Drawn:
+    """Samples whose length is drawn with them; each response begins with its index."""
+
+    def lengths(self) -> list[int]:
+        return [100] * 90
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        sample = _sample(rng, 12, int(rng.integers(5, 200)))
+        return dataclasses.replace(sample, response_ids=[index, *sample.response_ids])
+
+
+def test_samples_drawn_ahead_share_batches_by_their_true_length() -> None:
+    def batches(**settings: int) -> DrawnBatches:
+        task = ReasoningTask(loop=LoopConfig(steps=1, seed=3), batch_size=8, **settings)
+        return DrawnBatches(_Drawn(), task)
+
+    def padding(drawn: DrawnBatches) -> float:
+        lengths = [[sample.length for sample in drawn[n]] for n in range(12)]
+        padded = sum(len(batch) * max(batch) for batch in lengths)
+        return 1 - sum(map(sum, lengths)) / padded
+
+    ahead = batches(draw_ahead=6)
+    assert padding(ahead) < 0.15 < 0.3 < padding(batches())
+    # 90 samples are 12 batches, the last of which is short: an epoch sees every one once.
+    seen = [sample.response_ids[0] for n in range(12) for sample in ahead[n]]
+    assert sorted(seen) == list(range(90))
+    # A run that resumes in the middle of what was drawn sees the same.
+    resumed = batches(draw_ahead=6)[9]
+    assert [s.response_ids for s in resumed] == [s.response_ids for s in ahead[9]]
 
 
 def _regression(folder: Path, steps: int) -> torch.nn.Linear:

@@ -102,3 +102,25 @@ def test_fluidsynth_plays_the_notes_asked_for(font: str, tmp_path) -> None:
             expected = 440 * 2 ** ((midi - 69) / 12)
             harmonic = f[np.argmax(spectrum)] / expected
             assert abs(harmonic - round(harmonic)) < 0.04 * round(harmonic), (instrument, midi)
+
+
+def test_banks_of_another_list_of_recordings_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    """A recording was once taken off the list while old banks, read by position, stayed in use:
+
+    from there on a thunder was heard as a hand clap, in thousands of clips of training.
+    """
+    made = []
+    monkeypatch.setattr(engines, "check_engines", lambda: None)
+
+    def build(folder, *_) -> None:
+        made.append(folder.name)
+        raise InterruptedError  # only which folder is asked for matters here
+
+    monkeypatch.setattr(engines, "_build", build)
+    (tmp_path / engines.banks_name()).mkdir()
+    monkeypatch.setattr(engines, "RECORDINGS", engines.RECORDINGS[:14] + engines.RECORDINGS[15:])
+    with pytest.raises(InterruptedError):
+        engines.load_banks(tmp_path)
+    assert made and made != [next(iter(tmp_path.iterdir())).name]

@@ -172,7 +172,7 @@ def recipe_task(settings: Mapping[str, Any], n_samples: int, seed: int) -> Reaso
         batch = fields["batch_size"] * fields["accumulate"]
         steps = math.ceil(fields.pop("epochs") * n_samples / batch)
         warmup = max(1, round(fields.pop("warmup_fraction") * steps))
-        own = {f.name for f in dataclasses.fields(ReasoningTask)} - {"loop"}
+        own = {f.name for f in dataclasses.fields(ReasoningTask)} - {"loop", "draw_ahead"}
         task_fields = {name: fields.pop(name) for name in own}
         loop = LoopConfig(steps=steps, warmup_steps=warmup, seed=seed, **fields)
     except (KeyError, TypeError) as error:

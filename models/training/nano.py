@@ -134,31 +134,31 @@ def train_nano(run: NanoRun) -> Path:
         split: (dataset, streams[split], tokenizer, config.runtime)
         for split, dataset in (("train", train_set), ("validation", validation_set))
     }
-    stages: dict[str, type[WorldReasoningSet]] = {
-        "reasoning": WorldReasoningSet,
-        "drill": WorldDrillSet,
-        "forms": WorldFormsSet,
-    }
-    for stage, questions in stages.items():
+    for stage in ("reasoning", "drill", "forms"):
         if stage in run.recipe:
-            asked = WorldFormsSet if stage == "forms" else WorldReasoningSet
-            validation = asked(*arguments["validation"])
-            task = _reasoning_task(run, stage)
-            train_reasoning(
-                model, task, questions(*arguments["train"]), validation, run.folder / stage,
-                run.device,
-            )  # fmt: skip
+            settings = dict(run.recipe[stage])
+            questions: WorldReasoningSet
+            if stage == "forms":
+                first_clip = settings.pop("first_clip", 0)
+                questions = WorldFormsSet(*arguments["train"], first_clip=first_clip)
+                validation: WorldReasoningSet = WorldFormsSet(*arguments["validation"])
+            else:
+                asked = WorldDrillSet if stage == "drill" else WorldReasoningSet
+                questions = asked(*arguments["train"])
+                validation = WorldReasoningSet(*arguments["validation"])
+            task = _reasoning_task(settings, run.seed)
+            train_reasoning(model, task, questions, validation, run.folder / stage, run.device)
     save(model.cpu(), checkpoint, tokenizer=tokenizer_path)
     return checkpoint
 
 
-def _reasoning_task(run: NanoRun, stage: str) -> ReasoningTask:
-    settings = dict(run.recipe[stage])
+def _reasoning_task(settings: dict[str, Any], seed: int) -> ReasoningTask:
     return ReasoningTask(
         batch_size=settings.pop("batch_size"),
         projector_learning_rate=settings.pop("projector_learning_rate"),
         decoder_learning_rate=settings.pop("decoder_learning_rate"),
-        loop=LoopConfig(seed=run.seed, **settings),
+        draw_ahead=settings.pop("draw_ahead", 1),
+        loop=LoopConfig(seed=seed, **settings),
     )
 
 

@@ -41,6 +41,12 @@ class Sample:
     instruction_ids: Sequence[int]
     response_ids: Sequence[int]
 
+    @property
+    def length(self) -> int:
+        """Positions in the decoder."""
+        rows = len(self.streams)
+        return len(self.prefix_ids) + rows + len(self.suffix_ids) + len(self.response_ids)
+
 
 class ReasoningSet(Protocol):
     """Where samples come from."""
@@ -54,12 +60,17 @@ class ReasoningSet(Protocol):
 
 @dataclass(frozen=True)
 class ReasoningTask:
-    """Hyper-parameters of the stage; the paper: 1e-4 and 5e-5, effective batch 32."""
+    """Hyper-parameters of the stage; the paper: 1e-4 and 5e-5, effective batch 32.
+
+    ``draw_ahead`` batches are drawn at once and their samples sorted by their true length, where a
+    set whose questions are drawn anew knows only roughly how long they will be.
+    """
 
     loop: LoopConfig
     batch_size: int = 16
     projector_learning_rate: float = 1e-4
     decoder_learning_rate: float = 5e-5
+    draw_ahead: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +92,7 @@ def collate(samples: Sequence[Sample], device: torch.device) -> ReasoningBatch:
     n_batch = len(samples)
     n_rows = max(len(s.streams) for s in samples)
     n_instruction = max(len(s.instruction_ids) for s in samples)
-    length = max(
-        len(s.prefix_ids) + len(s.streams) + len(s.suffix_ids) + len(s.response_ids)
-        for s in samples
-    )
+    length = max(s.length for s in samples)
     streams = torch.zeros(n_batch, n_rows, samples[0].streams.shape[1])
     token_mask = torch.zeros(n_batch, n_rows, dtype=torch.bool)
     instruction_ids = torch.zeros(n_batch, n_instruction, dtype=torch.long)
@@ -140,6 +148,37 @@ def response_loss(model: TinyGiantALM, batch: ReasoningBatch) -> tuple[Tensor, T
     return loss, (logits.argmax(-1) == targets[wanted]).float().mean()
 
 
+class DrawnBatches:
+    """The samples of every batch, a pure function of the task's seed and the batch's number."""
+
+    def __init__(self, train_set: ReasoningSet, task: ReasoningTask) -> None:
+        self._set = train_set
+        self._task = task
+        self._indices = LengthBatches(train_set.lengths(), task.batch_size, task.loop.seed)
+        self._block = -1
+        self._batches: list[list[Sample]] = []
+
+    def __getitem__(self, number: int) -> list[Sample]:
+        """Samples of batch ``number``, counted from 0 over all epochs."""
+        block, position = divmod(number, self._task.draw_ahead)
+        if block != self._block:
+            self._batches = self._draw(block)
+            self._block = block
+        return self._batches[position]
+
+    def _draw(self, block: int) -> list[list[Sample]]:
+        ahead = self._task.draw_ahead
+        rng = np.random.default_rng((self._task.loop.seed, 2, block))
+        numbers = range(block * ahead, (block + 1) * ahead)
+        samples = [self._set.sample(i, rng) for n in numbers for i in self._indices[n]]
+        if ahead == 1:
+            return [samples]
+        samples.sort(key=lambda sample: sample.length)
+        # An epoch's last batch may be a smaller one: the samples are shared out evenly.
+        cuts = np.linspace(0, len(samples), ahead + 1).round().astype(int)
+        return [samples[cuts[k] : cuts[k + 1]] for k in rng.permutation(ahead)]
+
+
 def train_reasoning(
     model: TinyGiantALM,
     task: ReasoningTask,
@@ -149,7 +188,7 @@ def train_reasoning(
     device: torch.device,
 ) -> None:
     """Train projector and decoder in place; the run's state and log stay in ``folder``."""
-    batches = LengthBatches(train_set.lengths(), task.batch_size, task.loop.seed)
+    batches = DrawnBatches(train_set, task)
     model.to(device)
     for name in ("whisper", "htsat", "clap"):
         part = getattr(model, name)
@@ -157,10 +196,10 @@ def train_reasoning(
             part.requires_grad_(False)
     model.projector.train()
     model.decoder.train()
-
-    def batch_at(number: int) -> ReasoningBatch:
-        rng = np.random.default_rng((task.loop.seed, 2, number))
-        return collate([train_set.sample(i, rng) for i in batches[number]], device)
+    # On a CPU the fused kernel's backward pass costs three times what plain products do.
+    fused = model.decoder.config._attn_implementation
+    if device.type == "cpu":
+        model.decoder.set_attn_implementation("eager")
 
     def loss_of(batch: ReasoningBatch) -> tuple[Tensor, dict[str, float]]:
         loss, accuracy = response_loss(model, batch)
@@ -175,13 +214,14 @@ def train_reasoning(
             ),
             ParameterGroup("decoder", list(model.decoder.parameters()), task.decoder_learning_rate),
         ],
-        batch_at=batch_at,
+        batch_at=lambda number: collate(batches[number], device),
         loss_of=loss_of,
         folder=folder,
         device=device,
         evaluate=_validation(model, task, validation_set, device),
         title="reasoning",
     )
+    model.decoder.set_attn_implementation(fused)
     model.eval()
 
 

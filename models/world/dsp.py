@@ -13,6 +13,7 @@ __all__ = [
     "RATE_HZ",
     "Audio",
     "band",
+    "coloured",
     "convolve",
     "loudness",
     "muffle",
@@ -46,6 +47,15 @@ def band(x: NDArray[np.float64], low_hz: float, high_hz: float) -> NDArray[np.fl
     f = np.maximum(np.fft.rfftfreq(size, 1 / RATE_HZ), 1.0)
     spectrum *= 1 / (1 + (low_hz / f) ** 2) / (1 + (f / high_hz) ** 2)
     return np.fft.irfft(spectrum, size)[: x.size]
+
+
+def coloured(x: Audio, slope: float) -> Audio:
+    """White noise ``x (n,)`` made to fall ``slope`` times 3 dB an octave above 30 Hz."""
+    if slope == 0:
+        return x
+    size = _fft_size(x.size)
+    f = np.maximum(np.fft.rfftfreq(size, 1 / RATE_HZ), 30.0)
+    return np.fft.irfft(np.fft.rfft(x, size) * f ** (-slope / 2), size)[: x.size].astype(np.float32)
 
 
 def muffle(x: Audio, cutoff_hz: float) -> Audio:

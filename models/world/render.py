@@ -9,7 +9,7 @@ import soundfile as sf
 
 from tinygiant.runtime.audio import resample
 
-from .dsp import RATE_HZ, Audio, band, convolve, loudness, muffle, room_response
+from .dsp import RATE_HZ, Audio, band, coloured, convolve, loudness, muffle, room_response
 from .engines import Banks
 from .scene import Copy, Music, Scene, SoundEvent, Speech
 from .sounds import synthesise
@@ -52,7 +52,7 @@ def render(scene: Scene, banks: Banks) -> Audio:
         first = int(offset * max(0, recording.size - n))
         layer = recording[first : first + n].astype(np.float32) * np.float32(1 / 32768)
         mix += layer * np.float32(10 * _FULL_LEVEL * 10 ** (scene.background.level_db / 20))
-    hiss = rng.standard_normal(n, np.float32)
+    hiss = coloured(rng.standard_normal(n, np.float32), scene.hiss_slope)
     mix += hiss * np.float32(_FULL_LEVEL * 10 ** (scene.noise_db / 20))
     mix *= np.float32(0.9 / max(1e-6, float(np.abs(mix).max())) * 10 ** (scene.gain_db / 20))
     return _copy(mix, scene.copy)

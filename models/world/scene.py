@@ -173,7 +173,11 @@ class Room:
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip. ``copy`` says through what the finished audio went."""
+    """One clip. ``copy`` says through what the finished audio went.
+
+    The power of the hiss falls with the frequency to the power of ``hiss_slope``: 0 is white noise,
+    1 pink, 2 brown.
+    """
 
     id: str
     split: Split
@@ -189,6 +193,7 @@ class Scene:
     gain_db: float
     copy: Copy = "none"
     kind: Kind = "core"
+    hiss_slope: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,14 @@ def draw(rng: np.random.Generator, split: Split, low: float, high: float) -> flo
 
 
 # Of a hundred clips of training, how many are of each kind.
-_MIXED: dict[Kind, float] = {"core": 0.64, "long": 0.14, "short": 0.12, "empty": 0.1}
+_MIXED: dict[Kind, float] = {
+    "core": 0.58,
+    "long": 0.18,
+    "short": 0.1,
+    "empty": 0.06,
+    "noise": 0.08,
+}
+_SILENT_KINDS = ("empty", "noise")
 # How often a sound that has recordings is one of them.
 _RECORDED = {"train": 0.5, "validation": 0.5, "test": 0.0, "shifted": 0.0}
 
@@ -254,14 +266,14 @@ def sample_scene(
     parts = modality or MODALITIES[index % len(MODALITIES)]
     if kind == "short":
         parts = "sound" if rng.random() < 0.6 else "speech"
-    elif kind == "empty" or (kind == "real" and "music" in parts):
+    elif kind in _SILENT_KINDS or (kind == "real" and "music" in parts):
         parts = "sound"
     recorded = 0.0 if recording_duration_s is None else _RECORDED[split]
     if kind == "real":
         recorded = 1.0
     sounds: list[SoundEvent] = []
     music = speech = None
-    if kind != "empty":
+    if kind not in _SILENT_KINDS:
         if "sound" in parts:
             alone = parts == "sound"
             sounds = _sample_sounds(rng, split, alone, kind, recorded, recording_duration_s)
@@ -291,6 +303,10 @@ def sample_scene(
         gain_db = float(rng.uniform(-55, -6))
         if quiet and rng.random() < 0.5:
             noise_db = -400.0  # digital silence
+    hiss_slope = 0.0
+    if kind == "noise":
+        quiet, gain_db = True, float(rng.uniform(-60, -8))
+        hiss_slope = draw(rng, split, 0, 2)
     return Scene(
         id=f"{split}-{index:06d}",
         split=split,
@@ -306,6 +322,7 @@ def sample_scene(
         gain_db=gain_db,
         copy=_sample_copy(rng, split),
         kind=kind,
+        hiss_slope=hiss_slope,
     )
 
 
@@ -439,6 +456,8 @@ def _place(
     """
     if kind == "empty":
         return (), None, None, float(rng.choice([rng.uniform(0.5, 6), rng.uniform(6, 20)]))
+    if kind == "noise":
+        return (), None, None, float(np.exp(rng.uniform(np.log(SHORTEST_S), np.log(LONGEST_S))))
     order: list[SoundEvent | Music | Speech] = list(sounds)
     labels = len({s.kind for s in sounds})
     for extra in (music, speech):

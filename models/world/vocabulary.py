@@ -36,9 +36,10 @@ Modality = Literal[
 ]
 
 # What sort of clip: 3 to 10 s; 10 to 30 s; one thing in 0.3 to 2 s; nothing, or a background alone;
-# as core, of real recordings only; or any of these, as training has them.
-Kind = Literal["core", "long", "short", "empty", "real", "mixed"]
-KINDS: tuple[Kind, ...] = ("core", "long", "short", "empty", "real", "mixed")
+# steady noise of any colour; as core, of real recordings only; or any of these, as training has
+# them.
+Kind = Literal["core", "long", "short", "empty", "noise", "real", "mixed"]
+KINDS: tuple[Kind, ...] = ("core", "long", "short", "empty", "noise", "real", "mixed")
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test", "shifted")
 

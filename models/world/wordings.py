@@ -1,15 +1,18 @@
 """How questions are put: phrasings of every type, and what people put around a question.
 
-Training draws from the first lists; tests and shifted clips are asked only in the second ones,
-which training never has. ``word_question`` is the only way to a question's text.
+Training draws from the first lists and from :data:`~.patterns.PATTERNS`; tests and shifted clips
+are asked only in the second ones, which training never has, and validation in
+:data:`~.patterns.VALIDATION`. ``word_question`` is the only way to a question's text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 
+from .patterns import PATTERNS, VALIDATION, others
 from .vocabulary import Split
 
 __all__ = ["HELD_OUT_FRAMES", "TRAINING_FRAMES", "WORDINGS", "phrasings", "word_question"]
@@ -523,10 +526,19 @@ _NOUNS = ("recording", "recording", "clip", "audio", "audio clip", "sound file")
 
 def phrasings(kind: str, split: Split, with_choices: bool) -> tuple[str, ...]:
     """The phrasings of a question type that ``split`` may use."""
+    return tuple(text for group in _groups(kind, split, with_choices) for text in group)
+
+
+@cache
+def _groups(kind: str, split: Split, with_choices: bool) -> tuple[tuple[str, ...], ...]:
+    """The phrasings by kind of sentence: questions are drawn evenly over these."""
     trained, held_out, before_choices = WORDINGS[kind]
     if split in ("test", "shifted"):
-        return held_out
-    return (*trained, *before_choices) if with_choices else trained
+        return (held_out,)
+    if split == "validation":
+        return (VALIDATION[kind],)
+    single = (*trained, *before_choices) if with_choices else trained
+    return (*((text,) for text in single), *others(PATTERNS[kind], held_out))
 
 
 def word_question(
@@ -538,7 +550,8 @@ def word_question(
 ) -> str:
     """One question's text, drawn from ``rng``."""
     held_out = split in ("test", "shifted")
-    options = phrasings(kind, split, with_choices)
+    groups = _groups(kind, split, with_choices)
+    options = groups[int(rng.integers(len(groups)))] if len(groups) > 1 else groups[0]
     text = options[int(rng.integers(len(options)))].format(**slots)
     text = text.replace("recording", _NOUNS[int(rng.integers(len(_NOUNS)))])
     frames = HELD_OUT_FRAMES if held_out else TRAINING_FRAMES

@@ -19,7 +19,7 @@ from ..cli.options import OneLineParser
 from ..cli.terminal import debugging
 from ..cli.watching import watched
 from ..errors import TinyGiantError, UsageError
-from ..text import one_line
+from ..text import counted, one_line
 
 __all__ = ["main"]
 
@@ -43,6 +43,11 @@ examples:
 MQTT, webhooks, metrics, several sources and questions are described in the file; docs/sensor.md
 has all its keys. Signals: SIGHUP reads it again, SIGTERM and Ctrl-C end.
 
+exit codes:
+  0 the sound has ended, or SIGTERM · 2 wrong options or settings · 3 no source can be heard · 4
+  bundle missing or damaged · 8 a file cannot be written · 9 an extra is not installed · 130
+  interrupted · 141 the reader of the output left
+
 environment:
   TINYGIANT_BUNDLE         bundle to use where none is named
   TINYGIANT_MQTT_PASSWORD  the broker's password, where no file holds it
@@ -53,8 +58,16 @@ environment:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tg-listen``; returns the exit code."""
     if arguments is None:
-        return watched("tg-listen", _main)
+        return watched("tg-listen", _process)
     return _main(arguments)
+
+
+def _process() -> int:
+    """The command in a process of its own."""
+    from ..cli.streams import prepare_streams
+
+    prepare_streams()
+    return _main()
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +96,8 @@ def _run(options: argparse.Namespace) -> int:
 
     settings = read()
     if options.check:
-        print(f"{len(settings.source)} sources, {len(settings.question)} questions: can be used")
+        n_sources, n_questions = len(settings.source), len(settings.question)
+        print(f"{counted(n_sources, 'source')}, {counted(n_questions, 'question')}: can be used")
         return 0
 
     # Imported here, so that --help and wrong settings need no model.
@@ -113,13 +127,19 @@ def _tables(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from .settings import read_settings
 
     tables: dict[str, Any] = {}
-    name = "tg-listen"
+    name = "the options"
     if options.config is not None:
         tables, name = read_settings(options.config), Path(options.config).name
         _refuse_beside_config(options)
     else:
         source = _source(options)
         tables["source"] = {source["kind"]: source}
+        scored = options.choices is not None and options.no_think
+        if options.confidence is not None and not scored and options.only_if is None:
+            raise UsageError(
+                "--confidence needs --choices and --no-think, or --only-if: only then are there "
+                "probabilities"
+            )
         asked = {
             "ask": options.question,
             "choices": options.choices,
@@ -193,7 +213,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="check the settings and exit")
     sound = parser.add_argument_group("sound")
     add = sound.add_argument
-    add("--device", metavar="NAME", help="microphone by number or part of its name")
+    add(
+        "--device",
+        metavar="NAME",
+        help="microphone by number or part of its name; tg-run --list-devices lists them",
+    )
     add("--pcm-rate", type=int, metavar="HZ", help="rate of raw samples")
     add(
         "--pcm-format", choices=("s16le", "s24le", "s32le", "f32le"),
@@ -211,10 +235,24 @@ def _parser() -> argparse.ArgumentParser:
     asking = parser.add_argument_group("asking")
     add = asking.add_argument
     add("--choices", nargs="+", metavar="CHOICE", help="possible answers; give them last")
-    add("--no-think", action="store_true", help="answer at once; scores --choices")
+    add(
+        "--no-think",
+        action="store_true",
+        help="answer at once; --choices are scored, with probabilities",
+    )
     add("--only-if", metavar="Q", help="ask only if this is answered with yes")
-    add("--confidence", type=float, metavar="P", help="least probability of an answer, 0 to 1")
-    add("--refractory", type=float, metavar="S", help="after an answer, ask nothing for so long")
+    add(
+        "--confidence",
+        type=float,
+        metavar="P",
+        help="least probability, 0 to 1; with --choices and --no-think, or --only-if",
+    )
+    add(
+        "--refractory",
+        type=float,
+        metavar="S",
+        help="after an answer, ask nothing for so many seconds",
+    )
     output = parser.add_argument_group("output")
     add = output.add_argument
     add("--jsonl", action="store_true", help="lines of JSON in place of text")

@@ -21,6 +21,13 @@ __all__ = ["StreamDecoder"]
 
 _MAX_HEADER_BYTES = 1 << 16
 _OPEN_ENDED_BYTES = 0x7FFF_0000
+_ENCODED = {
+    b"fLaC": "FLAC",
+    b"OggS": "Ogg",
+    b"ID3": "MP3",
+    b"FORM": "AIFF",
+    b"caff": "CAF",
+}
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 
 
@@ -114,6 +121,12 @@ class StreamDecoder:
             return None
         if bytes(self._bytes[:4]) not in (b"RIFF", b"RF64") or self._bytes[8:12] != b"WAVE":
             settings = self._settings
+            for magic, kind in _ENCODED.items():
+                if self._bytes.startswith(magic):
+                    raise UsageError(
+                        f"{self._name}: is {kind}, and a stream is WAV or raw samples; decode it: "
+                        "ffmpeg -i FILE -f wav - | tg-listen -, or ask tg-run about the clip"
+                    )
             if settings.rate_hz is None:
                 raise UsageError(
                     f"{self._name}: no WAV header, so these are raw samples, and their rate is not "

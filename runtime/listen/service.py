@@ -18,7 +18,7 @@ from typing import Any
 
 from ..cli.interrupt import INTERRUPTED
 from ..errors import StorageError, TinyGiantError
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .ear import Sound
 from .keeping import ClipFolder
 from .listener import Listener
@@ -38,6 +38,7 @@ BROKEN_PIPE = 141
 GRACE_S = 10.0
 _FLUSH_S = 5.0
 _TICK_S = 0.25
+_LATE_S = 5.0
 _REPORT_S = 3_600.0
 _STUCK_S = 300.0  # no question takes so long on a machine that is fit for it
 _STDOUT_BUFFER = 1_000
@@ -67,6 +68,7 @@ class Service:
         self._quiet = quiet
         self._notifier = Notifier()
         self._listeners: dict[str, Listener] = {}
+        self._started: list[Listener] = []
         self._outlets: dict[str, Outlet] = {}
         self._made_of: dict[str, Any] = {}
         self._others: dict[str, ClipFolder | MetricsServer] = {}
@@ -104,8 +106,8 @@ class Service:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether an answer was given up that is still being computed."""
-        return self._worker.is_alive()
+        """Whether a thread is left behind in native code, which would hold up the end of Python."""
+        return self._worker.is_alive() or any(one.is_running for one in self._started)
 
     def numbers(self) -> Numbers:
         """All counts, by name and label."""
@@ -129,21 +131,28 @@ class Service:
     # --- the main thread -----------------------------------------------------------------------
 
     def _watch(self) -> None:
-        next_report = time.monotonic() + _REPORT_S
+        last = time.monotonic()
+        next_report = last + _REPORT_S
         while not self._signals:
             time.sleep(_TICK_S)
+            before, last = last, time.monotonic()
+            if last - before > _LATE_S:  # this process was stopped: nobody else could move either
+                for listener in self._listeners.values():
+                    listener.wake()
             if self._reload:
                 self._reload = False
                 self._read_settings_again()
             if self._is_alive():
                 self._notifier.alive(self._summary())
             self._tell_losses()
-            if time.monotonic() >= next_report:
+            for listener in self._listeners.values():
+                listener.tell_if_stuck()
+            if last >= next_report:
                 next_report += _REPORT_S
                 self.emit(report(self.numbers()))
             if any(outlet.is_broken for outlet in self._outlets.values()):
                 return
-            if all(listener.ended for listener in self._listeners.values()):
+            if all(one.ended or one.is_stuck() for one in self._listeners.values()):
                 return
 
     def _tell_losses(self) -> None:
@@ -221,7 +230,8 @@ class Service:
             self._queue.settings = settings.queue
             opened = self._open_sources(settings)
             self.settings = settings
-            self._tell("reloaded", None, f"settings read again; {len(settings.source)} sources")
+            n_sources = counted(len(settings.source), "source")
+            self._tell("reloaded", None, f"settings read again; {n_sources}")
             self._tell_problems(opened)
         self._notifier.ready(self._summary())
 
@@ -266,6 +276,7 @@ class Service:
                     tell=self._tell,
                 )
                 self._listeners[name] = listener
+                self._started.append(listener)
                 listener.start()
                 started.append(listener)
         for listener in started:
@@ -383,7 +394,8 @@ class Service:
         unanswered = sum(n for (name, _), n in self.counts.all().items() if name == "unanswered")
         lost = [name for name, one in self._listeners.items() if one.problem is not None]
         away = f", lost: {', '.join(lost)}" if lost else ""
-        return f"{n_sounds} sounds, {unanswered:g} unanswered, {len(self._queue)} waiting{away}"
+        sounds, n_waiting = counted(n_sounds, "sound"), len(self._queue)
+        return f"{sounds}, {unanswered:g} unanswered, {n_waiting} waiting{away}"
 
     def _live_numbers(self) -> Iterable[tuple[str, str, float]]:
         for name, listener in self._listeners.items():
@@ -401,7 +413,9 @@ def _of_listener(name: str, listener: Listener) -> Iterable[tuple[str, str, floa
 
 def _outlets(settings: Settings) -> dict[str, tuple[Any, Callable[[Service], Any]]]:
     """For each outlet that ``settings`` ask for: what it is made of, and how."""
-    found: dict[str, tuple[Any, Callable[[Service], Any]]] = {"standard output": ("", _stdout)}
+    found: dict[str, tuple[Any, Callable[[Service], Any]]] = {}
+    if sys.stdout is not None:  # else it was closed, as some ways to start a service have it
+        found["standard output"] = "", _stdout
     if settings.events.file is not None:
         found["events"] = (
             settings.events,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from ..asking import AskOptions
 from ..errors import QuestionError, UsageError
 from ..prompt import check_choices, check_question
 from ..text import one_line, printable
@@ -170,6 +171,11 @@ class QuestionSettings:
     hours: tuple[str, ...] | None = None
     days: tuple[str, ...] | None = None
     max_new_tokens: int = _number(512, 1, 8_192)
+
+    @property
+    def options(self) -> AskOptions:
+        """How the model is to answer."""
+        return AskOptions(think=self.think, max_new_tokens=self.max_new_tokens, fit=True)
 
     def problem(self) -> str | None:
         """What cannot be asked."""

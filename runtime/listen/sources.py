@@ -114,7 +114,7 @@ class Microphone:
                 _n_streams -= 1
 
     def _heard(self, library: Any) -> Iterator[Block | None]:
-        with device_errors(library):
+        with device_errors(library, "--device"):
             device, own_hz, name = find_device(library, self._settings.device)
             self.rate_hz = self._settings.rate_hz or own_hz
             size = round(BLOCK_S * self.rate_hz)

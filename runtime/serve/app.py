@@ -106,7 +106,8 @@ def create_app(
         if service.engine.deadline is not None:
             return json_response({"status": "shutting_down"}, 503)
         name = service.model.config.name
-        return json_response({"status": "ok", "model": name, "events": options.events is not None})
+        asked_for = {"events": options.events is not None, "token": token is not None}
+        return json_response({"status": "ok", "model": name, **asked_for})
 
     async def events(request: Request) -> Response:
         authorize(request, token)
@@ -253,8 +254,12 @@ def _chat(service: Service, *, strict: bool) -> Callable[[Request, bytearray], A
 
     async def take(request: Request, body: bytearray) -> Asked:
         config = service.model.config
-        chat = parse_chat(body, config.name, service.limits.max_new_tokens, strict=strict)
-        start = service.start(chat.audio, chat.question, chat.choices, chat.max_new_tokens)
+        limits = service.limits
+        chat = parse_chat(
+            body, config.name, limits.max_new_tokens, n_clips=config.n_clips, strict=strict
+        )
+        options = limits.options(chat.max_new_tokens, think=chat.think)
+        start = service.start(chat.clips, chat.question, chat.choices, options)
         return Asked(start, ReplyWriter(config, chat.form), chat.stream, chat.form.ignored)
 
     return take
@@ -273,7 +278,7 @@ def _transcribe(
             options.transcription_question,
             strict=options.strict,
         )
-        start = service.start(asked.audio, asked.question)
+        start = service.start([asked.audio], asked.question)
         return Asked(start, TranscriptionWriter(asked), asked.stream, asked.ignored)
 
     return take

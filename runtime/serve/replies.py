@@ -224,9 +224,17 @@ class ReplyWriter:
 
     def _details(self, answer: Answer) -> dict[str, Any]:
         """What became of the audio and of the request, the parts of the thought, and the times."""
-        kept = ("choice_index", "plan", "audio_analysis", "logic", "summary", "unparsed")
+        kept = (
+            "choice_index",
+            "choice_probabilities",
+            "plan",
+            "audio_analysis",
+            "logic",
+            "summary",
+            "unparsed",
+        )
         fields = answer.to_dict()
-        details = {name: fields[name] for name in (*kept, "audio", "timings")}
+        details = {name: fields[name] for name in (*kept, "audio", "more_audio", "timings")}
         return details | {"ignored": self._form.ignored}
 
     def _object(self, kind: str, choice: dict[str, Any] | None) -> dict[str, Any]:

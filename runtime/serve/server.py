@@ -92,6 +92,7 @@ def make_server(
         log_level="warning",
         access_log=False,
         server_header=False,
+        use_colors=None if sys.stdout else False,  # it asks whether that is a terminal
         proxy_headers=False,
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=round(grace_s + _AFTER_GRACE_S),

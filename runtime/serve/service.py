@@ -34,7 +34,7 @@ class Model(Protocol):
         """Room for several answers in work at a time."""
 
     def events(self, query: Query, batch: Batch | None) -> Iterator[Event | None]:
-        """Answer a question about a clip."""
+        """Answer a question about a clip, or about as many as the model hears at once."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,15 @@ class Limits:
     max_channels: int = 8
     body_timeout_s: float = 60.0
 
+    def options(self, max_new_tokens: int | None = None, *, think: bool = True) -> AskOptions:
+        """How a question is answered within these limits."""
+        return AskOptions(
+            think=think,
+            max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, self.max_new_tokens),
+            max_audio_s=self.max_audio_s,
+            fit=True,
+        )
+
 
 class Service:
     """A model, its queue and its counters: what HTTP and Wyoming share."""
@@ -65,20 +74,18 @@ class Service:
 
     def start(
         self,
-        audio: bytes,
+        clips: Sequence[bytes],
         question: str,
         choices: Sequence[str] | None = None,
-        max_new_tokens: int | None = None,
+        options: AskOptions | None = None,
     ) -> Start:
         """The work of one question, for :meth:`~tinygiant.runtime.serve.engine.Place.run`."""
-        options = AskOptions(
-            max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, self.limits.max_new_tokens),
-            max_audio_s=self.limits.max_audio_s,
-        )
 
         def events(batch: Batch | None) -> Iterator[Event | None]:
-            _check_header(audio, self.limits)
-            return self.model.events(Query(audio, question, choices, options), batch)
+            for clip in clips:
+                _check_header(clip, self.limits)
+            chosen = options or self.limits.options()
+            return self.model.events(Query([*clips], question, choices, chosen), batch)
 
         return events
 
