@@ -28,8 +28,8 @@ class AskOptions:
     Attributes:
         think: whether the model thinks first. If not, an empty thought ends the prompt, and either
             the answer is written at once or, with choices, each choice is scored and the likeliest
-            taken, with their probabilities in the answer. A model that knows no thought answers so
-            in any case.
+            taken, with their probabilities in the answer. A model without a thought always answers
+            in this way.
         max_new_tokens: how much the model may write freely. Tags and choices come on top; of a free
             answer's tokens a quarter, at most 64, is kept from the thought.
         max_audio_s: longest clip to read; an :class:`~tinygiant.runtime.audio.Audio` has been read

@@ -1,7 +1,8 @@
-"""What a model was made for, compared with what it is asked; and how long a clip can be at all.
+"""Compares a question with the model's training scope; and how long a clip can be at all.
 
 Outside its training (:class:`~tinygiant.runtime.config.Scope`) a model answers all the same, less
-surely: a note says so. What cannot fit the decoder's positions is refused before anything runs.
+surely: a note says so. A clip that does not fit the decoder's positions is refused before anything
+runs.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def positions_left(config: ModelConfig, chunks_s: Sequence[float], n_others: int
 
 
 def longest_clip_s(config: ModelConfig, n_others: int) -> float:
-    """Seconds of sound that fit a decoder beside ``n_others`` tokens; 0 if none do.
+    """Seconds of sound that fit a decoder together with ``n_others`` tokens; 0 if none do.
 
     Infinite where the model does not hear what lies beyond its first chunk.
     """

@@ -104,7 +104,7 @@ def test_a_folder_of_a_phone(run: Run, tmp_path: Path, tone: Tone) -> None:
 def test_the_output_is_a_file(run: Run, clips: Path) -> None:
     code, _, err = run(clips, "-o", "-", "--question", "What?")
     assert code == 2
-    assert "a batch goes on from what its file already holds" in err
+    assert "a batch resumes from its output, which must be a file" in err
     assert not Path("-").exists()
 
 
@@ -229,7 +229,7 @@ def test_bad_sources(run: Run, clips: Path, tmp_path: Path) -> None:
         ((none, *out), 2, "no line in it"),
         ((twice, *out), 2, "two items have the id c"),
         ((clips, *out), 2, "--question"),
-        ((twice, *out, "--question", "What?"), 2, "are for one; "),
+        ((twice, *out, "--question", "What?"), 2, "are for a folder, and "),
         ((clips, *out, "--question", " "), 5, "empty"),
         ((clips, *out, "--question", "What?", "--choices", "one"), 5, "1 choice given"),
         ((clips, "-o", tmp_path / "no" / "out.jsonl", "--question", "What?"), 8, "another output"),

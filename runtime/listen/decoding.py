@@ -1,7 +1,7 @@
 """Bytes of a stream to mono 16-bit samples: raw PCM, or WAV as it arrives.
 
 A WAV header decides rate, format and channels itself. Its length is believed only where it can be
-true: recorders that do not know it yet write 0 or one of the largest numbers.
+true: recorders that do not know the length yet write 0 or one of the largest numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Form:
 
 
 class StreamDecoder:
-    """Bytes in, samples out; what is half a frame waits for the rest.
+    """Bytes in, samples out; half a frame waits for the rest.
 
     Attributes:
         n_bad: samples so far that were no number; they became silence.

@@ -2,8 +2,8 @@
 
 Threads: one a source, one for the model, one an outlet; the main thread only watches. SIGTERM and
 SIGINT end it: sources are closed, the sound that is on is cut, the question being answered has
-``GRACE_S`` to finish, what still waits is told as unanswered, and outlets have a moment to deliver.
-SIGHUP reads the settings again; wrong ones are told and change nothing.
+``GRACE_S`` to finish, what still waits is reported as unanswered, and outlets have a moment to
+deliver. SIGHUP reads the settings again; wrong ones are reported and change nothing.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Service:
         for name, listener in self._listeners.items():
             source = listener.source
             for kind, total, text in (
-                ("bad", source.n_bad, "samples were no numbers (NaN, infinite), taken for silence"),
+                ("bad", source.n_bad, "samples were not numbers (NaN, infinite), read as silence"),
                 ("overflow", source.n_overflows, "times this machine was too busy and lost sound"),
             ):
                 number = total - self._told_losses.get((kind, name), 0)
@@ -320,10 +320,10 @@ class Service:
             n_left = outlet.close(_FLUSH_S)
             self.counts.add("dropped", name, outlet.n_dropped)
             if n_left and not outlet.is_broken:
-                self._say(f"{name}: {n_left} records could not be delivered")
+                self._say(f"{name}: {counted(n_left, 'record')} could not be delivered")
 
     def outlet(self, name: str, carrier: Any, **options: Any) -> Outlet:
-        """An outlet whose lines are told under this service's name."""
+        """An outlet whose lines are printed under this service's name."""
         return Outlet(name, carrier, tell=self._say, **options)
 
     # --- threads -------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Where sound comes from: a microphone, standard input, a file that grows.
 
 A source gives ``Block``s for as long as it can, and None at least twice a second while there is
-nothing, so that whoever waits can tell that it is not stuck. What ends it is told apart: it simply
-stops at the end of a pipe; an :class:`~tinygiant.runtime.errors.AudioError` is a loss that may
-pass (a microphone unplugged), after which it can be opened again.
+nothing, so that whoever waits can tell that it is not stuck. Its end shows the cause: it simply
+stops at the end of a pipe; an :class:`~tinygiant.runtime.errors.AudioError` is a loss that may pass
+(a microphone unplugged), after which it can be opened again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Source(Protocol):
 
     Attributes:
         rate_hz: of the blocks that come; set before the first.
-        n_bad: samples that were no number (NaN, infinite) and became silence.
+        n_bad: samples that were not numbers (NaN, infinite) and became silence.
         n_overflows: times that this machine was too busy and samples were lost.
         can_wait: nothing is lost if it is not read for a while.
         may_return: what was lost may come back, so that opening it again makes sense.

@@ -1,10 +1,10 @@
 """Whether there is memory for a bundle: asked before it is loaded, answered in one line.
 
-Native code that runs out of memory may die without a word. So :func:`require_memory` compares what
-a bundle cannot do without with what the system can still give, and refuses only what cannot work:
+Native code that runs out of memory may die silently. So :func:`require_memory` compares the least
+memory of a bundle with what the system can still give, and refuses only what cannot work:
 weights in mapped files need not be in memory, other programs' idle memory can be swapped out, and a
-file cache can be dropped. Between that bound and :func:`estimated_bytes`, what a question usually
-takes, it may work slowly or end; ``tg-run doctor`` tells.
+file cache can be dropped. Between that bound and :func:`estimated_bytes`, the usual need of a
+question, it may be slow or fail; ``tg-run doctor`` reports both.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def estimated_bytes(bundle: Bundle) -> tuple[int, int]:
 
 
 def least_bytes(bundle: Bundle, *, keep: bool) -> tuple[int, int]:
-    """What loading cannot do without, beyond what the process has: address space, and memory.
+    """The least that loading needs in addition to what the process has: address space, and memory.
 
     Every weight is at some time either mapped or copied. ``keep``: all graphs at once.
     """

@@ -1,6 +1,6 @@
 """The HTTP application: paths around :mod:`engine`.
 
-What a client can make the server hold is bounded before it is held: a place in the queue comes
+The memory that a client can make the server use is bounded in advance: a place in the queue comes
 before the body, the body is counted while it arrives, and the audio is measured from its header.
 """
 
@@ -58,12 +58,12 @@ class HttpOptions:
 
     Attributes:
         token: what ``Authorization: Bearer`` must hold for ``/v1`` and ``/metrics``; None: nothing.
-        allowed_hosts: names a request may call this server, beside its own.
+        allowed_hosts: host names that a request may use, besides the server's own.
         root_path: prefix that the paths of requests may have, without a slash at its end.
         cors_origins: origins whose pages may ask; ``*`` stands for all.
-        strict: refuse requests of which something would be left out.
-        transcription_question: what the text of a transcription answers.
-        events: the file that ``tg-listen`` appends what it hears to; None: there is none.
+        strict: refuse requests with anything that would be ignored.
+        transcription_question: the question that a transcription answers.
+        events: the file to which ``tg-listen`` appends its events; None: there is none.
     """
 
     token: str | None = None
@@ -177,7 +177,7 @@ class Asked:
         start: begins the work.
         writer: writes the answer.
         stream: whether it is to arrive as it is made.
-        ignored: what was left out of the request, a line each: ``field: why``.
+        ignored: the ignored fields of the request, a line each: ``field: why``.
     """
 
     start: Start
@@ -187,7 +187,7 @@ class Asked:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that tell what was left out."""
+        """Headers that name what was ignored."""
         names = ", ".join(line.partition(":")[0] for line in self.ignored)
         return {IGNORED_HEADER: names} if names else {}
 
@@ -289,7 +289,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         message = {404: f"no such path: {request.url.path[:100]}"}.get(error.status_code)
         allowed: Mapping[str, str] = error.headers or {}
         if error.status_code == 405:
-            message = f"{request.method} is not for this path; use {allowed.get('Allow')}"
+            message = f"{request.method} is not allowed for this path; use {allowed.get('Allow')}"
         error = ApiError(error.status_code, message or error.detail, headers=dict(allowed))
     return error_response(api_error(error))
 

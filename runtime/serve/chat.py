@@ -1,9 +1,9 @@
 """A chat request taken apart: the body of ``POST /v1/chat/completions`` to a :class:`ChatRequest`.
 
-Clients send more than this model has a use for. What can be honoured is; what cannot change a
-greedy answer, or only widens what was asked for, is left out and told (``ignored``); what would
-make the answer another one than was asked for (a tool that must be called, a schema that the answer
-does not have) is refused by name. ``strict`` refuses whatever would be left out or rearranged.
+Clients send more fields than this model can use. Some are honoured. Those that cannot change a
+greedy answer, or only widen the request, are left out and reported (``ignored``). Those without
+which the answer would be a wrong one (a tool that must be called, a schema that the answer does not
+have) are refused by name. ``strict`` refuses anything that would be left out or rearranged.
 
 System and earlier messages are put before the question::
 
@@ -68,7 +68,7 @@ _WHY = {
     "frequency_penalty": _GREEDY,
     "functions": "the model calls no functions",
     "logit_bias": _GREEDY,
-    "logprobs": "probabilities of tokens are not told",
+    "logprobs": "token probabilities are not available",
     "modalities": "the answer is text",
     "presence_penalty": _GREEDY,
     "store": "nothing is stored",
@@ -96,7 +96,7 @@ _ROLES = {
     "tool": "Tool",
     "user": "User",
 }
-# What messages carry beside their content when a client sends back what it was given.
+# Fields that messages have besides their content when a client sends back an earlier reply.
 _MESSAGE_FIELDS = {"role", "content", "name"}
 _ECHOED = {"annotations", "reasoning_content", "refusal"}
 _ALONE = "the model takes one user message; put instructions and earlier turns into the question"
@@ -205,7 +205,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_extra(key: str, value: Any, ignored: Ignored) -> None:
@@ -322,7 +322,7 @@ def _question(messages: list[_Message], earlier: list[_Message], asked: list[_Me
         said.insert(0, "Earlier in this conversation:")
     question = [m.text for m in asked if m.text]
     if not question and not system:
-        _refuse("expected a text part with the question, beside input_audio", "messages")
+        _refuse("no question given; add a text part next to input_audio", "messages")
     if question and not "".join(question).strip():
         system, said = [], []  # for the runtime to refuse
     parts = ["\n".join(system), "\n".join(said), "\n".join(question)]

@@ -1,8 +1,8 @@
 """Answers in OpenAI's shapes: one object, or the chunks of a stream.
 
 The thought becomes ``reasoning_content``, each part under a heading; the answer becomes
-``content``. Streamed texts joined are the texts of the single object. What OpenAI's API has no
-field for is in the extra object ``tinygiant``, which its clients pass on.
+``content``. Streamed texts joined are the texts of the single object. Data without a field in
+OpenAI's API is in the extra object ``tinygiant``, which its clients pass on.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class ReplyForm:
     Attributes:
         chosen: there are choices, one of which is the answer.
         include_usage: end a stream with token counts.
-        events: tell how the work goes on, with intent attention and gate.
+        events: report the progress, with intent attention and gate.
         stop: texts before whose first occurrence the answer ends.
         n: how many times the answer is wanted.
         json_fields: if the answer is wanted as a JSON object, its fields: name in the object ->
             name in the answer.
-        ignored: what was left out of the request, a line each: ``field: why``.
+        ignored: the ignored fields of the request, a line each: ``field: why``.
     """
 
     chosen: bool = False

@@ -1,7 +1,7 @@
-"""The server's life: start, say where it listens, stop cleanly.
+"""Start the server, print its address, stop it cleanly.
 
 SIGTERM and SIGINT: no new request is taken, waiting ones are refused with 503, the running one has
-its grace; two seconds later the process ends whatever still runs. A second Ctrl-C ends it at once.
+its grace; two seconds later the process ends in any case. A second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AFTER_GRACE_S = 2.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells the engine first that the end has come."""
+    """uvicorn's server, which first stops the engine."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         """Serve ``config``'s application."""
@@ -130,7 +130,7 @@ def serve(
     if not engine.stop(_AFTER_GRACE_S):
         # The worker is inside onnxruntime, which cannot be interrupted; waiting for it at exit
         # could take as long as the longest stage.
-        _say(["the running request was given up"])
+        _say(["the running request was cancelled"])
         sys.stderr.flush()
         os._exit(code)
     return code
@@ -152,7 +152,7 @@ def _greeting(
     if wyoming is not None:
         yield f"Wyoming at tcp://{name}:{wyoming.getsockname()[1]}"
     if not is_loopback(host) and not has_token:
-        yield f"anybody who reaches {name} can ask: set TINYGIANT_TOKEN to ask for a token"
+        yield f"anybody who reaches {name} can ask: set TINYGIANT_TOKEN to require a token"
 
 
 def _say(lines: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""What HTTP and Wyoming share: the model, its queue, its limits and its counters."""
+"""The model, its queue, its limits and its counters, shared by HTTP and Wyoming."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     ``max_rate_hz`` and ``max_channels`` bound what ``max_audio_s`` seconds take when decoded:
     4 bytes a sample at the clip's own rate, 220 MiB at the defaults.
