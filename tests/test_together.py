@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -30,10 +31,12 @@ from tinygiant.runtime import (
     TinyGiant,
     UsageError,
     load,
+    pipeline,
 )
 from tinygiant.runtime.batch import Batch, BatchedDecoder, Trials
 from tinygiant.runtime.decoder import BindableGraph, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.ort import pool
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 
 CONFIG = DecoderSpec(
@@ -310,6 +313,31 @@ def test_the_embedded_model_answers_together() -> None:
     wanted = [one_at_a_time(model, query) for query in queries]
     assert len({answer.text for answer in wanted}) > 4
     assert [*map(facts, model.ask_many(queries, parallel=4, workers=1))] == wanted
+
+
+def test_small_products_get_one_thread_and_questions_the_others(
+    tiny_bundle: Path, queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At nano's size a second thread of a product gains nothing, one for the next clip does."""
+    heard_in: set[str] = set()
+    encode = pipeline.encode
+
+    def watched(*arguments: Any) -> Any:
+        heard_in.add(threading.current_thread().name.partition("_")[0])
+        return encode(*arguments)
+
+    monkeypatch.setattr(pipeline, "encode", watched)
+    for many, threads, n_each, where in (
+        (False, 2, 2, "MainThread"), (True, 2, 1, "hear"), (True, 1, 1, "MainThread"),
+    ):  # fmt: skip
+        model = load(tiny_bundle, threads=threads, many=many)
+        assert model._pool._settings.n_threads == n_each
+        heard_in.clear()
+        for _ in model.ask_many(queries[:2]):
+            pass
+        assert heard_in == {where}
+    monkeypatch.setattr(pool, "_LARGE_BUNDLE_BYTES", 1)
+    assert load(tiny_bundle, threads=2, many=True)._pool._settings.n_threads == 2
 
 
 def test_queries_are_taken_when_there_is_room(tiny: TinyGiant, queries: list[Query]) -> None:
