@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tinygiant.runtime.decoder import BindableGraph, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.ort import pool
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
+from tinygiant.runtime.together import Together
 
 CONFIG = DecoderSpec(
     vocab_size=131,
@@ -396,3 +398,35 @@ def test_time_in_a_batch_is_time_that_passed(tiny: TinyGiant, queries: list[Quer
         assert isinstance(answer, Answer)
         assert 0 < answer.timings.decode_s <= wall_s
         assert answer.timings.first_token_s <= answer.timings.total_s <= wall_s
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_answer_that_is_dropped_says_nothing_more(workers: int) -> None:
+    """Also while its events are being taken; the others go on."""
+    closed: list[str] = []
+
+    def events(name: str) -> Iterator[Any]:
+        try:
+            yield f"{name} is heard"
+            yield f"{name} is still heard"
+            for n in range(3):
+                yield None
+                yield f"{name} {n}"
+        finally:
+            closed.append(name)
+
+    for at in ("a is heard", "a 0", "a 1"):
+        found: list[Any] = []
+        closed.clear()
+        with Together[str](None, workers) as several:
+            for name in "ab":
+                several.add(name, partial(events, name))
+            while not several.is_idle:
+                for key, event in several.turn():
+                    found.append(event)
+                    if event == at:
+                        several.drop(key)
+        assert [event for event in found if event and event[0] == "a"][-1] == at
+        assert [event for event in found if not event or event[0] == "b"][-2:] == ["b 2", None]
+        assert found.count(None) == 1
+        assert closed == ["a", "b"]
