@@ -38,6 +38,8 @@ from tinygiant.runtime.batch import Batch, BatchedDecoder, Trials
 from tinygiant.runtime.decoder import BindableGraph, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.ort import pool
+from tinygiant.runtime.ort.machine import Machine
+from tinygiant.runtime.ort.memory import how_many
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.together import Together
 
@@ -365,6 +367,8 @@ def test_where_there_are_no_batches(
     """A bundle of an earlier version, low memory, one at a time: answered all the same."""
     assert tiny.batch(2) is not None
     assert tiny.batch(1) is None
+    default = tiny.batch()
+    assert default is not None and default.size == pipeline.PARALLEL
     wanted = [one_at_a_time(tiny, query) for query in queries[:4]]
     low = load(tiny_bundle, threads=1, memory="low")
     assert low.batch(4) is None
@@ -373,6 +377,20 @@ def test_where_there_are_no_batches(
         monkeypatch.setattr(graph, "is_batched", False)
     assert tiny.batch(4) is None
     assert [*map(facts, tiny.ask_many(queries[:4], parallel=4))] == wanted
+
+
+def test_as_many_as_an_eighth_of_the_memory_has_room_for() -> None:
+    """Full size in int8 keeps 224 KiB a token, 224 MiB for the 1,024 tokens of a typical answer."""
+
+    class Left(Machine):
+        def __init__(self, mib: int | None) -> None:
+            self.mib = mib
+
+        def obtainable_bytes(self) -> int | None:
+            return None if self.mib is None else self.mib << 20
+
+    found = [how_many(4, 224 << 10, Left(mib)) for mib in (None, 7168, 7167, 3584, 1792, 1)]
+    assert found == [4, 4, 3, 2, 1, 1]
 
 
 def test_a_model_that_fails_ends_it(
