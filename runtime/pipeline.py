@@ -96,8 +96,8 @@ def load(
         speculate: guess the next tokens from the question and from earlier text, and check several
             in one step where that pays. The answers are the same.
         many: questions will come by the dozen (:meth:`TinyGiant.ask_many`). The products of a small
-            bundle gain nothing by a second thread; they then get one, and the others hear the clips
-            of the next questions.
+            bundle gain nothing by a second thread; they then get one, and as many threads as there
+            are to compute with hear the clips of the next questions.
 
     Raises:
         TinyGiantError: there cannot be enough memory, or it runs out.
@@ -112,7 +112,7 @@ def load(
     bundle = Bundle.open(default_bundle_path() if path is None else path, verify=verify)
     workers = 0
     if many and is_small(bundle):
-        workers = settings.n_threads - 1
+        workers = settings.n_threads if settings.n_threads > 1 else 0
         settings = dataclasses.replace(settings, threads=1)
     if check_memory and provider == "cpu":
         require_memory(bundle, keep=keep)
@@ -488,14 +488,15 @@ class TinyGiant:
         """Encoder outputs of every chunk of every clip, and whether all were known already."""
         found, cached = [], True
         for clip in clips:
-            key = audio_key(clip)
-            encoded = self._cache.get(key)
-            if encoded is None:
-                cached = False
-                encoded = encode(preprocess(clip, self.config), self._pool, self.config)
-                self._cache.put(key, encoded)
+            encoded, was_known = self._cache.get_or_make(
+                audio_key(clip), partial(self._listen, clip)
+            )
+            cached = cached and was_known
             found.append(encoded)
         return found, cached
+
+    def _listen(self, clip: Audio) -> tuple[Encoded, ...]:
+        return encode(preprocess(clip, self.config), self._pool, self.config)
 
     def _project(
         self, clips: Sequence[Sequence[Encoded]], prompt: Prompt

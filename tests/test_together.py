@@ -344,6 +344,28 @@ def test_small_products_get_one_thread_and_questions_the_others(
     assert load(tiny_bundle, threads=2, many=True)._pool._settings.n_threads == 2
 
 
+def test_a_clip_is_heard_once_whoever_hears_it(
+    tiny: TinyGiant, queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers began with the same clip at the same time."""
+    n_heard: list[str] = []
+    encode = pipeline.encode
+
+    def watched(*arguments: Any) -> Any:
+        n_heard.append(threading.current_thread().name)
+        time.sleep(0.1)
+        return encode(*arguments)
+
+    monkeypatch.setattr(pipeline, "encode", watched)
+    tiny.forget()
+    asked = [dataclasses.replace(queries[4], question=f"What is {n}?") for n in range(6)]
+    answers = [*tiny.ask_many(asked, parallel=4, workers=3)]
+    assert len(n_heard) == 1
+    cached = [answer.timings.encode_cached for answer in answers if isinstance(answer, Answer)]
+    assert sorted(cached) == [False] + 5 * [True]
+    assert not tiny._cache._making
+
+
 def test_queries_are_taken_when_there_is_room(tiny: TinyGiant, queries: list[Query]) -> None:
     """A list of a million clips is not heard before its first answer comes."""
     taken: list[int] = []
