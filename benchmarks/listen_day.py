@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import psutil
@@ -76,7 +76,7 @@ def day(options: argparse.Namespace) -> dict[str, Any]:
     events = plan(n_seconds, options.seed)
     room = Room(events, options.seed)
     policy = [] if options.speed else ["--when-full", "wait"]
-    with listening(options, *policy) as command:
+    with listening(*arguments(options, *policy)) as command:
         start = time.monotonic()
         step_s = max(60, n_seconds // 96)
         rss: list[float] = []
@@ -114,7 +114,7 @@ def day(options: argparse.Namespace) -> dict[str, Any]:
 def quiet(options: argparse.Namespace) -> dict[str, Any]:
     """Processor time while nothing sounds, at real time."""
     room = Room([], options.seed)
-    with listening(options) as command:
+    with listening(*arguments(options)) as command:
         for warm, samples in enumerate(room.seconds(round(options.quiet_s) + 5)):
             if warm == 5:
                 start, before_s = time.monotonic(), command.cpu_now_s()
@@ -162,20 +162,26 @@ def compare(events: list[Event], records: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
+def arguments(options: argparse.Namespace, *more: str) -> list[str]:
+    """The command's own arguments; ``more`` are added."""
+    bundle = ("--bundle", str(Path(options.bundle).resolve())) if options.bundle else ()
+    return [
+        *("-", QUESTION, "--jsonl", "-q", "--no-think", "--threads", "1"),
+        *("--pcm-rate", str(RATE_HZ), "--voice", options.voice),
+        *(*bundle, *more, "--choices", *CHOICES),
+    ]
+
+
 class listening:
     """The command, with what it writes being read, and its processor time."""
 
-    def __init__(self, options: argparse.Namespace, *more: str) -> None:
-        """Start it; ``more`` options are added."""
-        bundle = ("--bundle", str(Path(options.bundle).resolve())) if options.bundle else ()
+    def __init__(self, *arguments: str, stderr: IO[bytes] | None = None) -> None:
+        """Start it with ``arguments``; what it tells goes to ``stderr``."""
         self._popen = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tinygiant.runtime.listen.cli", "-", QUESTION, "--jsonl"),
-                *("-q", "--no-think", "--threads", "1", "--pcm-rate", str(RATE_HZ)),
-                *(*bundle, *more, "--voice", options.voice, "--choices", *CHOICES),
-            ],
+            [sys.executable, "-m", "tinygiant.runtime.listen.cli", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
         )
         self.process = psutil.Process(self._popen.pid)
         self.records: list[dict[str, Any]] = []

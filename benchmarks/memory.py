@@ -1,4 +1,4 @@
-"""What memory a question takes, stage by stage, and what it is made of.
+"""The memory of a question, stage by stage, and its parts.
 
     python -m benchmarks.memory [--bundle DIR] [--seconds 30] [--modes default low] [--save NAME]
 
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--bundle", metavar="DIR", help="default: the embedded one")
+    parser.add_argument("--bundle", metavar="DIR", help="default: the built-in one")
     parser.add_argument("--seconds", type=float, default=30, metavar="S")
     parser.add_argument("--threads", type=int, default=2)
     modes_known = ("default", "low")

@@ -166,7 +166,7 @@ def _run(arguments: Sequence[str], command: str) -> None:
             "max_new_tokens": options.max_new_tokens,
             "think": not options.no_think,
             "threads": options.threads,
-            "batch_size": answerer.batch_size,
+            "batch_size": options.parallel if options.torch is None else answerer.batch_size,
         },
         "result": result,
     }  # fmt: skip
@@ -227,9 +227,10 @@ def _load(options: argparse.Namespace) -> Answerer:
             max_new_tokens=options.max_new_tokens,
             threads=options.threads,
             think=not options.no_think,
+            parallel=options.parallel,
         )
-    if options.no_think:
-        raise UsageError("--no-think is for bundles: leave out --torch")
+    if options.no_think or options.parallel > 1:
+        raise UsageError("--no-think and --parallel are for bundles: leave out --torch")
     import torch  # here, so that bundles can be measured where there is no PyTorch
 
     from benchmarks.torch_reference import TorchReference
@@ -364,6 +365,10 @@ def _run_parser() -> argparse.ArgumentParser:
         help="bound of the thought (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--no-think", action="store_true", help="answer without a thought")
+    parser.add_argument(
+        "--parallel", type=_positive, default=1, metavar="N",
+        help="questions in work at a time, with the same answers (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument("--save", metavar="NAME", help="also write benchmarks/results/NAME.json")
     torch = parser.add_argument_group("PyTorch instead of a bundle")

@@ -361,6 +361,10 @@ def _qwen3_q4_0(size: Qwen3Size, folder: Path) -> None:
     _quantized_gguf(size, folder, "Q4_0", pure=True)
 
 
+def _qwen3_q8_0(size: Qwen3Size, folder: Path) -> None:
+    _quantized_gguf(size, folder, "Q8_0", pure=True)
+
+
 def _qwen3_q4_k_m(size: Qwen3Size, folder: Path) -> None:
     _quantized_gguf(size, folder, "Q4_K_M", pure=False)
 
@@ -389,6 +393,7 @@ MAKERS: dict[str, Callable[[Any, Path], None]] = {
     "whisper-cpp-f16": _whisper_cpp,
     "whisper-onnx-fp32": _whisper_onnx,
     "qwen3-q4_0": _qwen3_q4_0,
+    "qwen3-q8_0": _qwen3_q8_0,
     "qwen3-q4_k_m": _qwen3_q4_k_m,
     "qwen3-genai-int4": _qwen3_genai,
     "qwen3-optimum-fp32": _qwen3_optimum,
@@ -400,6 +405,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "whisper-cpp-f16": ("numpy",),
     "whisper-onnx-fp32": ("tinygiant", "onnx_ir", "onnxscript", "torch", "transformers"),
     "qwen3-q4_0": ("llama_cpp", "gguf"),
+    "qwen3-q8_0": ("llama_cpp", "gguf"),
     "qwen3-q4_k_m": ("llama_cpp", "gguf"),
     "qwen3-genai-int4": ("onnxruntime_genai", "onnx_ir", "torch", "transformers"),
     "qwen3-optimum-fp32": ("optimum.onnxruntime", "torch", "transformers"),

@@ -47,6 +47,7 @@ from benchmarks.peer_models import (
 
 if TYPE_CHECKING:
     from tinygiant.runtime.config import ModelConfig
+    from tinygiant.runtime.decoder import Decoder
 
 __all__ = ["PACKAGES", "WORKERS", "Settings", "main", "peak_rss_bytes", "serve"]
 
@@ -271,33 +272,41 @@ class _Decoder:
         return {"prefill_s": read_s - start_s, "decode_s": end_s - read_s}
 
 
-class OurDecoder(_Decoder):
-    """The bundle's graph through the runtime's engine, without drafts."""
+class RuntimeDecoder(_Decoder):
+    """A decoder graph through the runtime's engine, without drafts."""
+
+    def __init__(self, new_sequence: Callable[[int], Decoder], vocab_size: int) -> None:
+        """``new_sequence`` gives an empty sequence of at most so many tokens."""
+        self._new_sequence, self.vocab_size = new_sequence, vocab_size
+
+    def prefill(self, token_ids: list[int]) -> int:
+        self._decoder = self._new_sequence(self.capacity)
+        return _greedy(self._decoder.read(token_ids))
+
+    def step(self, token: int) -> int:
+        return _greedy(self._decoder.step([token])[-1])
+
+
+class OurDecoder(RuntimeDecoder):
+    """The bundle's decoder."""
 
     def __init__(self, settings: Settings) -> None:
         from tinygiant.runtime.bundle import Bundle
-        from tinygiant.runtime.decoder import Decoder, greedy
+        from tinygiant.runtime.decoder import Decoder
         from tinygiant.runtime.embeddings import TokenEmbeddings
         from tinygiant.runtime.ort.pool import GraphPool
         from tinygiant.runtime.ort.sessions import SessionSettings
 
         bundle = Bundle.open(settings.model, verify=False)
         self._pool = GraphPool(bundle, SessionSettings(threads=settings.threads))
-        with self._pool.use("decoder_model") as graph:
-            self._graph = graph
-        self._embeddings = TokenEmbeddings.open(bundle)
-        self._config, self._class, self._greedy = bundle.config.decoder, Decoder, greedy
-        self._kv_type = bundle.manifest.kv_cache
-        self.vocab_size = self._config.vocab_size
-
-    def prefill(self, token_ids: list[int]) -> int:
-        self._decoder = self._class(
-            self._graph, self._embeddings, self._config, self.capacity, kv_type=self._kv_type
+        config = bundle.config.decoder
+        with self._pool.use(config.graph) as graph:
+            pass
+        embeddings, kv_type = TokenEmbeddings.open(bundle), bundle.manifest.kv_cache
+        super().__init__(
+            lambda capacity: Decoder(graph, embeddings, config, capacity, kv_type=kv_type),
+            config.vocab_size,
         )
-        return self._greedy(self._decoder.read(token_ids))
-
-    def step(self, token: int) -> int:
-        return self._greedy(self._decoder.step([token])[-1])
 
 
 class LlamaCpp(_Decoder):
@@ -321,7 +330,7 @@ class LlamaCpp(_Decoder):
         if not self._context:
             raise RuntimeError("llama.cpp cannot load the model")
         self.built_with = llama_cpp.llama_print_system_info().decode()
-        self.vocab_size = settings.qwen3.vocab_size
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
     def prefill(self, token_ids: list[int]) -> int:
         memory = self._library.llama_get_memory(self._context)

@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,8 @@ __all__ = [
     "CONTENDERS",
     "SETTLE_S",
     "Contender",
+    "WorkerError",
+    "WorkerProcess",
     "busy_jiffies",
     "busy_warning",
     "main",
@@ -102,6 +105,9 @@ CONTENDERS = (
     ),
     Contender("torch-fp32-encoder", "encoder", "torch-encoder", _TORCH),
     Contender("our-decoder", "decoder", "our-decoder", _OURS),
+    Contender("our-decoder-int8", "decoder", "our-decoder", _OURS),
+    Contender("llama.cpp-q8_0", "decoder", "llama.cpp", ("llama_cpp",), "qwen3-q8_0"),
+    Contender("llama.cpp-q8_0-flash", "decoder", "llama.cpp-flash", ("llama_cpp",), "qwen3-q8_0"),
     Contender("llama.cpp-q4_0", "decoder", "llama.cpp", ("llama_cpp",), "qwen3-q4_0"),
     Contender("llama.cpp-q4_0-flash", "decoder", "llama.cpp-flash", ("llama_cpp",), "qwen3-q4_0"),
     Contender("llama.cpp-q4_k_m", "decoder", "llama.cpp", ("llama_cpp",), "qwen3-q4_k_m"),
@@ -126,6 +132,8 @@ CONTENDERS = (
     Contender("our-question", "question", "our-question", _OURS),
     Contender("our-question-clip", "question", "our-question", _OURS),
 )
+# Which option gives the bundle, where it is not --bundle.
+_OTHER_BUNDLES = {"our-question-clip": "clip-bundle", "our-decoder-int8": "int8-bundle"}
 _NAMES = [contender.name for contender in CONTENDERS]
 ENCODER_BASELINES = ("ctranslate2-int8",)
 DECODER_BASELINES = ("llama.cpp-q4_0", "llama.cpp-q4_0-flash")
@@ -255,11 +263,11 @@ def busy_warning(others_cores: float) -> list[str]:
 # Processes.
 
 
-class _WorkerError(Exception):
+class WorkerError(Exception):
     """A worker that cannot be used; the message says why."""
 
 
-class _Process:
+class WorkerProcess:
     """A worker: started, asked for rounds, ended."""
 
     def __init__(self, command: Sequence[str], log: Path, threads: int, timeout_s: float) -> None:
@@ -280,16 +288,18 @@ class _Process:
         self.others_cores: list[float] = []
 
     def wait_until_loaded(self) -> None:
+        """Return when the worker is ready; raises WorkerError if it ends first."""
         self.started = self._read()
 
     def ask(self, request: Round) -> Round:
+        """One round and what it took; raises WorkerError if the worker ends or is too slow."""
         assert self._popen.stdin is not None
         before_s, start_s = others_s(self._popen.pid), time.perf_counter()
         try:
             self._popen.stdin.write(json.dumps(request) + "\n")
             self._popen.stdin.flush()
         except OSError as error:
-            raise _WorkerError(self._reason()) from error
+            raise WorkerError(self._reason()) from error
         answer = self._read()
         seconds = time.perf_counter() - start_s
         used_s = others_s(self._popen.pid) - before_s
@@ -305,16 +315,19 @@ class _Process:
         finally:
             timer.cancel()
         if not line:
-            raise _WorkerError(self._reason())
+            raise WorkerError(self._reason())
         answer: Round = json.loads(line)
         self.peak_rss_bytes = answer["peak_rss_bytes"]
         return answer
 
     def _reason(self) -> str:
         code = self._popen.wait()
+        if code < 0:  # its last line would be of something else
+            return f"died of {signal.Signals(-code).name}"
         return _last_line(self._log) or f"ended with {code}"
 
     def close(self) -> None:
+        """End the worker."""
         assert self._popen.stdin is not None
         with contextlib.suppress(OSError):
             self._popen.stdin.close()
@@ -386,7 +399,7 @@ class _Peers:
     def race(self, entries: Sequence[tuple[Contender, Round]]) -> dict[str, list[Round]]:
         """Load the contenders, then run the rounds, each with its request."""
         with contextlib.ExitStack() as stack:
-            running: list[tuple[Contender, _Process, Round]] = []
+            running: list[tuple[Contender, WorkerProcess, Round]] = []
             for contender, request in entries:
                 with self._told(contender):
                     process = self._start(contender, stack)
@@ -421,15 +434,15 @@ class _Peers:
     def _told(self, contender: Contender) -> Any:
         try:
             yield
-        except _WorkerError as error:
+        except WorkerError as error:
             self.skipped[contender.name] = str(error)
             _say(f"{contender.name} is left out: {error}")
 
-    def _start(self, contender: Contender, stack: contextlib.ExitStack) -> _Process:
+    def _start(self, contender: Contender, stack: contextlib.ExitStack) -> WorkerProcess:
         _say(f"loading {contender.name}")
         python, missing = pick_python(contender.modules, self.pythons)
         if python is None:
-            raise _WorkerError(missing)
+            raise WorkerError(missing)
         command = [str(python), "-m", "benchmarks.peer_workers", contender.worker]
         command += ["--threads", str(self._options.threads)]
         command += ["--tiny"] if self._options.tiny else []
@@ -438,14 +451,14 @@ class _Peers:
         elif contender.model is not None:
             command += ["--model", str(self._made(contender.model))]
         log = self._models / "logs" / f"{contender.name}.txt"
-        process = _Process(command, log, self._options.threads, self._options.timeout)
+        process = WorkerProcess(command, log, self._options.threads, self._options.timeout)
         stack.callback(process.close)
         return process
 
     def _bundle(self, contender: Contender) -> Bundle:
-        name = "clip" if contender.name == "our-question-clip" else "bundle"
+        name = _OTHER_BUNDLES.get(contender.name, "bundle")
         if name not in self._bundles:
-            raise _WorkerError("no --clip-bundle was given")
+            raise WorkerError(f"no --{name} was given")
         return self._bundles[name]
 
     def _made(self, model: str) -> Path:
@@ -455,7 +468,7 @@ class _Peers:
             return folder
         python, missing = pick_python(MODULES[model], self.pythons)
         if python is None:
-            raise _WorkerError(f"its model cannot be made: {missing}")
+            raise WorkerError(f"its model cannot be made: {missing}")
         _say(f"making {model}, once")
         log = self._models / "logs" / f"{model}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -470,10 +483,10 @@ class _Peers:
                 env=_environment(self._options.threads),
             )
         if done.returncode:
-            raise _WorkerError(f"its model cannot be made: {_last_line(log)}")
+            raise WorkerError(f"its model cannot be made: {_last_line(log)}")
         return folder
 
-    def _facts(self, contender: Contender, process: _Process) -> Round:
+    def _facts(self, contender: Contender, process: WorkerProcess) -> Round:
         python, _ = pick_python(contender.modules, self.pythons)
         assert python is not None
         return {
@@ -564,6 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bundle", metavar="DIR", help="a full-size one; with --tiny any")
     parser.add_argument("--clip-bundle", metavar="DIR", help="another, of audio context clip")
+    parser.add_argument("--int8-bundle", metavar="DIR", help="another, of an 8-bit recipe")
     parser.add_argument("--peers-python", type=Path, metavar="PATH")
     parser.add_argument("--models", type=Path, default=Path(".cache/peers"), metavar="DIR")
     parser.add_argument("--rounds", type=int, default=5)
@@ -578,8 +592,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     try:
         bundles = {"bundle": Bundle.open(options.bundle or default_bundle_path())}
-        if options.clip_bundle:
-            bundles["clip"] = Bundle.open(options.clip_bundle)
+        for name in {*_OTHER_BUNDLES.values()}:
+            if folder := getattr(options, name.replace("-", "_")):
+                bundles[name] = Bundle.open(folder)
         if not options.tiny:
             _require_full_size(bundles.values())
         peers = _Peers(options, bundles)

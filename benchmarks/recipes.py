@@ -58,7 +58,7 @@ from tinygiant.export.tracing import trace
 from tinygiant.export.verify import output_error
 from tinygiant.models.family import Model
 from tinygiant.models.sources import CheckpointSource, RandomSource
-from tinygiant.quantize import RECIPES, KvPeaks, Limits, Recipe, Scheme, quantize_graph, save_graph
+from tinygiant.quantize import RECIPES, KvPeaks, Recipe, Scheme, quantize_graph, save_graph
 from tinygiant.quantize.recipes import QualityLimits
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.cli.options import OneLineParser
@@ -70,7 +70,7 @@ from tinygiant.runtime.ort.machine import Machine
 from tinygiant.runtime.ort.pool import not_packed
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.preprocess import preprocess
-from tinygiant.runtime.speculation import lead
+from tinygiant.runtime.speculation import logit_margin
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -145,10 +145,9 @@ class DecoderTrial:
         error = output_error(zip(found, self._wanted, strict=True))
         pairs = zip(np.concatenate(found), np.concatenate(self._wanted), strict=True)
         margin = RECIPES["int4"].tie_margin
-        same = [greedy(a) == greedy(b) for a, b in pairs if lead(b, greedy(b)) > margin]
+        same = [greedy(a) == greedy(b) for a, b in pairs if logit_margin(b, greedy(b)) > margin]
         return {
             "relative_error": error.relative_error,
-            "cosine": error.cosine,
             "agreement": sum(same) / len(same) if same else None,
             "n_decided": len(same),
         }
@@ -208,7 +207,7 @@ class EncoderTrial:
         pairs = [(graph.run(x), y) for x, y in zip(self._inputs, self._wanted, strict=True)]
         errors = [output_error((a[o], b[o]) for a, b in pairs) for o in graph.output_names]
         worst = max(errors, key=lambda error: error.relative_error)
-        return {"relative_error": worst.relative_error, "cosine": worst.cosine}
+        return {"relative_error": worst.relative_error}
 
     def round(self, graph: Graph, kv_cache: KvType, seed: int) -> dict[str, float]:
         """Seconds of one window."""
@@ -310,7 +309,7 @@ def recipe_of(task: str, name: str) -> Recipe:
         int8,
         name=name,
         graphs={r: variant.scheme if r == task else scheme for r, scheme in int8.graphs.items()},
-        limits=dict.fromkeys(int8.limits, Limits(relative_error=1e9, cosine=-2.0)),
+        relative_errors=dict.fromkeys(int8.relative_errors, 1e9),
         quality=QualityLimits(perplexity_ratio=1e9, same_choice=0.0),
         token_agreement=0.0,
         kv_cache=variant.kv_cache,
@@ -435,7 +434,7 @@ def _tables(data: Row) -> str:
     lines += busy_warning(data["others_cores"])
     prompt = f"prefill of {_TOKENS['prefill']}, tokens/s | x today's | decode, tokens/s"
     stages, last = (prompt, " tokens as fp32's |") if data["task"] == "decoder" else ("window", "")
-    head = f"| graph | variant | MB | {stages} | x today's | error | cosine |{last}"
+    head = f"| graph | variant | MB | {stages} | x today's | error |{last}"
     lines += ["", head, "|---" * (head.count("|") - 1) + "|"]
     for row in data["rows"]:
         cells = [row["graph"], _starred(row["name"], data), f"{row['size_bytes'] / 1e6:.1f}"]
@@ -445,7 +444,7 @@ def _tables(data: Row) -> str:
                 cells.append(f"{row[f'{stage}_s']:.3f} s" if rate is None else f"{rate:.1f}")
                 ratio = row[f"{stage}_of_today"]
                 cells.append("–" if ratio is None else f"{ratio:.2f}")
-        cells += [f"{row['relative_error']:.1e}", f"{row['cosine']:.5f}"]
+        cells.append(f"{row['relative_error']:.1e}")
         if last:
             share = "–" if row["agreement"] is None else f"{row['agreement']:.1%}"
             cells.append(f"{share} of {row['n_decided']}")

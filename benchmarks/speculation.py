@@ -1,4 +1,4 @@
-"""What drafts are worth: structured answers written with and without speculation.
+"""The gain from drafts: structured answers written with and without speculation.
 
     python -m benchmarks.speculation --bundle bundles/full-int4 --meta data/world/test \\
         --answers runs/nano-int8.jsonl [--count 30] [--save NAME]
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--bundle", metavar="DIR", help="default: the embedded one")
+    parser.add_argument("--bundle", metavar="DIR", help="default: the built-in one")
     parser.add_argument("--meta", type=Path, required=True, help="the questions")
     parser.add_argument(
         "--answers", type=Path, required=True, help="a submission of benchmarks.mmar"

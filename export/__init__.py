@@ -1,7 +1,7 @@
 """Export: a checkpoint in, a verified bundle out.
 
-Needs torch, transformers and onnx (extra ``export``). Import direction: this package may read all
-others, nobody reads it.
+Needs torch, transformers and onnx (extra ``export``). Import direction: this package may import all
+others; nothing imports it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Writing a bundle so that a folder of that name is always whole, or not there.
+"""Writes a bundle so that its folder is always complete, or absent.
 
-Files go to a temporary folder beside the target, are flushed to the disk, and the folder is renamed
-when everything is in it. Whatever ends the process before leaves the target as it was; what a
-killed process left behind is recognised (nobody holds its lock) and removed by the next run.
+Files go to a temporary folder next to the target, are flushed to the disk, and the folder is
+renamed when it is complete. If the process ends before, the target is unchanged; the next run
+recognises the temporary folder of a killed process (nobody holds its lock) and removes it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def _check_target(target: Path, *, force: bool) -> None:
     if not force:
         raise UsageError(f"{target} exists; choose another folder, or replace it with --force")
     if not (target / MANIFEST_NAME).is_file():
-        raise UsageError(f"{target} exists and is not a bundle; it will not be replaced")
+        raise UsageError(
+            f"{target} exists and is not a bundle, so it is not replaced; choose another folder"
+        )
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -14,8 +14,8 @@ __all__ = ["graph_table", "model_card"]
 _WEIGHTS = {
     "trained": "Weights: from the checkpoint `{checkpoint}` (sha256 `{sha256:.12}`).",
     "seeded-random": (
-        "Weights: **random** (seed {seed}). The bundle is for measuring speed and memory; what it "
-        "answers means nothing."
+        "Weights: **random** (seed {seed}). Use the bundle only to measure speed and memory: its "
+        "answers mean nothing."
     ),
 }
 
@@ -62,15 +62,15 @@ def model_card(
         lines += [
             "",
             f"End to end, {tokens.n_steps} decoding steps given PyTorch's tokens so far: "
-            f"{tokens.agreement:.1%} choose PyTorch's token; of the {tokens.n_decided} at which "
-            f"PyTorch's best token leads clearly, {tokens.decided_agreement:.1%}.",
+            f"{tokens.agreement:.1%} choose PyTorch's token; of the {tokens.n_decided} with "
+            f"a clear logit margin in PyTorch, {tokens.decided_agreement:.1%}.",
         ]
     lines += _quality(verification)
     lines += [
         "",
         "## Limits",
         "",
-        f"Audio is heard in chunks of {model.chunk_s:g} s, {model.rows_per_chunk} audio tokens",
+        f"Audio is heard in chunks of {model.chunk_s:g} s, {model.rows_per_chunk} audio rows",
         "each. Answers may be wrong, and thoughts may not describe what is heard; do not rely on",
         "them where a mistake does harm.",
     ]
@@ -113,7 +113,7 @@ def _quality(verification: Verification) -> list[str]:
 
 def graph_table(reports: Sequence[GraphReport], verification: Verification) -> str:
     """Sizes and errors of every graph as a Markdown table, readable as plain text too."""
-    rows = [("graph", "weights", "MB", "MB fp32", "products", "fp32 left", "rel. error", "cosine")]
+    rows = [("graph", "weights", "MB", "MB fp32", "products", "fp32 left", "rel. error")]
     for report in reports:
         rows.append(
             (
@@ -123,11 +123,11 @@ def graph_table(reports: Sequence[GraphReport], verification: Verification) -> s
                 f"{report.size_before_bytes / 1e6:.1f}",
                 str(len(report.quantized) + len(report.kept)),
                 str(len(report.kept)),
-                *_errors(verification, report.graph),
+                _error(verification, report.graph),
             )
         )
     embeddings = verification.recipe.embeddings
-    rows.append((EMBEDDINGS, embeddings, "", "", "", "", *_errors(verification, EMBEDDINGS)))
+    rows.append((EMBEDDINGS, embeddings, "", "", "", "", _error(verification, EMBEDDINGS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rule = tuple("-" * width for width in widths)
     return "\n".join(
@@ -136,8 +136,6 @@ def graph_table(reports: Sequence[GraphReport], verification: Verification) -> s
     )
 
 
-def _errors(verification: Verification, graph: str) -> tuple[str, str]:
+def _error(verification: Verification, graph: str) -> str:
     worst = verification.worst(graph)
-    if worst is None:
-        return "", ""
-    return f"{worst.relative_error:.1e}", f"{worst.cosine:.6f}"
+    return f"{worst.relative_error:.1e}" if worst else ""

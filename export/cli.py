@@ -1,7 +1,7 @@
 """``tg-export``: make a bundle from a checkpoint, and prove that it reproduces it.
 
-Progress goes to standard error, the table of sizes and errors to standard output. Whatever goes
-wrong ends in one line and an exit code of :mod:`tinygiant.runtime.errors`.
+Progress goes to standard error, the table of sizes and errors to standard output. A failure is one
+line and an exit code of :mod:`tinygiant.runtime.errors`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _PUBLISHED = {"mizar": "Mizar-159M", "mellow": "Mellow"}
 DEBUG_VARIABLE = "TINYGIANT_DEBUG"
 
 _DESCRIPTION = """\
-Make a bundle that tg-run can use: export every part of a TinyGiantALM to ONNX, quantize it, and
-compare the result with the PyTorch model. No bundle is written unless it passes."""
+Make a bundle for tg-run: export every part of a model to ONNX, quantize it, and compare the result
+with the PyTorch model. No bundle is written unless it passes."""
 
 _EPILOG = """\
 examples:
@@ -49,11 +49,12 @@ examples:
   tg-export --mizar stage3_q4_seed20260905.ckpt --tokenizer SmolLM2-135M -o bundles/mizar
   tg-export --mellow soham97/mellow --allow-download -o bundles/mellow
 
-recipes: fp32 (exact), int8 (8-bit weights), int8-b128 (in larger blocks: faster), int4 (4-bit
+recipes: fp32 (exact), int8 (8-bit weights), int8-b128 (in larger blocks: faster), int8-rows (8-bit
+  weights and activations: reads prompts fastest; needs VNNI, or Arm's dot product), int4 (4-bit
   decoder with keys and values in 8 bits, 8-bit encoders), int4-b32 (in smaller blocks: closer and
   slower), int4-gptq (4 bits fitted to what the decoder sees, 8 where it hurts); auto: the smallest
-  that suits the decoder's size and passes. What a decoder loses is measured on text that the model
-  itself writes; one that loses too much is not written.
+  that suits the decoder's size, runs on any processor and passes. What a decoder loses is measured
+  on text that the model itself writes; one that loses too much is not written.
 
 exit codes:
   0 written · 1 unforeseen failure · 2 wrong options, or the folder exists · 6 checkpoint does not
@@ -152,7 +153,7 @@ def _source(options: argparse.Namespace) -> Model:
     tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
     if published:
         if options.audio_context is not None:
-            raise UsageError("a published model knows what it hears; leave out --audio-context")
+            raise UsageError("--audio-context is fixed in a published model; leave it out")
         from tinygiant.models.family import family
 
         return family(published[0]).open(
@@ -197,22 +198,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", nargs="?", help="checkpoint folder of this project")
-    add("-o", "--output", metavar="DIR", required=True, help="bundle folder to make")
+    add("-o", "--output", metavar="DIR", required=True, help="folder of the new bundle")
     add(
         "--recipe",
         default="int8",
         metavar="NAME",
-        help="fp32, int8, int8-b128, int4, int4-b32, int4-gptq or auto (%(default)s)",
+        help="fp32, int8, int8-b128, int8-rows, int4, int4-b32, int4-gptq or auto (%(default)s)",
     )
     add("--force", action="store_true", help="replace an existing bundle")
-    add("--threads", type=int, metavar="N", help="threads of the check; default: physical cores")
+    add("--threads", type=int, metavar="N", help="threads to verify with; default: physical cores")
     add("--preset", metavar="NAME", help="nano or full, with --random-weights")
-    add("--random-weights", type=int, metavar="SEED", help="seeded random weights, to measure with")
+    add(
+        "--random-weights", type=int, metavar="SEED", help="seeded random weights, to measure speed"
+    )
     for name, title in _PUBLISHED.items():
-        add(f"--{name}", metavar="CKPT", help=f"{title}'s checkpoint file, or its name on the hub")
+        add(f"--{name}", metavar="CKPT", help=f"{title}'s checkpoint file, or its name on the Hub")
     add(
         "--allow-download", action="store_true",
-        help="fetch from the Hugging Face Hub what is not on this disk; nothing is fetched without",
+        help="allow downloads of missing files from the Hugging Face Hub; else nothing is fetched",
     )  # fmt: skip
     add(
         "--tokenizer", metavar="PATH",
@@ -221,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--whisper", metavar="DIR", help="Whisper folder from Hugging Face")
     add("--htsat", metavar="PATH", help="CLAP folder, or an original HTS-AT .ckpt")
-    add("--clap", metavar="DIR", help="CLAP folder; default: HTS-AT gives the anchor too")
+    add("--clap", metavar="DIR", help="CLAP folder; default: HTS-AT replaces CLAP")
     add("--qwen3", metavar="DIR", help="Qwen3 folder from Hugging Face")
     add("--projector", metavar="FILE", help="projector .safetensors; default: random, seed 0")
     add(

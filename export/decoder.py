@@ -8,13 +8,13 @@ sequences, each with its own length. Inputs and outputs are those of
 
 Architecture after ``Qwen3ForCausalLM`` and ``LlamaForCausalLM`` (transformers), which differ in the
 norms of queries and keys; attention is onnxruntime's ``com.microsoft.GroupQueryAttention`` with
-rotary embeddings inside. What another family has beyond them, :meth:`DecoderSpec.of` refuses.
+rotary embeddings inside. :meth:`DecoderSpec.of` refuses a family that has more than that.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,15 @@ from tinygiant.quantize.graph import save_graph
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.errors import CheckpointError
 
-__all__ = ["LM_HEAD", "OPSET", "ROTATION", "DecoderSpec", "TensorSource", "build_decoder"]
+from .rotation import Rotation, TensorSource
 
-TensorSource = npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
-"""An array, or a function that reads it when it is needed."""
+__all__ = ["LM_HEAD", "OPSET", "ROTATION", "DecoderSpec", "TensorSource", "build_decoder"]
 
 LM_HEAD = "lm_head"
 """Name of the node that turns hidden states into logits."""
 
 ROTATION = "rotation"
-"""Name of the node that rotates the rows that enter, where the stream is rotated."""
+"""Name, or the end of the name, of the nodes that rotate rows, in a rotated decoder."""
 
 OPSET = 21
 _IR_VERSION = 10
@@ -47,7 +46,7 @@ _CONTRIB = "com.microsoft"
 
 @dataclass(frozen=True)
 class DecoderSpec(DecoderConfig):
-    """What the graph is built from: the runtime's sizes, and those inside of it.
+    """The sizes that the graph is built from: the runtime's, and those inside of it.
 
     ``qk_norm``: queries and keys are normalised head by head, as in Qwen3; Llama has no such norms.
     """
@@ -63,8 +62,8 @@ class DecoderSpec(DecoderConfig):
         """The decoder ``config`` with the inside of a transformers configuration.
 
         Raises:
-            CheckpointError: it has what the graph has not: biases, another activation, scaled
-                rotary positions, a family that is neither Qwen3 nor Llama.
+            CheckpointError: it has something that the graph lacks: biases, another activation,
+                scaled rotary positions, a family that is neither Qwen3 nor Llama.
         """
         kind = upstream.model_type
         if kind not in _QK_NORM:
@@ -109,21 +108,21 @@ def build_decoder(
     config: DecoderSpec,
     tensors: Mapping[str, TensorSource],
     path: Path,
-    rotation: npt.NDArray[np.float64] | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
-    """Write the decoder graph to ``path`` and its weights beside it.
+    """Write the decoder graph to ``path`` and its weights next to it.
 
     ``tensors`` has the names of transformers' ``state_dict()``; without ``lm_head.weight`` the
     head is tied to the token embeddings. Every tensor is read when its turn to be written comes,
-    converted to float32 and dropped again. ``rotation (D, D)`` is applied to the rows that enter:
-    that of :func:`tinygiant.export.rotation.rotated`, which ``tensors`` then come from.
+    converted to float32 and dropped again. ``rotation`` is that of
+    :func:`tinygiant.export.rotation.rotated`, which ``tensors`` then come from.
 
     Raises:
         CheckpointError: missing, unknown or wrongly shaped tensors.
     """
     _check_names(config, tensors)
-    builder = _Builder(config, tensors)
-    logits, presents = builder.decoder(rotation)
+    builder = _Builder(config, tensors, rotation)
+    logits, presents = builder.decoder()
     graph = ir.Graph(
         inputs=builder.inputs,
         outputs=[logits, *presents],
@@ -198,18 +197,26 @@ def _rotary_caches(
 class _Builder:
     """Collects inputs, weights and nodes; every value has the name of the module it comes from."""
 
-    def __init__(self, config: DecoderSpec, tensors: Mapping[str, TensorSource]) -> None:
+    def __init__(
+        self, config: DecoderSpec, tensors: Mapping[str, TensorSource], rotation: Rotation | None
+    ) -> None:
         self._config = config
         self._tensors = tensors
+        self._rotation = rotation
         self.inputs: list[ir.Value] = []
         self.weights: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
         if config.qk_norm:
             # 0 keeps a dimension of the input: (B, T, heads * head_dim) <-> (B, T, heads, head_dim)
             self._heads = self._constant("shape.heads", np.array([0, 0, -1, config.head_dim]))
+        if config.qk_norm or rotation is not None:
             self._flat = self._constant("shape.flat", np.array([0, 0, -1]))
+        if rotation is not None:
+            block = rotation.gated.astype(np.float32)
+            self._block = self._constant(f"{ROTATION}.gated", block)
+            self._blocks = self._constant("shape.blocks", np.array([0, 0, -1, len(block)]))
 
-    def decoder(self, rotation: npt.NDArray[np.float64] | None) -> tuple[ir.Value, list[ir.Value]]:
+    def decoder(self) -> tuple[ir.Value, list[ir.Value]]:
         """Layers, final norm, the asked-for rows, LM head: ``logits`` and the presents."""
         config = self._config
         embeds_shape = ["batch", "sequence", config.hidden_size]
@@ -225,9 +232,9 @@ class _Builder:
             self._constant("rotary.sin_cache", sin),
         ]
         residual: ir.Value = embeds
-        if rotation is not None:
-            weight = self._constant(f"{ROTATION}.weight", rotation.astype(np.float32))
-            (residual,) = self._node("MatMul", ROTATION, [embeds, weight])
+        if self._rotation is not None:
+            stream = self._constant(f"{ROTATION}.stream", self._rotation.stream.astype(np.float32))
+            (residual,) = self._node("MatMul", ROTATION, [embeds, stream])
         branch: ir.Value | None = None
         presents: list[ir.Value] = []
         for index in range(config.n_layers):
@@ -288,7 +295,16 @@ class _Builder:
         (gate,) = self._node("QuickGelu", f"{mlp}.silu", [gate], domain=_CONTRIB, alpha=1.0)
         up = self._linear(f"{mlp}.up_proj", hidden)
         (gated,) = self._node("Mul", f"{mlp}.gated", [gate, up])
+        if self._rotation is not None:
+            gated = self._rotated_blocks(f"{mlp}.{ROTATION}", gated)
         return residual, self._linear(f"{mlp}.down_proj", gated), presents
+
+    def _rotated_blocks(self, name: str, rows: ir.Value) -> ir.Value:
+        """``(B, S, F)``, each block of channels multiplied with the rotation's."""
+        (blocks,) = self._node("Reshape", f"{name}.blocks", [rows, self._blocks])
+        (product,) = self._node("MatMul", name, [blocks, self._block])
+        (result,) = self._node("Reshape", f"{name}.flat", [product, self._flat])
+        return result
 
     def _norm(
         self, name: str, residual: ir.Value, branch: ir.Value | None, *, last: bool = False

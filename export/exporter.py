@@ -1,6 +1,6 @@
 """The whole export: one component after another, then proof, then the bundle.
 
-For each component: load it, record what PyTorch computes on the verification set, write its graph
+For each component: load it, record PyTorch's outputs on the verification set, write its graph
 in float32, drop the module, quantize the graph from disk. So peak memory is that of one component,
 not of the model.
 """
@@ -48,6 +48,7 @@ from .decoder import OPSET, DecoderSpec, build_decoder
 from .optimum_encoder import export_with_optimum
 from .quality import Gate, Quality
 from .reference import Reference
+from .rotation import Rotation, rotated
 from .tracing import trace
 from .verify import Verification, verify_bundle
 
@@ -70,7 +71,7 @@ _TOOLS = ("tinygiant", "torch", "transformers", "onnx", "onnxruntime", "onnxscri
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export: what was written, how it was quantized, and the proof."""
+    """A finished export: what was written, how it was quantized, and the verification."""
 
     manifest: Manifest
     reports: tuple[GraphReport, ...]
@@ -140,7 +141,7 @@ def write_bundle(
 
 @dataclass
 class Draft:
-    """A bundle that is being written into the folder ``root``, and what PyTorch says of it."""
+    """A bundle that is being written into the folder ``root``, and PyTorch's outputs for it."""
 
     source: Model
     root: Path
@@ -175,7 +176,7 @@ class Draft:
         shutil.rmtree(self._scratch)
 
     def manifest(self, verification: dict[str, Any]) -> Manifest:
-        """The manifest of what lies in the folder now."""
+        """The manifest of the present content of the folder."""
         files = sorted(
             path.relative_to(self.root).as_posix()
             for path in self.root.rglob("*")
@@ -214,7 +215,7 @@ class Draft:
         return manifest
 
     def stage(self, name: str) -> None:
-        """Tell what is being done now."""
+        """Report the current stage."""
         self.progress(f"[{time.perf_counter() - self._start:6.1f} s] {name}")
 
     def _write_encoder(self, graph: str) -> None:
@@ -236,15 +237,27 @@ class Draft:
         del part
         self.stage(f"{name}: PyTorch")
         self.reference.run_decoder(decoder)
-        tensors = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
-        if decoder.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
+        spec, tensors = self._decoder_parts(decoder)
         self._n_weights = sum(tensor.size for tensor in tensors.values())
         self.stage(f"{name}: graph")
-        spec = DecoderSpec.of(self.config.decoder, decoder.config)
         build_decoder(spec, tensors, self._fp32(name))
         self.stage("embed_tokens")
         self._write_embeddings(tensors["model.embed_tokens.weight"])
+
+    def _decoder_parts(
+        self, decoder: PreTrainedModel
+    ) -> tuple[DecoderSpec, dict[str, NDArray[np.float32]]]:
+        """What the decoder's graph is built from."""
+        tensors = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
+        if decoder.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        return DecoderSpec.of(self.config.decoder, decoder.config), tensors
+
+    def _write_rotated_decoder(self, path: Path) -> None:
+        """The decoder's float32 graph in a rotated basis."""
+        spec, tensors = self._decoder_parts(cast(PreTrainedModel, self.source.decoder()))
+        rotation = Rotation.random(spec.hidden_size, spec.ffn_size)
+        build_decoder(spec, rotated(tensors, spec.n_layers, rotation), path, rotation)
 
     def _part(self, graph: str) -> Part:
         self.stage(f"{graph}: load")
@@ -304,7 +317,11 @@ class Draft:
             if scheme.calibrated and not moments:
                 moments = gate.moments()
             peaks = self.reference.kv_peaks if tried.kv_cache == "int8" else None
-            report = quantize_graph(source, target, scheme, peaks, moments)
+            plain = source
+            if scheme.rotated:
+                plain = self._scratch / "rotated.onnx"
+                self._write_rotated_decoder(plain)
+            report = quantize_graph(plain, target, scheme, peaks, moments)
             quality = gate.judge(target, embeddings, tried)
             missed = quality.missed(tried.quality)
             if missed is None:
@@ -339,9 +356,11 @@ class Draft:
 
 
 def _recipe_details(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON holds it; its name stands beside it."""
+    """The recipe as JSON holds it, without its name."""
     details = dataclasses.asdict(
-        dataclasses.replace(recipe, graphs=dict(recipe.graphs), limits=dict(recipe.limits))
+        dataclasses.replace(
+            recipe, graphs=dict(recipe.graphs), relative_errors=dict(recipe.relative_errors)
+        )
     )
     del details["name"]
     plain: dict[str, Any] = json.loads(json.dumps(details))

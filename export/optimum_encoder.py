@@ -1,6 +1,6 @@
 """Graphs of encoders that this project has no exporter for, made by optimum.
 
-optimum traces what transformers computes, with attention in single operators: larger and slower
+optimum traces the modules of transformers, with attention in single operators: larger and slower
 than our own graphs, and verified like them.
 """
 

@@ -2,9 +2,9 @@
 
 A recipe that leaves one model unharmed ruins another, so every export measures. The float32 decoder
 continues the prompts of the verification set, each token drawn at temperature 1; then the quantized
-one, in the runtime, reads the same tokens. Drawn so, the mean of ``log p - log q`` over the tokens
-is an estimate of the Kullback-Leibler divergence of the two, and its exponential is the ratio of
-their perplexities: no text from outside is needed, whatever the language, and none can flatter.
+one, in the runtime, reads the same tokens. The mean of ``log p - log q`` over such tokens estimates
+the Kullback-Leibler divergence of the two, and its exponential is the ratio of their perplexities:
+no other text is needed, in any language, and no choice of text can flatter a recipe.
 
 The contract: prompts as rows of embeddings in, figures out; graphs are run as the runtime runs
 them, single tokens behind a prompt that is read at once.
@@ -50,7 +50,7 @@ class Lookup(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What the float32 decoder wrote behind one prompt.
+    """The float32 decoder's continuation of one prompt.
 
     Attributes:
         prompt: its index.
@@ -72,9 +72,9 @@ class Quality:
     Attributes:
         n_tokens: tokens judged.
         perplexity_ratio: 1 if nothing is lost.
-        same_choice: share of the tokens at which both find the same one most likely.
+        same_choice: share of the tokens at which both have the same first choice.
         judged: False where the weights are random, which proves nothing about quality.
-        refused: what recipes that were tried before this one lost, by name.
+        refused: the losses of the recipes that were tried before this one, by name.
     """
 
     n_tokens: int
@@ -93,7 +93,7 @@ class Quality:
         )
 
     def missed(self, limits: QualityLimits) -> str | None:
-        """What is worse than ``limits`` allow, in words; None if nothing is."""
+        """The figures that miss ``limits``, in words; None if none does."""
         # Written so that NaN fails.
         kept = (
             self.perplexity_ratio <= limits.perplexity_ratio
@@ -138,7 +138,7 @@ class Gate:
         self._texts = self._write(n_tokens, _GATE_SEED)
 
     def moments(self) -> dict[str, Array]:
-        """Second moments of what the float32 decoder's products see, on other texts of its own."""
+        """Second moments of the inputs of the float32 products, on other texts of its own."""
         n_tokens = _CALIBRATION_TOKENS if self._judged else _UNJUDGED_TOKENS
         texts = [
             np.concatenate([self._prompts[text.prompt][0], self._embeddings.lookup(text.token_ids)])
@@ -147,7 +147,7 @@ class Gate:
         return input_moments(self._source, texts, self._settings)
 
     def judge(self, path: Path, embeddings: Lookup, recipe: Recipe) -> Quality:
-        """What the decoder in ``path`` loses, quantized by ``recipe``."""
+        """The loss of the decoder in ``path``, quantized by ``recipe``."""
         graph = Graph(path, self._settings)
         try:
             return measure(

@@ -1,4 +1,4 @@
-"""What PyTorch computes on the verification set: the numbers an exported bundle has to reproduce.
+"""PyTorch's outputs on the verification set, which an exported bundle has to reproduce.
 
 The contract: components come one at a time, in the order in which they run, and nothing of them is
 kept but their inputs and outputs, so a full-size model is verified without ever being whole in
@@ -169,7 +169,7 @@ class Reference:
         self.kv_peaks = [a | b for a, b in zip(known, found, strict=True)]
 
     def _projector_inputs(self) -> list[list[dict[str, Array]]]:
-        """What the projector reads of every chunk of every clip, from the encoders' outputs."""
+        """The projector's inputs for every chunk of every clip, from the encoder outputs."""
         runs = {graph: iter(cases) for graph, cases in self.cases.items()}
         clips = []
         for chunks in self._chunks:
@@ -209,7 +209,7 @@ def _lookup(embeddings: nn.Module) -> Callable[[Sequence[int]], Array]:
 
 
 def synthetic_clip(duration_s: float) -> Audio:
-    """A gliding tone, bursts of noise and a pause: something for every stream to react to."""
+    """A gliding tone, bursts of noise and a pause: something for every encoder to react to."""
     rng = np.random.default_rng(20)
     t = np.arange(round(duration_s * _CLIP_RATE_HZ)) / _CLIP_RATE_HZ
     glide = np.sin(2 * np.pi * (300.0 * t + 900.0 * np.sin(0.4 * np.pi * t)))

@@ -1,4 +1,4 @@
-"""The first lines of ``tg-export``: interrupts are taken care of before all else."""
+"""The first lines of ``tg-export``: interrupts are handled before anything else."""
 
 from __future__ import annotations
 

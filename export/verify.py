@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygiant.quantize.recipes import Limits, Recipe
+from tinygiant.quantize.recipes import Recipe
 from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
@@ -43,7 +43,7 @@ __all__ = [
 Array = NDArray[np.float32]
 
 EMBEDDINGS = "embed_tokens"
-"""The name under which the token embeddings are checked, beside the graphs."""
+"""The name under which the token embeddings are checked, in addition to the graphs."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class OutputError:
     shapes: tuple[tuple[int, ...], ...]
     max_abs_error: float
     relative_error: float
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Verification:
 
     recipe: Recipe
     outputs: dict[str, dict[str, OutputError]] = field(default_factory=dict)
-    limits: dict[str, Limits] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
     end_to_end: Agreement | None = None
     quality: Quality | None = None
     failures: list[str] = field(default_factory=list)
@@ -103,7 +102,7 @@ class Verification:
         return max(errors.values(), key=lambda e: e.relative_error) if errors else None
 
     def require(self) -> None:
-        """Raise what was missed, all at once.
+        """Raise one error that names every missed limit.
 
         Raises:
             VerificationError: at least one limit was missed.
@@ -115,7 +114,7 @@ class Verification:
             )
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest says: the worst error of each graph, and the tokens."""
+        """For the manifest: the worst error of each graph, and the tokens."""
         graphs = {name: self.worst(name) for name in self.outputs}
         return {
             "passed": self.passed,
@@ -136,7 +135,7 @@ class Verification:
                 graph: {name: dataclasses.asdict(error) for name, error in errors.items()}
                 for graph, errors in self.outputs.items()
             },
-            "limits": {graph: dataclasses.asdict(limits) for graph, limits in self.limits.items()},
+            "limits": {graph: {"relative_error": limit} for graph, limit in self.limits.items()},
             "end_to_end": dataclasses.asdict(self.end_to_end) if self.end_to_end else None,
             "end_to_end_limits": {
                 "decided_agreement": self.recipe.token_agreement,
@@ -177,23 +176,18 @@ def verify_bundle(
 def output_error(pairs: Iterable[tuple[Array, Array]]) -> OutputError:
     """The worst errors over ``(found, wanted)`` pairs of one output."""
     shapes: list[tuple[int, ...]] = []
-    worst_abs, worst_relative, worst_cosine = 0.0, 0.0, 1.0
+    worst_abs = worst_relative = 0.0
     for found, wanted in pairs:
         if found.shape != wanted.shape:
             raise ValueError(f"shape {found.shape}, PyTorch gives {wanted.shape}")
         shapes.append(found.shape)
         a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
-        norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
-        # np.maximum and np.minimum keep a NaN, which max and min may lose.
+        distance, norm = float(np.linalg.norm(a - b)), float(np.linalg.norm(b))
+        # np.maximum keeps a NaN, which max may lose.
         worst_abs = float(np.maximum(worst_abs, np.abs(a - b).max()))
-        if norm_b == 0.0:
-            relative, cosine = (0.0, 1.0) if norm_a == 0.0 else (float("inf"), 0.0)
-        else:
-            relative = float(np.linalg.norm(a - b)) / norm_b
-            cosine = float(a @ b) / (norm_a * norm_b) if norm_a else 0.0
+        relative = distance / norm if norm else (0.0 if distance == 0.0 else float("inf"))
         worst_relative = float(np.maximum(worst_relative, relative))
-        worst_cosine = float(np.minimum(worst_cosine, cosine))
-    return OutputError(tuple(sorted(set(shapes))), worst_abs, worst_relative, worst_cosine)
+    return OutputError(tuple(sorted(set(shapes))), worst_abs, worst_relative)
 
 
 @contextmanager
@@ -208,17 +202,13 @@ def _gathering(result: Verification, what: str) -> Iterator[None]:
 def _record(result: Verification, name: str, errors: dict[str, OutputError], role: str) -> None:
     """Keep the errors of graph ``name`` and compare them with the limits of its role."""
     result.outputs[name] = errors
-    limits = result.limits[name] = result.recipe.limits[role]
+    limit = result.limits[name] = result.recipe.relative_errors[role]
     for output, error in errors.items():
         # Written so that NaN fails.
-        if not error.relative_error <= limits.relative_error:
+        if not error.relative_error <= limit:
             result.failures.append(
                 f"{name}.{output}: relative error {error.relative_error:.2e}, "
-                f"at most {limits.relative_error:.0e} is allowed"
-            )
-        if not error.cosine >= limits.cosine:
-            result.failures.append(
-                f"{name}.{output}: cosine {error.cosine:.6f}, at least {limits.cosine} is needed"
+                f"at most {limit:.0e} is allowed"
             )
 
 

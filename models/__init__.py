@@ -1,8 +1,8 @@
 """The PyTorch reference of TinyGiantALM: architecture, checkpoints, training.
 
-Needs torch and transformers (extras ``export`` or ``train``). Import direction: this package reads
-``tinygiant.runtime`` (configuration, features, chunks, prompts) and nothing of the other packages.
-Names are imported when they are first used, so that `tg-train` can say which extra is missing.
+Needs torch and transformers (extras ``export`` or ``train``). Import direction: this package
+imports ``tinygiant.runtime`` (configuration, features, chunks, prompts) and no other package. Names
+are imported when they are first used, so that `tg-train` can say which extra is missing.
 """
 
 from __future__ import annotations

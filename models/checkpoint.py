@@ -42,7 +42,7 @@ def save(model: TinyGiantALM, path: str | os.PathLike[str], *, tokenizer: Path) 
     Args:
         model: the model; weights are stored as they are (float32 unless it was converted).
         path: the folder to make.
-        tokenizer: the ``tokenizer.json`` to put beside the weights.
+        tokenizer: the ``tokenizer.json`` to store with the weights.
 
     Raises:
         StorageError: the folder cannot be written; nothing is left behind.

@@ -1,4 +1,4 @@
-"""What another model family implements, and the list of those there are.
+"""The interface of a model family, and the list of families.
 
 A family is one module of this package: its configuration as data, the modules that are new in it,
 and :meth:`Family.open`, which makes a :class:`Model` of a checkpoint. The exporter walks the graphs
@@ -47,11 +47,11 @@ class Part:
 
 
 class Model(Protocol):
-    """A model that can be exported. What is big is read in the call that asks for it."""
+    """A model that can be exported. Large parts are read in the call that asks for them."""
 
     @property
     def config(self) -> ModelConfig:
-        """The contract: what the runtime will know of the model."""
+        """The contract with the runtime."""
         ...
 
     def part(self, graph: str) -> Part:
@@ -72,17 +72,17 @@ class Model(Protocol):
         ...
 
     def entry(self) -> SourceEntry:
-        """What the manifest says of the source."""
+        """The source, for the manifest."""
         ...
 
     def notes(self) -> str:
-        """What its makers say of it, Markdown for the bundle's card; empty if nothing."""
+        """Remarks of its makers, Markdown for the bundle's card; may be empty."""
         ...
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family: where its code is, and what a checkpoint of it is.
+    """One family: where its code is, and the form of its checkpoints.
 
     ``module`` is imported when the family is used; it has ``open_checkpoint(path) -> Model``, which
     may take options of its own.

@@ -1,4 +1,4 @@
-"""What the public encoders are trained to see: the features of Whisper and of CLAP, as data."""
+"""The features of the public encoders Whisper and CLAP, as data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference greedy generation in PyTorch: what the runtime must reproduce token for token."""
+"""Reference greedy generation in PyTorch, which the runtime must reproduce token for token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["encode_audio", "greedy", "greedy_tokens", "input_embeddings"]
 
 
 def encode_audio(model: TinyGiantALM, audio: Audio) -> list[tuple[Tensor, Tensor]]:
-    """Streams ``(1, N, stream_size)`` and anchor ``(1, anchor_size)`` of every chunk of a clip."""
+    """Encoder outputs of every chunk: rows ``(1, N, stream_size)``, anchor ``(1, anchor_size)``."""
     return [model.encode_chunk(chunk) for chunk in preprocess(audio, model.config.runtime)]
 
 

@@ -58,7 +58,7 @@ def tower_part(tower: ClapAudioEncoder, config: TinyGiantConfig, graph: str) -> 
 def projector_part(projector: Projector, config: TinyGiantConfig) -> Part:
     """The projector for any number of audio rows and any instruction.
 
-    What an ablated projector does not read or give, its graph has not.
+    Inputs and outputs that an ablated projector lacks, its graph lacks too.
     """
     sizes = config.projector
     # The exporter takes a length of 1 in an example for a constant.

@@ -1,8 +1,8 @@
 """Public files by name: on this disk, or from the Hugging Face Hub if that was allowed.
 
-The contract of :func:`locate`: nothing is fetched unless ``allow_download``; what was fetched has
-the sha256 that is published for it, or it is not used. An interrupted download goes on where it
-stopped (huggingface_hub keeps it in its own cache).
+The contract of :func:`locate`: nothing is fetched unless ``allow_download``; a fetched file whose
+sha256 is not the published one is not used. An interrupted download resumes where it stopped
+(huggingface_hub keeps it in its own cache).
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ _STEPS = 32  # of the tower in a window
 _ROWS_PER_STEP = 4
 _HTSAT = "htsat_encoder"
 _TOWER = "audio_encoder.base.htsat."
-# What the file keeps beside the tower itself; the AudioSet classifier `head` is not computed.
+# What the file keeps besides the tower itself; the AudioSet classifier `head` is not computed.
 _BESIDE = ("tscam_conv.", "head.", "spectrogram_extractor.", "logmel_extractor.")
 
 
@@ -166,7 +166,7 @@ class Mellow(PublicModel):
 
 
 class _Tower(nn.Module):
-    """HTS-AT, its frame-wise AudioSet scores, and what else the file keeps beside it."""
+    """HTS-AT, its frame-wise AudioSet scores, and its other parameters in the file."""
 
     def __init__(self, config: MellowConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Putting a TinyGiantALM together from public checkpoints on disk.
 
-Reads what is published, in the form it is published in:
+Reads the published forms:
 
 - Whisper: a Hugging Face folder (``WhisperForConditionalGeneration`` or ``WhisperModel``); its
   encoder is used.
@@ -9,7 +9,7 @@ Reads what is published, in the form it is published in:
 - Qwen3: a Hugging Face folder with ``tokenizer.json``.
 - The projector: a safetensors file with this project's tensor names, or none, for training.
 
-Nothing is downloaded. What does not fit is named, all of it at once.
+Nothing is downloaded. All parts that do not fit are named at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["PROJECTOR_CONFIG_KEY", "Parts", "assemble", "load_part", "parts_conf
 # Where a projector file keeps its configuration: the header's metadata, as JSON.
 PROJECTOR_CONFIG_KEY = "projector_config"
 
-# What an original HTS-AT checkpoint holds beside the tower: the waveform front end (the features
+# What an original HTS-AT checkpoint holds besides the tower: the waveform front end (the features
 # are computed outside the model) and the AudioSet classification heads.
 _HTSAT_DROPPED = (
     "tscam_conv.",
@@ -66,7 +66,7 @@ class Parts:
 
 
 def parts_config(parts: Parts) -> TinyGiantConfig:
-    """The configuration that the parts make together; what they leave open is the full preset's.
+    """The configuration of the parts together; values that they leave open are the full preset's.
 
     Raises:
         CheckpointError: a part is not what it should be, or the parts do not fit together.

@@ -1,7 +1,7 @@
 """Query-guided E-Branchformer projector with a semantic gate (TinyGiantALM, section 2).
 
-It turns the pooled encoder streams of one chunk of audio into rows that stand in the decoder's
-input where the prompt says ``<audio>``. Shapes: ``B`` batch, ``N`` audio tokens, ``L``
+It turns the pooled encoder outputs of one chunk of audio into rows of the decoder's input, in the
+place of ``<audio>`` in the prompt. Shapes: ``B`` batch, ``N`` audio tokens, ``L``
 instruction tokens, ``D`` hidden size.
 
 Batches may hold chunks of different length: ``token_mask`` marks the rows that hold audio, and
@@ -23,7 +23,7 @@ __all__ = ["Projector", "ProjectorOutput"]
 
 
 class ProjectorOutput(NamedTuple):
-    """What a :class:`Projector` returns.
+    """The outputs of a :class:`Projector`.
 
     ``audio_embeds (B, N, D)``; ``intent_attention (B, N)``, how much of the instruction's attention
     each row got (mean over heads, sums to 1), None without the intent query; ``gate (B, D)`` in
@@ -159,7 +159,7 @@ class SemanticGate(nn.Module):
 
 
 class Projector(nn.Module):
-    """Streams of one chunk -> rows of the decoder's input.
+    """Encoder outputs of one chunk -> rows of the decoder's input.
 
     ``config.intent_query`` and ``config.semantic_gate`` switch the ablations of the paper's table;
     with neither it is the "vanilla" projector.
@@ -185,7 +185,7 @@ class Projector(nn.Module):
         """Project one batch of chunks.
 
         Args:
-            streams: pooled temporal and event features ``(B, N, stream_size)``.
+            streams: pooled outputs of Whisper and HTS-AT ``(B, N, stream_size)``.
             anchor: CLAP embedding ``(B, anchor_size)``.
             instruction_embeds: token embeddings of the user's text ``(B, L, D)``.
             instruction_mask: 1 where ``instruction_embeds`` holds a token ``(B, L)``.

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from transformers.modeling_utils import no_init_weights
 
 from tinygiant.runtime.bundle import SourceEntry
 from tinygiant.runtime.config import LogMel, ModelConfig
@@ -74,15 +73,15 @@ class PublicModel(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class PublicKind:
-    """What there is to know of one public model beside its weights.
+    """One public model, without its weights.
 
     Attributes:
         build: makes the module, not filled yet.
-        mark: what some tensor's name begins with if a file holds this model at all.
+        mark: beginning of a tensor's name that shows that a file holds this model.
         checkpoint: the published file.
         licence: of weights and code, in words.
         notes: for the bundle's card, Markdown: origin, published scores, warnings.
-        probe: how the tokenizer is known; None if any of the decoder's size will do.
+        probe: how the tokenizer is recognised; None if any of the decoder's size will do.
     """
 
     build: Callable[[], PublicModel]
@@ -174,7 +173,7 @@ def open_public(
         kind: which model.
         checkpoint: the published file, or a name as :func:`~tinygiant.models.hub.locate` takes it.
         tokenizer: ``tokenizer.json`` or its folder; None for the published one.
-        allow_download: whether what is not here may be fetched.
+        allow_download: whether missing files may be fetched.
 
     Raises:
         UsageError: no tokenizer, and none may be fetched.
@@ -208,8 +207,7 @@ def load_public(kind: PublicKind, path: Path) -> PublicModel:
             f"{path}: another model's checkpoint: expected tensors named {kind.mark}*, "
             f"found {found}"
         )
-    with no_init_weights():
-        model = kind.build()
+    model = kind.build()
     load_into(model, model.renamed(tensors), where=str(path))
     for name, (held, ours) in model.constants().items():
         _check_constant(name, held.numpy(), ours, path)
@@ -226,6 +224,6 @@ def _check_constant(name: str, held: NDArray[Any], ours: NDArray[Any], path: Pat
     else:
         found = f"its shape is {held.shape}, expected {ours.shape}"
     raise CheckpointError(
-        f"{path}: {name} is not what this model's features are made with here ({found}); "
+        f"{path}: {name} differs from this project's ({found}); "
         "a checkpoint of the published model is expected"
     )

@@ -72,7 +72,7 @@ def read_tokenizer(path: Path, vocab_size: int, probe: Probe | None = SMOLLM2_PR
     Args:
         path: ``tokenizer.json`` or the folder it is in.
         vocab_size: tokens that the decoder knows.
-        probe: what a text has to become; None if any vocabulary of that size will do.
+        probe: a text and its token ids; None if any vocabulary of that size will do.
 
     Raises:
         CheckpointError: there is none, or it is another model's.
@@ -86,7 +86,7 @@ def read_tokenizer(path: Path, vocab_size: int, probe: Probe | None = SMOLLM2_PR
         raise CheckpointError(f"{file}: no such tokenizer; {expected}") from error
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the package panics, beside raising, on some damaged files
+    except BaseException as error:  # on some damaged files the package panics instead of raising
         raise CheckpointError(f"{file}: not a tokenizer ({one_line(error)}); {expected}") from error
     ids = found.get_vocab(with_added_tokens=True)
     problems = [
@@ -100,7 +100,7 @@ def read_tokenizer(path: Path, vocab_size: int, probe: Probe | None = SMOLLM2_PR
         probe is not None
         and tuple(found.encode(probe[0], add_special_tokens=False).ids) != probe[1]
     ):
-        problems.append("it cuts text in other pieces")
+        problems.append("it splits text differently")
     if problems:
         raise CheckpointError(
             f"{file}: another model's tokenizer ({'; '.join(problems)}); {expected}"

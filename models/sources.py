@@ -44,12 +44,12 @@ __all__ = [
     "open_checkpoint",
 ]
 
-# In a checkpoint's folder, optional: what the model was trained on, what it hears and what not.
+# In a checkpoint's folder, optional: the training data of the model, and its limits.
 NOTES_FILE = "notes.md"
 
 
 class TinyGiantSource(abc.ABC):
-    """What the sources share: components of a :class:`TinyGiantConfig` as parts to export."""
+    """The sources' common part: components of a :class:`TinyGiantConfig` as parts to export."""
 
     @property
     @abc.abstractmethod
@@ -202,11 +202,11 @@ class RandomSource(TinyGiantSource):
 def _settle(decoder: Qwen3ForCausalLM) -> None:
     """Give random weights the proportions of trained ones.
 
-    transformers draws everything with a deviation of 0.02: each layer then drowns what came before,
-    errors grow from layer to layer (at full size, 4-bit weights change the logits by 36 %), and the
-    two best logits nearly tie. Embeddings of deviation 1 (PyTorch's default) and residual
-    projections divided by the root of their number (GPT-2's initialisation) keep the embedding in
-    the sum, and rounding from deciding.
+    transformers draws everything with a standard deviation of 0.02: each layer then drowns what
+    came before, errors grow from layer to layer (at full size, 4-bit weights change the logits by
+    36 %), and the two best logits nearly tie. Embeddings of standard deviation 1 (PyTorch's
+    default) and residual projections divided by the root of their number (GPT-2's initialisation)
+    keep the embedding in the sum, and rounding from deciding.
     """
     layers = decoder.model.layers
     decoder.model.embed_tokens.weight.div_(decoder.config.initializer_range)

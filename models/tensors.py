@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from tinygiant.runtime.errors import CheckpointError
-from tinygiant.runtime.text import one_line, printable
+from tinygiant.runtime.text import counted, one_line, printable
 
 __all__ = [
     "PrefixedTensors",
@@ -160,7 +160,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -
             state[name] = tensor
     if problems:
         raise CheckpointError(
-            f"{where}: {len(problems)} tensors do not fit: " + "; ".join(problems)
+            f"{where}: {counted(len(problems), 'problem')} with its tensors: " + "; ".join(problems)
         )
     module.load_state_dict(state, strict=False, assign=True)
     for part in module.modules():
@@ -203,7 +203,7 @@ def _sharded(index: Path) -> TensorFile:
         raise CheckpointError(f"{index}: no 'weight_map'; fetch the checkpoint again")
     files = {}
     for name, shard in weight_map.items():
-        # A shard is a file beside its index; anything else could name any file of this machine.
+        # A shard is a file next to its index; anything else could name any file of this machine.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: shard {shard!r} is not a file name in this folder")
         files[name] = index.parent / shard

@@ -58,7 +58,7 @@ class TinyGiantALM(nn.Module):
         return encode_event(self.clap or self.htsat, input_features)[1]
 
     def encode_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """One chunk of audio -> streams ``(1, N, stream_size)`` and anchor ``(1, anchor_size)``."""
+        """One chunk of audio -> rows ``(1, N, stream_size)`` and anchor ``(1, anchor_size)``."""
         return self.encode_chunks([chunk])[0]
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class TinyGiantALM(nn.Module):
         encoded = []
         for chunk, of_chunk in zip(chunks, outputs, strict=True):
             inputs = combine(of_chunk, chunk.n_rows, runtime).inputs
-            # Without a gate nobody reads an anchor.
+            # Without a gate nothing reads an anchor.
             anchor = inputs.get("anchor", np.zeros((1, self.config.anchor_size), np.float32))
             encoded.append(
                 (
@@ -171,7 +171,7 @@ COMPONENTS: dict[str, Callable[[TinyGiantConfig], nn.Module | None]] = {
 
 
 def build_component(config: TinyGiantConfig, name: str, seed: int) -> nn.Module | None:
-    """One randomly initialised part, the same whether or not the others are built beside it.
+    """One randomly initialised part, the same whether or not the others are built too.
 
     Args:
         config: the model.

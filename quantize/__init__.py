@@ -12,14 +12,13 @@ from .embeddings import quantize_rows
 from .graph import load_graph, save_graph, weights_path
 from .kv_cache import KvPeaks, kv_peaks
 from .quantizer import quantize_graph
-from .recipes import RECIPES, Limits, Recipe, Scheme, recipe
+from .recipes import RECIPES, Recipe, Scheme, recipe
 from .report import GraphReport, graph_size_bytes
 
 __all__ = [
     "RECIPES",
     "GraphReport",
     "KvPeaks",
-    "Limits",
     "Recipe",
     "Scheme",
     "graph_size_bytes",

@@ -1,4 +1,4 @@
-"""What a decoder's products see: second moments of their inputs, over texts.
+"""Second moments of the inputs of a decoder's products, over texts.
 
 The contract: a float32 decoder graph of :class:`~tinygiant.runtime.config.DecoderConfig` in, run
 with onnxruntime over texts given as embeddings; for each value that a weight is multiplied with,
@@ -31,7 +31,7 @@ def input_moments(
     The LM head is left out: it has one row a text here.
 
     Args:
-        source: the float32 graph; a file beside it is written and removed.
+        source: the float32 graph; a file next to it is written and removed.
         texts: embeddings ``(T, D)`` of each.
         settings: how the graph is run.
     """

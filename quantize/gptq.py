@@ -1,10 +1,10 @@
-"""GPTQ: a weight's rounding errors are made up for by the weights that are not yet rounded.
+"""GPTQ: the weights that are not yet rounded compensate the rounding errors of the others.
 
 After Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers* (2022): input channels are rounded one after another, and what each one's error does
-to the product is subtracted from the channels to come, as the second moments of the inputs say.
-Scales are those of :mod:`tinygiant.quantize.blocks`, searched of each block when its turn
-comes. NumPy only.
+Transformers* (2022): input channels are rounded one after another, and the effect of each error on
+the product is subtracted from the remaining channels, weighted by the second moments of the inputs.
+Scales are those of :mod:`tinygiant.quantize.blocks`, searched for each block in its turn.
+NumPy only.
 """
 
 from __future__ import annotations

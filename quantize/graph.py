@@ -1,4 +1,4 @@
-"""Reading and writing graphs: a small ``.onnx`` file and one file of weights beside it.
+"""Reading and writing graphs: a small ``.onnx`` file and one file of weights next to it.
 
 The contract: weights go to disk one tensor after another, so a graph of any size is written in the
 memory of its largest tensor, and no protobuf message comes near its limit of 2 GiB. Small tensors

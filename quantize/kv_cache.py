@@ -67,11 +67,11 @@ class KvPeaks:
 
 
 def kv_peaks(keys: npt.NDArray[np.float32], values: npt.NDArray[np.float32]) -> KvPeaks:
-    """What ``keys`` and ``values (n_kv_heads, T, head_dim)`` of one layer reach at any position.
+    """The largest ``keys`` and ``values (n_kv_heads, T, head_dim)`` of one layer at any position.
 
     Rotary embeddings turn channel ``i`` of a key into channel ``i + head_dim / 2`` and back as
-    positions go by. So both have the length of the pair: it is the same at every position, and a
-    text of some hundred tokens tells it for all.
+    positions go by. So both get the length of the pair: it is the same at every position, and a
+    text of some hundred tokens is enough to find it.
     """
     first, second = np.split(keys, 2, axis=-1)
     pairs = np.hypot(first, second).max(axis=1)
@@ -124,7 +124,7 @@ def quantize_kv_cache(graph: ir.Graph, peaks: Sequence[KvPeaks]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """What all layers need to know of one run, and constants.
+    """The values of one run that all layers need, and constants.
 
     Attributes:
         is_long: whether more than :data:`LONGEST_STEP` tokens are read.
@@ -231,7 +231,7 @@ class _Nodes:
     def attention(
         self, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any]
     ) -> Sequence[ir.Value]:
-        """Add the attention: what it gives, the keys and the values."""
+        """Add the attention; returns its output, the keys and the values."""
         outputs = [ir.val(f"{self._name}.{name}") for name in ("out", *_KINDS)]
         self.nodes.append(
             ir.node(

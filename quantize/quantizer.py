@@ -1,4 +1,4 @@
-"""Graph in, graph out: apply one scheme to one graph, and say what was done.
+"""Graph in, graph out: apply one scheme to one graph, and report on it.
 
 A decoder's keys and values may become int8 on the way; see :mod:`tinygiant.quantize.kv_cache`.
 """
@@ -35,7 +35,7 @@ def quantize_graph(
 
     Args:
         source: a float32 graph whose linear layers are ``MatMul`` by a constant ``(in, out)``.
-        target: the file to write; its weights go beside it. Must be another than ``source``.
+        target: the file to write; its weights go next to it. Must not be ``source``.
         scheme: what to do.
         kv_peaks: keep keys and values in int8, with room for these, layer by layer.
         moments: second moments of the inputs of products, by the input's name, for schemes that

@@ -26,7 +26,6 @@ from tinygiant.runtime.errors import UsageError
 __all__ = [
     "CLOSER",
     "RECIPES",
-    "Limits",
     "QualityLimits",
     "Recipe",
     "Scheme",
@@ -57,7 +56,8 @@ class Scheme:
     The rest are patterns (fnmatch) of node names: ``excluded`` stay in float32, ``wide`` have 8
     bits whatever ``bits`` says, and in ``row_scaled`` products of ``dynamic_int8`` each row of
     activations has a scale of its own. With ``calibrated``, ``weight_only`` weights are fitted to
-    what the graph's products see (:mod:`tinygiant.quantize.gptq`).
+    what the graph's products see (:mod:`tinygiant.quantize.gptq`). ``rotated`` asks for a decoder
+    in a rotated basis, whose activations have no outliers (``tinygiant.export.rotation``).
     """
 
     kind: Literal["none", "dynamic_int8", "weight_only"] = "none"
@@ -71,6 +71,7 @@ class Scheme:
     wide: tuple[str, ...] = ()
     row_scaled: tuple[str, ...] = ()
     calibrated: bool = False
+    rotated: bool = False
 
     def bits_of(self, node: str) -> int:
         """Bits of a weight of the node of that name."""
@@ -84,24 +85,14 @@ class Scheme:
         if self.kind == "dynamic_int8":
             range_ = "-7bit" if self.reduce_range else ""
             rows = "-rows" if self.row_scaled else ""
-            return f"dynamic-int8{range_}{'-per-channel' if self.per_channel else ''}{rows}"
+            rotated = "-rotated" if self.rotated else ""
+            channels = "-per-channel" if self.per_channel else ""
+            return f"dynamic-int8{range_}{channels}{rows}{rotated}"
         zero_point = "" if self.symmetric else "-zp"
         head_only = "-head8" if self.wide == (_HEAD,) else "-mixed"
         wide = head_only if self.bits == 4 and self.wide else ""
         gptq = "-gptq" if self.calibrated else ""
         return f"int{self.bits}-b{self.block_size}{zero_point}{wide}{gptq}"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How far a graph's outputs may be from PyTorch's, on the same inputs.
-
-    ``relative_error`` is ``||a - b|| / ||b||`` over an output, the largest over all checks;
-    ``cosine`` the smallest.
-    """
-
-    relative_error: float
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -122,7 +113,9 @@ class Recipe:
 
     ``token_agreement`` is the share of decoding steps at which the bundle, given the tokens that
     PyTorch chose so far, chooses PyTorch's next token too. ``graphs`` has a scheme for every role,
-    whatever a model's graphs are called; ``limits`` has one more for ``embed_tokens``. Steps at
+    whatever a model's graphs are called. ``relative_errors`` says for each role, and for
+    ``embed_tokens``, how far an output may be from PyTorch's on the same inputs: ``||a - b|| /
+    ||b||`` over the output, the largest of all checks. Steps at
     which PyTorch's two best logits lie within ``tie_margin`` standard deviations of the logits do
     not count: there, rounding decides. ``kv_cache`` is how keys and values are kept: in ``int8``, a
     quarter of the memory and faster to read a token; prompts attend in float32.
@@ -130,7 +123,7 @@ class Recipe:
 
     name: str
     graphs: Mapping[Role, Scheme]
-    limits: Mapping[str, Limits]
+    relative_errors: Mapping[str, float]
     quality: QualityLimits
     embeddings: Literal["fp32", "int8"]
     token_agreement: float
@@ -154,12 +147,11 @@ _QUALITY_INT8 = QualityLimits(perplexity_ratio=1.02, same_choice=0.87)
 _QUALITY_INT4 = QualityLimits(perplexity_ratio=1.1, same_choice=0.8)
 
 
-def _int8(name: str, block_size: int) -> Recipe:
-    """Small blocks are closer to the float32 weights, large ones faster to multiply."""
+def _int8(name: str, decoder: Scheme) -> Recipe:
     return Recipe(
         name=name,
-        graphs=_int8_but(Scheme("weight_only", bits=8, block_size=block_size)),
-        limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995)),
+        graphs=_int8_but(decoder),
+        relative_errors=dict.fromkeys(_CHECKED, 0.1),
         quality=_QUALITY_INT8,
         embeddings="int8",
         token_agreement=0.98,
@@ -172,8 +164,7 @@ def _int4(name: str, decoder: Scheme) -> Recipe:
         name=name,
         graphs=_int8_but(decoder),
         quality=_QUALITY_INT4,
-        limits=dict.fromkeys(_CHECKED, Limits(relative_error=0.1, cosine=0.995))
-        | {"decoder": Limits(relative_error=0.3, cosine=0.95)},
+        relative_errors=dict.fromkeys(_CHECKED, 0.1) | {"decoder": 0.3},
         embeddings="int8",
         token_agreement=0.9,
         tie_margin=0.3,
@@ -181,6 +172,14 @@ def _int4(name: str, decoder: Scheme) -> Recipe:
     )
 
 
+# Weights have all 8 bits: with VNNI, or Arm's dot product, nothing saturates.
+_ROWS = Scheme(
+    "dynamic_int8",
+    reduce_range=False,
+    excluded=("*rotation",),
+    row_scaled=("*_proj", _HEAD),
+    rotated=True,
+)
 _INT4_B32 = Scheme("weight_only", bits=4, wide=(_HEAD,))
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -188,14 +187,16 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "fp32": Recipe(
             name="fp32",
             graphs=dict.fromkeys(typing.get_args(Role), Scheme()),
-            limits=dict.fromkeys(_CHECKED, Limits(relative_error=1e-4, cosine=0.999999)),
+            relative_errors=dict.fromkeys(_CHECKED, 1e-4),
             quality=QualityLimits(perplexity_ratio=1.001, same_choice=0.99),
             embeddings="fp32",
             token_agreement=1.0,
             tie_margin=1e-3,
         ),
-        "int8": _int8("int8", block_size=32),
-        "int8-b128": _int8("int8-b128", block_size=128),
+        # Small blocks are closer to the float32 weights, large ones faster to multiply.
+        "int8": _int8("int8", Scheme("weight_only", bits=8, block_size=32)),
+        "int8-b128": _int8("int8-b128", Scheme("weight_only", bits=8, block_size=128)),
+        "int8-rows": _int8("int8-rows", _ROWS),
         "int4": _int4("int4", dataclasses.replace(_INT4_B32, block_size=128)),
         "int4-b32": _int4("int4-b32", _INT4_B32),
         "int4-gptq": _int4(
@@ -216,9 +217,10 @@ _LARGE_WEIGHTS = 300_000_000
 
 
 def candidates(n_weights: int) -> tuple[Recipe, ...]:
-    """What ``auto`` tries for a decoder of so many weights, the first that passes is taken.
+    """The recipes that ``auto`` tries, in order, for a decoder of so many weights.
 
-    A small decoder gains little from 4 bits, and loses most.
+    A small decoder gains little from 4 bits, and loses most. ``int8-rows`` is not among them: on a
+    processor without VNNI, or Arm's dot product, its products saturate.
     """
     names = CLOSER[2:] if n_weights >= _LARGE_WEIGHTS else CLOSER[3:]
     return tuple(RECIPES[name] for name in names)

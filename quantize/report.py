@@ -1,4 +1,4 @@
-"""What quantization did to a graph, and what it left alone: nothing is left out silently."""
+"""A report on a quantized graph: every product, quantized or left in float32."""
 
 from __future__ import annotations
 

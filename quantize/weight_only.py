@@ -1,10 +1,10 @@
 """Weight-only quantization: ``MatMul`` by a constant becomes ``com.microsoft.MatMulNBits``.
 
-onnxruntime's own block quantizer works on each weight, but for symmetric 4 bits, whose scales it
-takes from the largest weight of a block: there, the scale of the least squared error is searched.
+onnxruntime's own block quantizer works on each weight, except for symmetric 4 bits: there it takes
+the scale from the largest weight of a block, and we search the scale of the least squared error.
 The walk over the graph is ours, because that of ``onnxruntime.quantization.matmul_nbits_quantizer``
 reads the whole model into one protobuf message, takes one number of bits for all nodes, and sets up
-the process's logging when imported. Here one float32 weight is in memory at a time, beside the
+the process's logging when imported. Here one float32 weight at a time is in memory, besides the
 quantized ones.
 """
 

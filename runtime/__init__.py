@@ -16,7 +16,7 @@ TYPE_CHECKING = False  # a command comes through here before it takes care of in
 if TYPE_CHECKING:
     from typing import Any
 
-    from .asking import AskOptions
+    from .asking import AskOptions, Query
     from .audio import Audio, read_audio, read_pcm
     from .bundle import Bundle
     from .errors import (
@@ -54,6 +54,7 @@ __all__ = [
     "Event",
     "Finished",
     "PromptRead",
+    "Query",
     "QuestionError",
     "StreamsReady",
     "TextPiece",
@@ -68,7 +69,7 @@ __all__ = [
 ]
 
 _MODULE_OF = (
-    {"AskOptions": "asking"}
+    {name: "asking" for name in ("AskOptions", "Query")}
     | {name: "audio" for name in ("Audio", "read_audio", "read_pcm")}
     | {name: "bundle" for name in ("Bundle",)}
     | {name: "pipeline" for name in ("TinyGiant", "load")}

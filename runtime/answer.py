@@ -3,12 +3,12 @@ r"""The model's text taken apart: the thought's four parts and the answer, as it
 Two spellings are understood, in any case and mixed: CoTA's tags (``<think>``, ``<PLANNING>``,
 ``<CAPTION>``, ``<REASONING>``, ``<SUMMARY>``, ``<RESPONSE>``) and headings at the start of a line
 (``Plan:``, ``**Audio Analysis**``, ``## Logic``, ``4. Summary:``). Truncated and malformed text is
-never an error and never lost: :class:`AnswerParser` cuts what it is fed into pieces that joined
-give the text again, whatever the sizes it was fed in.
+never an error and never lost: :class:`AnswerParser` cuts its input into pieces which, joined, give
+the text again, whatever the sizes of the input were.
 
 Rules. A part lasts until the next tag or heading. ``</think>`` or ``<RESPONSE>`` ends the thought;
-headings count only before that, only ``</RESPONSE>`` is markup inside a response, and nothing is
-after it. Text without any thought is the answer, as a model that does not think writes it.
+headings count only before that; inside a response only ``</RESPONSE>`` is markup; after it nothing
+is. Text without any thought is the answer, as a model that does not think writes it.
 """
 
 from __future__ import annotations

@@ -28,12 +28,14 @@ class AskOptions:
     Attributes:
         think: whether the model thinks first. If not, an empty thought ends the prompt, and either
             the answer is written at once or, with choices, each choice is scored and the likeliest
-            taken, with their probabilities in the answer. A model that knows no thought answers so
-            in any case.
+            taken, with their probabilities in the answer. A model without a thought always answers
+            in this way.
         max_new_tokens: how much the model may write freely. Tags and choices come on top; of a free
             answer's tokens a quarter, at most 64, is kept from the thought.
         max_audio_s: longest clip to read; an :class:`~tinygiant.runtime.audio.Audio` has been read
             already.
+        fit: where the decoder has too few positions for ``max_new_tokens`` behind the clip, let the
+            model write as many as there are, with a note; else that is refused.
         raw: let the model write whatever it wants, for those who study that. Its text is then not
             held to the form of an answer, and a silent clip is asked about like any other.
     """
@@ -41,6 +43,7 @@ class AskOptions:
     think: bool = True
     max_new_tokens: int = MAX_NEW_TOKENS
     max_audio_s: float = MAX_AUDIO_S
+    fit: bool = False
     raw: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class AskKeywords(TypedDict, total=False):
     think: bool
     max_new_tokens: int
     max_audio_s: float
+    fit: bool
     raw: bool
 
 

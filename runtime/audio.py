@@ -1,7 +1,7 @@
 """Audio in: one verb, :func:`read_audio`, from whatever holds sound to mono float32 samples.
 
-What comes in is accounted for (:class:`Audio`): seconds received, used and dropped, and a note for
-everything a listener should know, the signal's own faults included. What cannot be used ends in an
+Every clip is accounted for (:class:`Audio`): seconds received, used and dropped, and a note for
+everything the user should know, faults of the signal included. Unusable audio raises an
 :class:`AudioError` of one line. :mod:`encoded` decodes files, and bounds what it decodes.
 """
 
@@ -59,7 +59,7 @@ AudioSource: TypeAlias = (
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """Mono sound and what became of the source it was read from.
+    """Mono sound, and an account of the source that it was read from.
 
     Attributes:
         samples: ``(n_samples,) float32``, full scale is -1..1, all finite, at least one.
@@ -69,7 +69,7 @@ class Audio:
         used_s: seconds in ``samples``.
         dropped_s: ``received_s - used_s``: announced, but missing or damaged.
         channels: channels of the source, averaged to one (one of them where they cancel).
-        notes: one line for each thing a listener should know; empty for a sound source.
+        notes: one line for each thing the user should know; empty if nothing was wrong.
     """
 
     samples: NDArray[np.float32]

@@ -36,7 +36,7 @@ and holds no time, so that the same checkpoint exported twice with the same tool
 manifest. Paths are relative, made of ``[A-Za-z0-9._-]`` parts joined by ``/``; none is absolute,
 holds ``..`` or a backslash, or is reached through a link that leaves the folder.
 
-Whatever is wrong with a bundle ends as one :class:`BundleError` of one line.
+Any fault of a bundle raises one :class:`BundleError` of one line.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ class RecipeEntry:
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """What the bundle was made from: checkpoint name and hash, and whether it was trained.
+    """The source of the bundle: checkpoint name and hash, and whether it was trained.
 
-    Of a model that others published: ``origin``, where, and ``licence``, on what terms.
+    For a published model also ``origin``, its address, and ``licence``.
     """
 
     checkpoint: str
@@ -348,7 +348,7 @@ def _allowed(path: str) -> bool:
 
 
 def _stamp(root: Path) -> tuple[int, ...]:
-    """What changes when the manifest is replaced; (0,) if there is none, which is told later."""
+    """Changes when the manifest is replaced; (0,) if there is none, which is reported later."""
     path = root / MANIFEST_NAME
     if not path.exists():
         return (0,)

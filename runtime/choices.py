@@ -86,7 +86,7 @@ class ChoiceTrie:
             ids = tokenizer.encode(text)
             if tokenizer.decode(ids) != text:
                 raise QuestionError(
-                    f"choice {index + 1} cannot be spelled by this model's tokenizer"
+                    f"choice {index + 1} cannot be spelled by this model's tokenizer; reword it"
                 )
             sequences.append([*ids, *end])
         return cls(sequences, check_choices(choices))
@@ -146,7 +146,7 @@ class ChoiceTrie:
             scores.append(shared_score + score)
         decoder.truncate(start)
         if np.isnan(scores).any():
-            raise BundleError("the decoder gave no number (NaN); the bundle's weights are damaged")
+            raise BundleError("a logit is NaN: the bundle's weights are damaged; export it again")
         return np.array(scores)
 
 

@@ -130,7 +130,7 @@ class Waveform:
 
 
 Features: TypeAlias = LogMel | Waveform
-"""What encoders read, told apart by ``kind``."""
+"""The features of an encoder, distinguished by ``kind``."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class ProjectorInput:
-    """What the projector takes under ``name``: encoder outputs, their features side by side.
+    """One input of the projector: encoder outputs, their features side by side.
 
     ``parts`` are outputs as ``graph.output``, all rows or all vectors. Rows of a chunk's windows
     follow one another, zeros where there is no sound, and are averaged to ``rows`` rows a chunk;
@@ -190,7 +190,7 @@ class ProjectorConfig:
     """The graph from encoder outputs to rows of the decoder's input.
 
     It takes ``inputs`` and, where it ``reads_question``, ``instruction_embeds (1, L, D)`` and
-    ``instruction_mask (1, L) int64``. It gives ``audio_embeds (1, N, D)`` and what else stands in
+    ``instruction_mask (1, L) int64``. It gives ``audio_embeds (1, N, D)`` and the other names in
     ``outputs``: ``intent_attention (1, N)``, ``gate (1, D)``.
     """
 
@@ -252,11 +252,11 @@ class PromptPart:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What the decoder reads, and how the user's text is written in it.
+    """The template of the prompt, and how the user's text is written into it.
 
     Attributes:
         parts: the template; at least one audio part and exactly one question.
-        choices_header: what comes between question and choices.
+        choices_header: the text between question and choices.
         choice_format: each choice, with ``{choice}`` and, if wanted, ``{letter}`` (a, b, ...).
         lower_case: the user's text is lower-cased.
         max_tokens: longest text of a user.
@@ -282,8 +282,8 @@ class ThoughtForm:
         close: the control token that ends it.
         close_id: its id.
         empty: ends the prompt where the model is not to think.
-        empty_end: follows ``empty`` where the answer is written freely. A choice brings what it
-            begins with itself, as it had it in training.
+        empty_end: follows ``empty`` where the answer is written freely. A choice brings its own
+            beginning, as in training.
         tags: of the thought's parts, in their order, as ``<TAG>`` and ``</TAG>`` around each.
         open: what the model writes before a thought.
     """
@@ -324,7 +324,7 @@ QuestionKind = Literal["choices", "open", "choices-at-once", "open-at-once"]
 
 @dataclass(frozen=True)
 class Scope:
-    """What a model was trained for. None or empty: not known.
+    """The training data of a model. None or empty: not known.
 
     Attributes:
         shortest_s: seconds of the shortest clips.
@@ -392,6 +392,11 @@ class ModelConfig:
         """The first encoder of each kind of features and window: what there is to see or time."""
         found = {(e.features, e.window_s): e for e in reversed(self.encoders)}
         return tuple(reversed(found.values()))
+
+    @property
+    def n_clips(self) -> int:
+        """How many clips the model hears at once; a prompt holds the audio rows of each."""
+        return sum(part.kind == "audio" for part in self.prompt.parts)
 
     @property
     def row_s(self) -> float:

@@ -1,11 +1,11 @@
 """A decoder that reads several tokens in a step, and still writes what single steps write.
 
 Drafted tokens are checked together, and tokens that are known beforehand are read together. Steps
-of many tokens round differently and leave keys and values that differ in their last bits, so what
-they decide is believed only where the best logit leads by more than a margin. Elsewhere everything
-since the last exact position is read again one token at a time, as the plain decoder does: such
-decisions are exact to the bit, the others as long as the margin is wider than the difference. What
-is drafted and how wide the margin is, :mod:`~tinygiant.runtime.speculation` learns.
+of many tokens round differently and leave keys and values that differ in their last bits, so their
+decisions count only if the logit margin is above a threshold. Otherwise everything since the last
+exact position is read again one token at a time, as the plain decoder does. Such decisions are
+exact to the bit; the others are right as long as the threshold is larger than the difference.
+:mod:`~tinygiant.runtime.speculation` chooses the drafts and learns the threshold.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ class DraftingDecoder(Decoder):
         token = mask.best(logits)
         if not self._inexact:
             return token
-        found = mask.lead(logits, token)
-        if found > self._speculation.guard:
+        found = mask.logit_margin(logits, token)
+        if found > self._speculation.min_margin:
             return token
         start_s = time.perf_counter()
         exact = self._settle()
         self._speculation.learn_reread(time.perf_counter() - start_s)
         best = mask.best(exact)
-        self._speculation.learn_difference(found, mask.lead(exact, token))
+        self._speculation.learn_difference(found, mask.logit_margin(exact, token))
         return best
 
     def generate(
@@ -186,7 +186,7 @@ class DraftingDecoder(Decoder):
                 break
             mask = ALL if guide is None else guide.mask()
             found = mask.best(row)
-            if found != guess or mask.lead(row, found) <= self._speculation.guard:
+            if found != guess or mask.logit_margin(row, found) <= self._speculation.min_margin:
                 break
             if guide is not None and not guide.take(found):
                 break

@@ -1,8 +1,8 @@
 """The encoders and the projector: chunks of features to rows of the decoder's input.
 
-What the encoders find depends on the sound alone, what the projector makes of it also on the
-question. So encoder outputs are kept in a small cache by content, and a second question about the
-same clip skips the encoders.
+Encoder outputs depend only on the sound; the projector's rows may depend on the question too. So
+encoder outputs are kept in a small cache by content, and a second question about the same clip
+skips the encoders.
 
 Shapes of a chunk: ``N`` audio rows, ``D`` decoder hidden size.
 """
@@ -45,7 +45,7 @@ DEFAULT_CACHE_BYTES = 64 * 2**20  # TinyGiantALM at full size: about 12 minutes 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What the encoders found in one chunk: the projector's inputs by name.
+    """The encoder outputs of one chunk, as the projector's inputs by name.
 
     Rows are ``(1, rows, size)``, vectors ``(1, size)``.
     """
@@ -60,12 +60,12 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A chunk as the decoder reads it, and what there is to see of how it was listened to.
+    """A chunk as the decoder reads it, with the intent attention and the gate.
 
     Attributes:
         audio_embeds: ``(1, N, D)``.
-        intent_attention: ``(1, N)``, how much the question looks at each audio row; None where the
-            model has no such part.
+        intent_attention: ``(1, N)``, the weight of each audio row under the question; None where
+            the model has no intent query.
         gate: ``(1, D)``, the semantic gate before it is halved; None where the model has none.
     """
 

@@ -76,14 +76,14 @@ _LEAST_LEFTOVER_BYTES = 4_096
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """What a file holds.
+    """The sound of a file.
 
     Attributes:
         samples: ``(n_samples,) float32``, mono.
         rate_hz: of ``samples``.
         channels: of the source, mixed down to one.
         announced_frames: what its headers announce; None if they do not say.
-        notes: one line for each thing a listener should know.
+        notes: one line for each thing the user should know.
     """
 
     samples: NDArray[np.float32]
@@ -131,13 +131,13 @@ def decode(file: EncodedFile, name: str, max_audio_s: float) -> Decoded:
         parts.append(part)
         if recording.lead_bytes:
             lead = counted(recording.lead_bytes, "byte")
-            notes.append(f"{lead} in front of it are not sound and were left out")
+            notes.append(f"{lead} in front of it left out: not sound")
         if recording.holes:
             hole_bytes = counted(sum(end - start for start, end in recording.holes), "byte")
-            notes.append(f"{hole_bytes} in its middle are not sound and were left out")
+            notes.append(f"{hole_bytes} in its middle left out: not sound")
         if recording.leftover_bytes > _LEAST_LEFTOVER_BYTES:
             leftover = counted(recording.leftover_bytes, "byte")
-            notes.append(f"{leftover} at its end are not sound and were left out")
+            notes.append(f"{leftover} at its end left out: not sound")
     return _joined(parts, notes)
 
 
@@ -286,7 +286,7 @@ def _whole(file: EncodedFile, recording: Recording) -> EncodedFile:
 
 
 def _body(file: EncodedFile, recording: Recording) -> EncodedFile:
-    """What a decoder has to read of it, where its own header is not right."""
+    """The bytes for a decoder, with a right header in place of a wrong one."""
     window = Window(file, recording.body, recording.end, recording.head, recording.holes)
     return EncodedFile(window, 1 << 16)
 

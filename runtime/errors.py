@@ -1,8 +1,8 @@
 """Every error a user can meet, and the exit code each one ends in.
 
-The contract: a bad input raises exactly one of these, its message is one line that says what was
-found, what was expected and what to do, and the command-line tools print that line and leave with
-``exit_code``. Each class is also the builtin that callers of a library would look for::
+The contract: a bad input raises exactly one of these. Its message is one line: what was found, what
+was expected and what to do. The command-line tools print that line and exit with ``exit_code``.
+Each class is also the builtin that callers of a library would expect::
 
     TinyGiantError                    1   anything below; also unforeseen failures
     ├── UsageError (ValueError)       2   options or arguments that do not fit together

@@ -1,4 +1,4 @@
-"""What an answer consists of, and the events through which it arrives.
+"""The parts of an answer, and the events through which it arrives.
 
 :meth:`~tinygiant.runtime.pipeline.TinyGiant.stream` yields, in this order: one :class:`AudioRead`,
 one :class:`StreamsReady`, one :class:`PromptRead`, any number of :class:`TextPiece`, one
@@ -48,7 +48,7 @@ writing the whole choice, its end included, not divided by its length."""
 
 @dataclass(frozen=True)
 class AudioAccount:
-    """What became of the audio, in seconds; see :class:`~tinygiant.runtime.audio.Audio`."""
+    """The account of the audio, in seconds; see :class:`~tinygiant.runtime.audio.Audio`."""
 
     source: str
     received_s: float
@@ -84,7 +84,7 @@ class Timings:
 class TokenCounts:
     """Tokens the decoder read (``audio`` of them stand for sound) and wrote.
 
-    ``drafted`` were guessed before they were computed, ``accepted`` of these were right.
+    ``drafted`` were guessed ahead, ``accepted`` of these were right.
     """
 
     prompt: int
@@ -110,13 +110,13 @@ class Answer:
         finish_reason: why the text ended.
         model: name of the model that answered.
         timings: seconds by stage.
-        audio: what became of the audio.
+        audio: the account of the audio.
         tokens: how much was read and written.
-        choice_probabilities: probability of each choice, together 1, where the choices were scored
-            instead of thought about; else None.
-        choice_scoring: what the probabilities are made of; None without them.
+        choice_probabilities: probability of each choice; they sum to 1. Only without a thought,
+            else None.
+        choice_scoring: the rule behind the probabilities; None without them.
         providers: for each graph, the providers that ran it; the one asked for is the first.
-        more_audio: what became of the other clips of a question about several.
+        more_audio: the accounts of the other clips of a question about several.
     """
 
     text: str
@@ -163,7 +163,7 @@ class PromptRead:
 
     Attributes:
         n_tokens: how many tokens it read, ``n_audio`` of which stand for sound.
-        intent_attention: ``(n_audio,)``, how much the question looks at each audio token; None if
+        intent_attention: ``(n_audio,)``, the weight of each audio row under the question; None if
             the model has no intent query.
         gate: ``(n_chunks, D)``, the semantic gate; None if the model has none.
     """

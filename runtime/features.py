@@ -70,7 +70,7 @@ def mel_filter_bank(
 def encoder_input(
     samples: NDArray[np.float32], features: Features, n_frames: int
 ) -> NDArray[np.float32]:
-    """What an encoder's graph takes of a window: features of any kind, with their batch axes.
+    """The input of an encoder's graph for one window: features of any kind, with their batch axes.
 
     ``(1, n_mels, n_frames)`` or ``(1, 1, n_frames, n_mels)`` of log-mel features, by their layout;
     ``(1, n_samples)`` of a waveform.
@@ -102,8 +102,8 @@ def waveform(
 def log_mel(samples: NDArray[np.float32], features: LogMel, n_frames: int) -> NDArray[np.float32]:
     """Log-mel spectrogram of a window of ``n_frames`` frames.
 
-    What ``samples`` have beyond the window is cut; what they lack is filled by the features'
-    padding rule. Fewer frames are the same algorithm on a shorter window.
+    Samples beyond the window are cut; a shorter clip is filled by the features' padding rule. Fewer
+    frames are the same algorithm on a shorter window.
 
     Args:
         samples: ``(n_samples,)`` mono at ``features.sampling_rate_hz``, at least one.
@@ -164,7 +164,7 @@ def _mel_power(
     """Mel power of the first ``n_frames`` centred frames: ``(n_frames, n_mels)``, floored.
 
     The transform runs in double precision: in single precision its rounding, relative to the
-    loudest component of a frame, drowns the quiet bands beside a pure tone.
+    loudest component of a frame, drowns the quiet bands next to a pure tone.
     """
     n_fft, hop, n_mels = features.n_fft, features.hop_length, features.n_mels
     filters = filter_bank(features)

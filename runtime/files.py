@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["LFS_SIGNATURE", "sha256"]
 
 LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
-"""What a git-lfs pointer begins with, which lies where the file itself was not fetched."""
+"""The first bytes of a git-lfs pointer, which replaces a file that was not fetched."""
 
 _BLOCK_BYTES = 2**20
 

@@ -1,8 +1,8 @@
 """Bundle format 1, which described one model: TinyGiantALM, with its parts as mandatory fields.
 
-:func:`upgrade` turns the ``model`` of such a manifest into today's composition; what that model
-left unsaid, because the code knew it, stands here as data. Frozen: a change here changes what
-existing bundles mean.
+:func:`upgrade` turns the ``model`` of such a manifest into today's composition; constants that were
+then in the code, not in the manifest, are here as data. Frozen: a change here changes the meaning
+of existing bundles.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@ r"""The form of an answer as a grammar, and the writer that holds decoding to it
 
 A grammar is a row of steps: :class:`Fixed` text (tags), a :class:`Free` text of the model's own, or
 :class:`OneOf` the choices. It knows token ids and strings, no decoder. A :class:`Writer` walks
-along it token by token: :meth:`Writer.forced` are tokens that are known without asking the model,
-:meth:`Writer.mask` says which may come next, :meth:`Writer.take` takes the one that came. Whatever
-the model wants:
+along it token by token: :meth:`Writer.forced` gives tokens that are known without the model,
+:meth:`Writer.mask` those that may come next, :meth:`Writer.take` takes the next one. For every
+model this holds:
 
 - a free text holds no tag, half a tag or control token: ``<`` is followed by a letter, a slash or a
   bar only where that begins the tag that closes the text, and then the rest of the tag follows;
 - it is not empty;
-- it is closed where the same few tokens come again and again, and where its tokens are spent; in
-  the latter case the thought around it is closed too, so that there always is an answer;
+- it is closed if the same few tokens repeat, and if its tokens are used up; in the latter case the
+  thought around it is closed too, so that there always is an answer;
 - a stop token, or the thought's end before its time, closes both in the same way.
 
 A tag may begin inside a token (``.</``) and be spread over several: by the bytes of each token it
@@ -52,7 +52,7 @@ _GRAPHIC = re.compile(r"[!-~]")
 
 @dataclass(frozen=True)
 class Fixed:
-    """Text that is written as it stands, control tokens included; nothing of it is shown."""
+    """Text that is written verbatim, control tokens included; it is not shown."""
 
     text: str
 
@@ -87,8 +87,8 @@ class Grammar:
     Attributes:
         steps: in their order; between two free texts there is a fixed one.
         answer_at: the index of the step that is the answer; those before are the thought.
-        leave: what follows a closed part where the thought ends early: its end, and what opens the
-            answer.
+        leave: the text after a closed part if the thought ends early: the thought's end, and the
+            opening of the answer.
         stop_ids: tokens that end the text.
         thought_end_ids: tokens that end the thought.
         has_tags: whether free texts are kept free of tags.

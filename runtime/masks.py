@@ -1,4 +1,4 @@
-"""Which tokens may come next: what holds a text that is written to a form."""
+"""Which tokens may come next, so that a text keeps its form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError
-from .speculation import lead
+from .speculation import logit_margin
 
 __all__ = ["ALL", "Guide", "Mask", "greedy"]
 
@@ -34,12 +34,12 @@ class Mask:
         with self._applied(logits):
             return greedy(logits)
 
-    def lead(self, logits: NDArray[np.float32], token: int) -> float:
-        """How far ``token`` leads before the next that is allowed, in deviations of the logits."""
+    def logit_margin(self, logits: NDArray[np.float32], token: int) -> float:
+        """How far ``token`` lies above the next that is allowed, in standard deviations."""
         if self.only:
-            return lead(logits, token, self.ids.tolist())
+            return logit_margin(logits, token, self.ids.tolist())
         with self._applied(logits):
-            return lead(logits, token)
+            return logit_margin(logits, token)
 
     @contextmanager
     def _applied(self, logits: NDArray[np.float32]) -> Iterator[None]:
@@ -54,7 +54,7 @@ ALL = Mask(np.array([], np.intp), only=False)
 
 
 class Guide(Protocol):
-    """What holds a text to a form."""
+    """Keeps a text to a form."""
 
     @property
     def done(self) -> bool:
@@ -64,7 +64,7 @@ class Guide(Protocol):
         """Tokens that come next whatever the model wants; they count as taken."""
 
     def mask(self) -> Mask:
-        """Which tokens may come next; what would be forced is the only one."""
+        """Which tokens may come next; a forced token is the only one."""
 
     def take(self, token: int) -> bool:
         """Go on with an allowed token; whether it is written."""
@@ -78,5 +78,5 @@ def greedy(logits: NDArray[np.float32]) -> int:
     """
     token = int(logits.argmax())
     if np.isnan(logits[token]):
-        raise BundleError("the decoder gave no number (NaN); the bundle's weights are damaged")
+        raise BundleError("a logit is NaN: the bundle's weights are damaged; export it again")
     return token

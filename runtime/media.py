@@ -71,7 +71,7 @@ _SHARED = (b"OggS", b"RIFF", b"RF64", b"FORM", b"caff", b"ID3")
 
 
 def kind_of(head: bytes) -> str | None:
-    """What a file is, in words, by its first bytes; None unless it is for FFmpeg."""
+    """The kind of a file, in words, by its first bytes; None if FFmpeg is not needed."""
     return next((kind for pattern, kind in _PATTERNS if pattern.match(head)), None)
 
 
@@ -155,7 +155,7 @@ class Sound:
             raise self._failed()
 
     def notes(self) -> tuple[str, ...]:
-        """What a listener should know, once all frames were read."""
+        """Everything the user should know, after all frames were read."""
         notes = []
         if self._n_tracks > 1:
             notes.append(f"it has {self._n_tracks} sound tracks; the first of them was read")
@@ -183,7 +183,7 @@ class Sound:
 
     @staticmethod
     def _said(annotation: bytes) -> dict[str, Any]:
-        """What the worker says beside the sound; of ffmpeg's own annotation nothing is read."""
+        """The worker's own annotation of the sound; that of the program ffmpeg is not read."""
         with suppress(ValueError):
             said = json.loads(annotation.rstrip(b"\0"))
             if isinstance(said, dict):
@@ -196,7 +196,7 @@ class Sound:
         if time.monotonic() >= self._deadline:
             reason = f"it took more than {MAX_WALL_S:.0f} s"
         elif code < 0:
-            reason = f"FFmpeg broke down: {signal.Signals(-code).name}"
+            reason = f"FFmpeg crashed: {signal.Signals(-code).name}"
         return AudioError(
             f"{self._name}: is {self._kind}, and FFmpeg cannot read it ({reason}); record or copy "
             "it again, or convert it to wav"

@@ -1,13 +1,13 @@
-"""A process of its own that decodes what FFmpeg knows: a program, not a module of the runtime.
+"""Decode FFmpeg's formats in a process of its own: a program, not a module of the runtime.
 
     python -I -S media_worker.py MAX_S pyav FOLDER_OF_PYAV
     python -I -S media_worker.py MAX_S ffmpeg /usr/bin/ffmpeg
 
 Reads an encoded file at standard input, which can be searched, and writes its first sound track as
 32-bit floats in Sun's ``.snd`` form: through PyAV, with what its header says as JSON in the
-annotation, or by becoming the program ``ffmpeg``. FFmpeg's many decoders are large, and what they
-are fed may be hostile: so this process may not write files or use much memory or time, and if it
-dies, it dies alone. A complaint is the last line of standard error.
+annotation, or by becoming the program ``ffmpeg``. FFmpeg's many decoders are large, and their input
+may be hostile: so this process may not write files or use much memory or time, and if it dies, it
+dies alone. An error is the last line of standard error.
 """
 
 from __future__ import annotations

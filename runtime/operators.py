@@ -1,11 +1,11 @@
-"""What an ONNX file would make onnxruntime do, read before onnxruntime sees it.
+"""The operators and weight files of an ONNX file, read before onnxruntime sees it.
 
-The contract: :func:`graph_contents` takes the bytes of a file and tells which operators its nodes
-name and which files its weights lie in. It reads the protobuf wire format itself (the runtime has
-no onnx package) and skips every field that it does not need. A graph inside a node is refused, and
-with it every loop, except the two branches of an ``If``, which hold neither initializers nor
-another ``If``: so the depth is fixed, and every run of a graph ends. It holds to onnx.proto3 of
-ONNX 1.23 and refuses whatever a usual writer would not write.
+The contract: :func:`graph_contents` takes the bytes of a file and returns the operators that its
+nodes name and the files that hold its weights. It reads the protobuf wire format itself (the
+runtime has no onnx package) and skips every field that it does not need. A graph inside a node is
+refused, and with it every loop, except the two branches of an ``If``, which hold neither
+initializers nor another ``If``: so the depth is fixed, and every run of a graph ends. It holds to
+onnx.proto3 of ONNX 1.23 and refuses anything that a usual writer would not write.
 
 Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 """
@@ -225,7 +225,7 @@ class _Reader:
 
 
 def _damaged(what: str) -> BundleError:
-    return BundleError(f"the graph is damaged or no ONNX file: {what}")
+    return BundleError(f"the graph is damaged or not an ONNX file: {what}")
 
 
 def _control_flow(what: str) -> BundleError:

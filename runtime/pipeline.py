@@ -38,12 +38,12 @@ from .events import Answer, AudioRead, Event, Finished, StreamsReady, TokenCount
 from .generate import end_ids, generate
 from .grammar import Grammar, Vocabulary, Writer
 from .kv_cache import KvSnapshot
-from .ort.memory import require_memory
+from .ort.memory import how_many, require_memory
 from .ort.pool import GraphPool
 from .ort.sessions import SessionSettings
 from .preprocess import chunks_s, preprocess
 from .prompt import Prompt, compose
-from .scope import require_positions
+from .scope import positions_left, require_positions
 from .signal import silent_choice, why_unheard
 from .speculation import Drafter, Speculation
 from .stages import Clock, Returning
@@ -199,7 +199,7 @@ class TinyGiant:
             choices: 2 to 26 possible answers; the answer is then exactly one of them.
             options: how to answer.
             changes: fields of ``options`` by keyword: ``think``, ``max_new_tokens``,
-                ``max_audio_s``, ``raw``.
+                ``max_audio_s``, ``fit``, ``raw``.
 
         Raises:
             AudioError: the audio cannot be read or is longer than ``max_audio_s``.
@@ -213,7 +213,7 @@ class TinyGiant:
         return _without_waits(self._stream(self._clips(audio), asked))
 
     def ask_many(
-        self, queries: Iterable[Query], *, parallel: int = PARALLEL, workers: int = 0
+        self, queries: Iterable[Query], *, parallel: int | None = None, workers: int = 0
     ) -> Iterator[Answer | Exception]:
         """Ask questions about clips, several at a time; answers come in the order of ``queries``.
 
@@ -222,7 +222,7 @@ class TinyGiant:
 
         Args:
             queries: the questions; taken as there is room for them.
-            parallel: how many answers are written at a time, where :meth:`batch` can do that.
+            parallel: how many answers are written at a time, as :meth:`batch` takes it.
             workers: threads that hear the clips of the next questions meanwhile; without any, a
                 clip is heard when there is room for its answer.
 
@@ -230,18 +230,26 @@ class TinyGiant:
             UsageError: ``parallel`` below 1 or ``workers`` below 0.
             BundleError: the bundle's graphs fail.
         """
-        if parallel < 1 or workers < 0:
-            raise UsageError(
-                f"parallel is {parallel} and workers {workers}, expected at least 1 and 0"
-            )
+        if workers < 0:
+            raise UsageError(f"workers is {workers}, expected at least 0")
         return self._ask_many(enumerate(queries), self.batch(parallel), workers)
 
-    def batch(self, size: int) -> Batch | None:
+    def batch(self, size: int | None = None) -> Batch | None:
         """Room for ``size`` answers that are written in common steps of the decoder.
 
-        None where there is no such thing: for a ``size`` of 1, with ``memory="low"``, on a provider
-        other than the CPU, and for bundles of earlier versions, whose decoder takes one sequence.
+        Without a ``size``: ``PARALLEL``, or fewer where their keys and values would take more than
+        an eighth of the memory that is left. None where there is no such thing: for a ``size`` of
+        1, with ``memory="low"``, on a provider other than the CPU, and for bundles of earlier
+        versions, whose decoder takes one sequence.
+
+        Raises:
+            UsageError: a ``size`` below 1.
         """
+        if size is None:
+            token_bytes = self.config.decoder.kv_token_bytes(self.bundle.manifest.kv_cache)
+            size = how_many(PARALLEL, token_bytes)
+        if size < 1:
+            raise UsageError(f"{size} answers at a time, expected at least 1")
         graph = self.config.decoder.graph
         if size < 2 or not self._pool.keep or self.providers[graph] != ("cpu",):
             return None
@@ -337,13 +345,13 @@ class TinyGiant:
         self, sources: Sequence[AudioSource | Audio], asked: Asked, batch: Batch | None = None
     ) -> Iterator[Event | None]:
         """See :meth:`events`."""
-        clock = Clock()
+        clock, options = Clock(), asked.options
         with clock.stage("audio"):
-            clips = [_read(source, asked.options) for source in sources]
+            clips = [_read(source, options) for source in sources]
             faults = [why_unheard(clip.samples, clip.sampling_rate_hz) for clip in clips]
             unheard = faults[0] if all(faults) else None
         heard, *others = (account(clip, asked, self.config) for clip in clips)
-        if unheard is not None and not asked.options.raw:
+        if unheard is not None and not options.raw:
             silent = silent_choice(asked.choices or ())
             if asked.choices is None or silent is not None:
                 yield from nothing_heard(
@@ -352,15 +360,15 @@ class TinyGiant:
                 return
             guess = "one of the choices must be given: the model guesses"
             heard = dataclasses.replace(heard, notes=(*heard.notes, guess))
-        yield from map(AudioRead, (heard, *others))
-
-        writer = self._writer(asked)
-        room = asked.max_written
-        if writer is not None and not asked.is_scored:
-            room = writer.max_tokens
         longest = max(clips, key=lambda clip: clip.used_s)
         durations_s = chunks_s(longest.used_s, self.config)
+        asked, writer, room = self._fitted(asked, durations_s)
+        n_new = asked.options.max_new_tokens
+        if n_new < options.max_new_tokens:
+            less = f"there is room for {n_new} new tokens, not for {options.max_new_tokens}"
+            heard = dataclasses.replace(heard, notes=(*heard.notes, less))
         require_positions(self.config, durations_s, asked.prompt.n_text, room, longest.source)
+        yield from map(AudioRead, (heard, *others))
 
         with clock.stage("encode"):
             encoded, cached = self._encode(clips)
@@ -426,7 +434,7 @@ class TinyGiant:
     def _clips(self, audio: Clips) -> list[AudioSource | Audio]:
         """The clips of a question; raises QuestionError if the model does not hear so many."""
         clips = audio if isinstance(audio, list) else [audio]
-        n_heard = sum(part.kind == "audio" for part in self.config.prompt.parts)
+        n_heard = self.config.n_clips
         if len(clips) not in (1, n_heard):
             raise QuestionError(
                 f"{len(clips)} clips given, {self.config.name} hears "
@@ -444,6 +452,21 @@ class TinyGiant:
             size = self.config.decoder.vocab_size
             self._vocabulary = Vocabulary(self._tokenizer, size, form.hidden_token_ids)
         return Writer(grammar, self._vocabulary, asked.options.max_new_tokens)
+
+    def _fitted(
+        self, asked: Asked, durations_s: Sequence[float]
+    ) -> tuple[Asked, Writer | None, int]:
+        """A question, its writer, and the most tokens they write: fewer than asked if that fits."""
+        writer = self._writer(asked)
+        n_most = asked.max_written
+        if writer is not None and not asked.is_scored:
+            n_most = writer.max_tokens
+        left = positions_left(self.config, durations_s, asked.prompt.n_text + n_most)
+        n_new = asked.options.max_new_tokens + left
+        if not asked.options.fit or asked.is_scored or left >= 0 or n_new < 1:
+            return asked, writer, n_most
+        options = dataclasses.replace(asked.options, max_new_tokens=n_new)
+        return self._fitted(dataclasses.replace(asked, options=options), durations_s)
 
     def _encode(self, clips: Sequence[Audio]) -> tuple[list[tuple[Encoded, ...]], bool]:
         """Encoder outputs of every chunk of every clip, and whether all were known already."""

@@ -1,4 +1,4 @@
-"""Sound to features: how a clip of any length becomes what the encoders see.
+"""Sound to features: a clip of any length becomes the inputs of the encoders.
 
 Chunks follow one another, each with its own audio rows; an encoder's windows follow one another
 inside a chunk. Windows tile the sound: no sample is lost or seen twice, and a window that holds no
@@ -27,7 +27,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """What the encoders see of at most ``chunk_s`` seconds.
+    """The encoders' inputs for at most ``chunk_s`` seconds.
 
     Attributes:
         duration_s: seconds of sound in the chunk.

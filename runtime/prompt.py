@@ -52,7 +52,7 @@ class Prompt:
 
     Attributes:
         parts: token ids, or None where the audio rows stand.
-        instruction_ids: those of the user's text within ``parts``, without what fills it up.
+        instruction_ids: those of the user's text within ``parts``, without padding.
         n_fixed: how many parts come before the user's text.
     """
 
@@ -118,7 +118,7 @@ def compose(
     clips: Sequence[Sequence[NDArray[np.float32]]],
     lookup: Callable[[Sequence[int]], NDArray[np.float32]],
 ) -> tuple[NDArray[np.float32], ...]:
-    """What the decoder reads, ``(1, n, D)`` of each part of the prompt.
+    """The decoder's input, ``(1, n, D)`` for each part of the prompt.
 
     Args:
         prompt: the filled template.

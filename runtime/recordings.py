@@ -2,7 +2,7 @@
 
 A file may hold several recordings, put one behind another by ``cat`` or by a recorder that was
 started again, and the header of a recorder that was killed may announce less than what follows.
-Decoders stop at the first end they are told of, without a word. :func:`recordings` finds every
+Decoders silently stop at the first end that a header announces. :func:`recordings` finds every
 recording to its true end, and a header in which that end is right; :class:`Window` shows a
 recording to a decoder as a file of its own.
 
@@ -56,8 +56,8 @@ class Recording:
     Attributes:
         body: where to decode from; ``start``, unless a header in front of it is to be passed over.
         head: bytes to read in place of those at ``body``: a header with the true length.
-        holes: places in it, from and to, that are no sound and would stop a decoder.
-        lead_bytes: in front of it, no part of it and no recording either.
+        holes: places in it, from and to, that are not sound and would stop a decoder.
+        lead_bytes: bytes in front of it that belong to no recording.
         leftover_bytes: the same at its end.
         announced_share: how much of the sound the file's own header announces, from 0 to 1.
     """
@@ -132,7 +132,7 @@ class Window(io.RawIOBase):
 def recordings(file: IO[bytes], n_bytes: int, max_s: float) -> list[Recording]:
     """The recordings in a seekable file of ``n_bytes``, in order; at least one.
 
-    Frames of MP3 are counted up to ``max_s`` seconds: what is longer is refused anyway.
+    Frames of MP3 are counted up to ``max_s`` seconds: a longer clip is refused anyway.
     """
     found: list[Recording] = []
     start: int | None = 0

@@ -1,7 +1,7 @@
 """Windowed-sinc resampling as torchaudio does it, in numpy.
 
-Models that were trained on torchaudio's resampled audio hear its kernel: another good resampler
-moves what such an encoder computes by a few per cent. :func:`sinc_resample` equals
+Models that were trained on audio resampled by torchaudio depend on its kernel: another good
+resampler changes the outputs of such an encoder by a few per cent. :func:`sinc_resample` equals
 ``torchaudio.functional.resample`` with its defaults (Hann window, 6 zero crossings, rolloff 0.99)
 to the rounding of float32, including torchaudio's phases, which it computes in single precision.
 """

@@ -1,7 +1,8 @@
-"""What a model was made for, compared with what it is asked; and how long a clip can be at all.
+"""Compares a question with the model's training scope; and how long a clip can be at all.
 
 Outside its training (:class:`~tinygiant.runtime.config.Scope`) a model answers all the same, less
-surely: a note says so. What cannot fit the decoder's positions is refused before anything runs.
+surely: a note says so. A clip that does not fit the decoder's positions is refused before anything
+runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from .config import ModelConfig, QuestionKind, Scope
 from .errors import AudioTooLongError, UsageError
 
-__all__ = ["longest_clip_s", "require_positions", "scope_notes"]
+__all__ = ["longest_clip_s", "positions_left", "require_positions", "scope_notes"]
 
 _KINDS: dict[QuestionKind, str] = {
     "choices": "questions with choices",
@@ -75,9 +76,7 @@ def require_positions(
         AudioTooLongError: a shorter clip would fit.
         UsageError: none would.
     """
-    n_audio = sum(map(config.audio_rows, chunks_s)) * _n_slots(config)
-    limit = config.decoder.max_positions
-    if n_text + n_audio + n_new <= limit:
+    if positions_left(config, chunks_s, n_text + n_new) >= 0:
         return
     longest_s = longest_clip_s(config, n_text + n_new)
     if longest_s > 0:
@@ -88,27 +87,28 @@ def require_positions(
         )
     raise UsageError(
         f"{n_text} tokens of text and {n_new} new ones leave no room for sound in this model's "
-        f"{limit} positions; shorten the question, or lower --max-new-tokens"
+        f"{config.decoder.max_positions} positions; shorten the question, or lower --max-new-tokens"
     )
 
 
+def positions_left(config: ModelConfig, chunks_s: Sequence[float], n_others: int) -> int:
+    """The decoder's positions beside the chunks' rows and ``n_others`` tokens; < 0: too few."""
+    n_audio = sum(map(config.audio_rows, chunks_s)) * config.n_clips
+    return config.decoder.max_positions - n_audio - n_others
+
+
 def longest_clip_s(config: ModelConfig, n_others: int) -> float:
-    """Seconds of sound that fit a decoder beside ``n_others`` tokens; 0 if none do.
+    """Seconds of sound that fit a decoder together with ``n_others`` tokens; 0 if none do.
 
     Infinite where the model does not hear what lies beyond its first chunk.
     """
-    n_rows = (config.decoder.max_positions - n_others) // _n_slots(config)
+    n_rows = (config.decoder.max_positions - n_others) // config.n_clips
     if config.audio_context == "full":
         n_chunks = max(n_rows, 0) // config.rows_per_chunk
         if n_chunks and config.beyond_chunk == "dropped":
             return math.inf
         return n_chunks * config.chunk_s
     return max(n_rows, 0) * config.row_s
-
-
-def _n_slots(config: ModelConfig) -> int:
-    """How many times a prompt holds the audio rows."""
-    return sum(part.kind == "audio" for part in config.prompt.parts)
 
 
 def _is_latin(text: str) -> bool:

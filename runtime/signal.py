@@ -1,8 +1,8 @@
-"""What the samples show before any model is asked: silence, cancelling channels, offset, clipping.
+"""Checks of the samples before any model is asked: silence, cancelling channels, offset, clipping.
 
-Sound is float with full scale -1..1. What can be mended without harm is mended: an offset is
-removed, channels of opposite polarity are not averaged to nothing. Everything found gives a note,
-one line for a listener. Levels are peaks, in dB of full scale (dBFS).
+Sound is float with full scale -1..1. Two faults are repaired, because that does no harm: an offset
+is removed, and channels of opposite polarity are not averaged to nothing. Every finding gives a
+note, one line for the user. Levels are peaks, in dB of full scale (dBFS).
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""Drafts for the decoder: guesses at the next tokens, how many to check, and when to doubt.
+"""Drafts for the decoder: guesses at the next tokens, how many to check, and when to recompute.
 
-Prompt lookup: what followed the last few tokens where they occurred before, in the prompt, in the
-answer so far and in earlier answers of the same model. Checking ``d`` drafted tokens in one step
-costs less than ``d`` steps of one, so a text that repeats itself is written faster. Tokens never
-change by it, only time (:class:`~tinygiant.runtime.decoder.Decoder` sees to that).
+Prompt lookup: if the last few tokens occurred before, in the prompt, in the answer so far or in
+earlier answers of the same model, the tokens that followed them there are the draft. Checking ``d``
+drafted tokens in one step costs less than ``d`` steps of one, so a text that repeats itself is
+written faster. Only the time changes, never the tokens (:mod:`~tinygiant.runtime.drafting` sees to
+that).
 
 :class:`Speculation` lives as long as the model: it holds earlier answers, how often drafts were
-right, what steps cost on this machine, and the guard against near ties. A :class:`Drafter` lives as
-long as one answer. Prompt lookup is after A. Saxena (2023), transformers' ``prompt_lookup_num_
-tokens``; the choice of a length after Leviathan et al. (2023), section 3.
+right, what steps cost on this machine, and the logit margin from which a token of a draft is
+accepted. A :class:`Drafter` lives as long as one answer. Prompt lookup is after A. Saxena (2023),
+transformers' ``prompt_lookup_num_tokens``; the choice of a length after Leviathan et al. (2023),
+section 3.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_DRAFT_TOKENS", "Drafter", "NgramIndex", "Speculation", "lead"]
+__all__ = ["MAX_DRAFT_TOKENS", "Drafter", "NgramIndex", "Speculation", "logit_margin"]
 
 MAX_DRAFT_TOKENS = 15
 _LONGEST_NGRAM, _SHORTEST_NGRAM = 4, 1
@@ -29,10 +31,10 @@ _BREAK = -1  # between texts that do not follow one another
 # Logits of a step of many tokens differ from those of single steps: sums are rounded in another
 # order, and where activations are quantized to 8 bits such a difference may move a value by a step.
 # How far they differ is seen whenever a near tie is computed again; until enough was seen, the
-# guard is one that is wide for every recipe measured so far (docs/decisions.md).
-_GUARD = 0.15  # deviations of the logits
-_LEAST_GUARD = 0.01
-_GUARD_FACTOR = 8.0
+# least margin is one that is wide for every recipe measured so far (docs/decisions.md).
+_MIN_MARGIN = 0.15  # in standard deviations of the logits
+_LEAST_MARGIN = 0.01
+_MARGIN_FACTOR = 8.0
 _ENOUGH_SEEN = 16
 
 _ACCEPTANCE = 0.7  # before anything is known
@@ -89,11 +91,11 @@ class NgramIndex:
 
 
 class Speculation:
-    """What is learned about drafts while a model answers."""
+    """Statistics about drafts, learned while a model answers."""
 
-    def __init__(self, guard: float = _GUARD) -> None:
-        """Start without any knowledge; ``guard`` is in deviations of the logits."""
-        self.guard = guard
+    def __init__(self, min_margin: float = _MIN_MARGIN) -> None:
+        """Start without any knowledge; ``min_margin`` is in standard deviations of the logits."""
+        self.min_margin = min_margin
         self._n_differences, self._largest_difference = 0, 0.0
         self.memory = NgramIndex()
         self._acceptance = [_ACCEPTANCE] * (_LONGEST_NGRAM + 1)  # by length of the match
@@ -167,14 +169,14 @@ class Speculation:
         self._reread_s += _COST_RATE * (seconds - self._reread_s)
 
     def learn_difference(self, found: float, exact: float) -> None:
-        """Fit the guard to the same lead after both kinds of step."""
+        """Fit the least margin to the same margin after both kinds of step."""
         self._n_differences += 1
         self._largest_difference = max(self._largest_difference, abs(found - exact))
-        wide = _GUARD_FACTOR * self._largest_difference
+        wide = _MARGIN_FACTOR * self._largest_difference
         if self._n_differences >= _ENOUGH_SEEN:
-            self.guard = max(wide, _LEAST_GUARD)
+            self.min_margin = max(wide, _LEAST_MARGIN)
         else:
-            self.guard = max(wide, self.guard)
+            self.min_margin = max(wide, self.min_margin)
 
 
 class Drafter:
@@ -235,8 +237,10 @@ class Drafter:
         return self._own, self.speculation.memory
 
 
-def lead(logits: NDArray[np.float32], best: int, among: Sequence[int] | None = None) -> float:
-    """How far the logit ``best`` of ``(V,)`` leads before the next, in deviations of the logits.
+def logit_margin(
+    logits: NDArray[np.float32], best: int, among: Sequence[int] | None = None
+) -> float:
+    """How far the logit ``best`` of ``(V,)`` lies above the next, in standard deviations of all.
 
     ``among`` limits the comparison to some ids.
     """
@@ -250,7 +254,7 @@ def lead(logits: NDArray[np.float32], best: int, among: Sequence[int] | None = N
 
 
 def _deviation(logits: NDArray[np.float32]) -> float:
-    """The deviation of some 4,096 of the logits: all of them would take as long as the arg-max."""
+    """The standard deviation of some 4,096 logits: all would take as long as the arg-max."""
     sample = logits[:: max(1, logits.size // 4_096)]
     sample = sample[np.isfinite(sample)]  # a mask leaves minus infinity
     return float(sample.std() if sample.size else 0.0) or 1.0

@@ -65,26 +65,32 @@ class Together(Generic[_K]):
     def turn(self) -> Iterator[tuple[_K, Event | Exception | None]]:
         """One step: what comes of each answer until it waits again.
 
-        An answer ends by an error or by a None, after its last event.
+        An answer ends by an error or by a None, after its last event. If the step fails, all do.
         """
         while self._heard and len(self._written) < self._width:
             if self._written and not self._heard[0].is_heard:
                 break
             self._written.append(self._heard.popleft())
-        for running in [*self._written]:
+        for running in self._written:
             for event in running.advance():
                 yield running.key, event
-            if running.has_ended:
-                self._written.remove(running)
-        if self._batch is not None:
+        self._written = [running for running in self._written if not running.has_ended]
+        if self._batch is None:
+            return
+        try:
             self._batch.step()
+        except Exception as error:
+            failed, self._written = self._written, []
+            for running in failed:
+                running.close()
+                yield running.key, error
 
     def drop(self, key: _K) -> None:
-        """End the answer of that key, if there is one."""
-        for running in [*self._written, *self._heard]:
+        """End the answer of that key, if there is one; also within a turn."""
+        for running in (*self._written, *self._heard):
             if running.key == key:
                 running.close()
-                (self._written if running in self._written else self._heard).remove(running)
+        self._heard = deque(running for running in self._heard if not running.has_ended)
 
     def close(self) -> None:
         """End all answers."""
@@ -121,6 +127,8 @@ class _Running(Generic[_K]):
 
     def advance(self) -> Iterator[Event | Exception | None]:
         """What comes until it waits; at the end an error or None."""
+        if self.has_ended and self._hearing is None:
+            return
         if self._hearing is not None:
             hearing, self._hearing = self._hearing, None
             yield from hearing.result()
@@ -129,6 +137,7 @@ class _Running(Generic[_K]):
 
     def close(self) -> None:
         """End it. What a worker is at, it finishes, and nobody sees it."""
+        self.has_ended = True
         if self._hearing is None or self._hearing.cancel() or self._hearing.done():
             self._events.close()
 
@@ -139,6 +148,8 @@ class _Running(Generic[_K]):
                 if event is None:
                     return
                 yield event
+                if self.has_ended:
+                    return
         except Exception as error:
             end = error
         self.has_ended = True

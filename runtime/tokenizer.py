@@ -76,7 +76,9 @@ class Tokenizer:
             raise BundleError(f"{printable(path)}: {error}") from error
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the package panics, beside raising, on some damaged files
+        except (
+            BaseException
+        ) as error:  # on some damaged files the package panics instead of raising
             raise BundleError(f"{printable(path)}: not a tokenizer: {one_line(error)}") from error
 
     @property
@@ -131,7 +133,7 @@ class Tokenizer:
     def plain_tokens(self) -> dict[str, int]:
         """The ids of all tokens but control tokens, as the vocabulary spells them.
 
-        Printable ASCII characters stand for themselves, every other byte for one that is none.
+        Printable ASCII characters stand for themselves, every other byte for another character.
         """
         spelled: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=False)
         return {text: token for text, token in spelled.items() if text not in self._added_ids}

@@ -1,4 +1,4 @@
-"""Bookkeeping of an answer: the text as it grows, what became of the sound, and the whole."""
+"""Bookkeeping of an answer: the text as it grows, the account of the audio, and the whole."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["Transcript", "account", "assemble", "nothing_heard", "prompt_read"]
 class Transcript:
     """The model's text as it grows: tokens in, pieces out, the whole at the end.
 
-    A ``writer`` knows what it has written; without one the text is taken apart as it stands.
+    A ``writer`` knows what it has written; without one the text is parsed.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ _SECTIONS: dict[str, Section] = {
 
 
 def account(audio: Audio, asked: Asked, config: ModelConfig) -> AudioAccount:
-    """What became of the sound, for the listener; and what the model was not made for."""
+    """The account of the audio, with notes on what the model was not made for."""
     used_s, dropped_s, notes = audio.used_s, audio.dropped_s, audio.notes
     if config.beyond_chunk == "dropped" and used_s > config.chunk_s:
         note = f"the model hears the first {config.chunk_s:g} s; the rest was left out"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tinygiant.runtime.asking import AskOptions
 from tinygiant.runtime.audio import Audio
 from tinygiant.runtime.events import Answer, AudioAccount, Timings, TokenCounts
 from tinygiant.runtime.listen.ear import Block, Sound
@@ -94,10 +95,7 @@ class FakeModel:
         audio: Audio,
         question: str,
         choices: Sequence[str] | None = None,
-        *,
-        think: bool = True,
-        max_new_tokens: int = 512,
-        max_audio_s: float = 300.0,
+        options: AskOptions = AskOptions(),  # noqa: B008 - frozen
     ) -> Answer:
         self.before()
         self.asked.append(question)
@@ -107,7 +105,7 @@ class FakeModel:
             raise found
         text, share = found if isinstance(found, tuple) else (found, 0.9)
         shares = None
-        if choices is not None and not think:
+        if choices is not None and not options.think:
             rest = (1.0 - share) / (len(choices) - 1)
             shares = [share if choice == text else rest for choice in choices]
         return an_answer(text, choices, shares)
@@ -117,7 +115,7 @@ class FakeModel:
 
 
 class FakeSource:
-    """Plays blocks; an exception among them is raised, a function is called."""
+    """Plays blocks; an exception among them is raised, a function is called, None is a sign."""
 
     may_return = True
 
@@ -134,6 +132,9 @@ class FakeSource:
                 raise act
             if callable(act):
                 act()
+                continue
+            if act is None:
+                yield None
                 continue
             for start in range(0, act.size, 512):
                 yield act[start : start + 512]

@@ -14,7 +14,6 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits
 from tokenizers.pre_tokenizers import Sequence as Sequence_
 from torch import Tensor
 from transformers import ClapAudioConfig, LlamaConfig
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from tinygiant.models.ced import CedConfig
 from tinygiant.models.mellow import MELLOW, Mellow, MellowConfig
@@ -128,8 +127,8 @@ def small_tokenizer(added: Sequence[str] = ()) -> str:
     As SmolLM2's, it has no tokens for bytes that its texts never held.
     """
     control = ["<|endoftext|>", *(f"<control-{index}>" for index in range(1, 17))]
-    rare = {bytes_to_unicode()[byte] for byte in (0x04, 0xC0, 0xC1, 0xF1, 0xF5, 0xFF)}
-    alphabet = sorted(set(bytes_to_unicode().values()) - rare)
+    rare = {*"ĄÀÁñõÿ"}  # the bytes 04 C0 C1 F1 F5 FF, as byte-level BPE spells them
+    alphabet = sorted({*ByteLevel.alphabet()} - rare)
     vocabulary = {token: index for index, token in enumerate([*control, *alphabet, *added])}
     while len(vocabulary) < VOCABULARY:
         vocabulary[f"unused{len(vocabulary)}"] = len(vocabulary)

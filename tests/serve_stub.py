@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tests.shipped import NANO
 from tinygiant.runtime.answer import AnswerParser
+from tinygiant.runtime.asking import AskOptions, Query
 from tinygiant.runtime.audio import read_audio
 from tinygiant.runtime.events import (
     Answer,
@@ -56,7 +57,8 @@ class FakeModel:
     """Answers every question with the same thought; ``tick`` is called before each token.
 
     ``started``, ``finished`` and ``closed`` hold the questions whose work began, was done to its
-    end, and is over, finished or not. The model writes ``text``, or the thought and a dog.
+    end, and is over, finished or not; ``options`` how they were to be answered. The model writes
+    ``text``, or the thought and a dog.
     """
 
     def __init__(self, tick: Callable[[], object] = lambda: None, text: str | None = None) -> None:
@@ -67,32 +69,38 @@ class FakeModel:
         self.started: list[str] = []
         self.finished: list[str] = []
         self.closed: list[str] = []
+        self.options: list[AskOptions] = []
 
     def stream(
         self,
-        audio: bytes,
+        audio: list[bytes],
         question: str,
         choices: Sequence[str] | None = None,
-        *,
-        max_new_tokens: int = 512,
-        max_audio_s: float = 300.0,
+        options: AskOptions = AskOptions(),  # noqa: B008 - frozen
     ) -> Iterator[Event]:
+        self.options.append(options)
         check_question(question)
         if choices is not None:
             check_choices(choices)
-        return self._events(audio, question, choices, max_new_tokens, max_audio_s)
+        return self._events(audio, question, choices, options)
+
+    def batch(self, size: int | None) -> None:
+        """One at a time."""
+
+    def events(self, query: Query, batch: None) -> Iterator[Event | None]:
+        assert isinstance(query.audio, list)
+        return self.stream(query.audio, query.question, query.choices, query.options)
 
     def _events(
         self,
-        source: bytes,
+        sources: list[bytes],
         question: str,
         choices: Sequence[str] | None,
-        max_new_tokens: int,
-        max_audio_s: float,
+        options: AskOptions,
     ) -> Iterator[Event]:
         self.started.append(question)
         try:
-            audio = read_audio(source, max_audio_s=max_audio_s)
+            [audio] = [read_audio(clip, max_audio_s=options.max_audio_s) for clip in sources]
             account = AudioAccount(
                 audio.source,
                 audio.received_s,
@@ -108,7 +116,7 @@ class FakeModel:
             yield PromptRead(20, *self.listening)
             answer = "a dog" if choices is None else choices[-1]
             text = self.text or f"{THOUGHT}{answer}</RESPONSE>"
-            tokens = [text[i : i + 5] for i in range(0, len(text), 5)][:max_new_tokens]
+            tokens = [text[i : i + 5] for i in range(0, len(text), 5)][: options.max_new_tokens]
             parser = AnswerParser()
             for token in tokens:
                 self.tick()
@@ -167,6 +175,7 @@ def live(
     *,
     limits: Limits | None = None,
     n_queued: int = 8,
+    parallel: int | None = None,
     options: HttpOptions | None = None,
     grace_s: float = 5.0,
     wyoming: bool = False,
@@ -179,6 +188,7 @@ def live(
         listener,
         limits=limits or Limits(),
         n_queued=n_queued,
+        parallel=parallel,
         grace_s=grace_s,
         options=options,
         wyoming=wyoming_socket,

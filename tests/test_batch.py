@@ -19,7 +19,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from tinygiant.runtime import Answer, TinyGiant, pipeline
+from tinygiant.runtime import Query, TinyGiant, pipeline
 from tinygiant.runtime.cli import batch
 from tinygiant.runtime.cli import main as cli
 from tinygiant.runtime.errors import UsageError
@@ -104,7 +104,7 @@ def test_a_folder_of_a_phone(run: Run, tmp_path: Path, tone: Tone) -> None:
 def test_the_output_is_a_file(run: Run, clips: Path) -> None:
     code, _, err = run(clips, "-o", "-", "--question", "What?")
     assert code == 2
-    assert "a batch goes on from what its file already holds" in err
+    assert "a batch resumes from its output, which must be a file" in err
     assert not Path("-").exists()
 
 
@@ -164,13 +164,13 @@ def test_a_second_start_does_only_what_is_left(
     lines = whole.splitlines(keepends=True)
     untimed = [{**record, "answer": None} for record in read(tmp_path / "out.jsonl")]
     runs: list[str] = []
-    ask = TinyGiant.ask
+    events = TinyGiant.events
 
-    def counting(self: TinyGiant, path: Path, *rest: Any, **options: Any) -> Answer:
-        runs.append(path.name)
-        return ask(self, path, *rest, **options)
+    def counting(self: TinyGiant, query: Query, *rest: Any) -> Any:
+        runs.append(query.audio.name)
+        return events(self, query, *rest)
 
-    monkeypatch.setattr(TinyGiant, "ask", counting)
+    monkeypatch.setattr(TinyGiant, "events", counting)
     for kept, want in (
         (whole, []),
         (lines[0] + lines[1], ["c.ogg"]),
@@ -229,7 +229,7 @@ def test_bad_sources(run: Run, clips: Path, tmp_path: Path) -> None:
         ((none, *out), 2, "no line in it"),
         ((twice, *out), 2, "two items have the id c"),
         ((clips, *out), 2, "--question"),
-        ((twice, *out, "--question", "What?"), 2, "are for one; "),
+        ((twice, *out, "--question", "What?"), 2, "are for a folder, and "),
         ((clips, *out, "--question", " "), 5, "empty"),
         ((clips, *out, "--question", "What?", "--choices", "one"), 5, "1 choice given"),
         ((clips, "-o", tmp_path / "no" / "out.jsonl", "--question", "What?"), 8, "another output"),
@@ -261,7 +261,7 @@ def test_a_broken_bundle_ends_the_batch(
     def fail(*_: object, **__: object) -> None:
         raise BundleError("was changed")
 
-    monkeypatch.setattr(tiny, "ask", fail)
+    monkeypatch.setattr(tiny, "events", fail)
     code, _, err = run(clips, "-o", tmp_path / "out.jsonl", "--question", "What?")
     assert (code, (tmp_path / "out.jsonl").exists()) == (4, False)
     assert "was changed" in err
@@ -273,7 +273,7 @@ def test_unforeseen_failures_are_records(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(tiny, "ask", fail)
+    monkeypatch.setattr(tiny, "events", fail)
     code, _, _ = run(clips, "-o", tmp_path / "out.jsonl", "--question", "What?")
     records = read(tmp_path / "out.jsonl")
     assert (code, len(records)) == (11, 3)
@@ -295,6 +295,35 @@ def test_only_files_are_outputs(run: Run, clips: Path) -> None:
         assert (code, len(err.splitlines())) == (8, 1)
 
 
+def test_items_in_work_at_a_time_change_nothing(
+    run: Run, clips: Path, tmp_path: Path, tiny: TinyGiant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines come in the order of the source, whichever is done first; bad items stay in theirs."""
+    asked = [("a.wav", "What?"), ("none.wav", "What?"), ("b.FLAC", "Why?"), ("a.wav", ""),
+             ("deeper/c.ogg", "Who?"), ("b.FLAC", "Where?")]  # fmt: skip
+    items = [{"audio": str(clips / audio), "question": question} for audio, question in asked]
+    source = write(tmp_path / "q.jsonl", *items, {"question": "Of what?"}, items[0])
+    sizes: list[int] = []
+    batch_of = TinyGiant.batch
+    monkeypatch.setattr(
+        TinyGiant, "batch", lambda self, size: (sizes.append(size), batch_of(self, size))[1]
+    )
+    found = []
+    for n in (1, 3, None):
+        option = [] if n is None else ["--parallel", n]
+        out = tmp_path / f"{n}.jsonl"
+        assert run(source, "-o", out, *option)[0] == 11
+        for record in read(out):
+            if "answer" in record:
+                assert record["answer"].pop("timings")["total_s"] > 0
+                del record["answer"]["tokens"]
+            found.append((n, record))
+    assert sizes == [1, 3, pipeline.PARALLEL]
+    by_n = [[record for m, record in found if m == n] for n in (1, 3, None)]
+    assert by_n[0] == by_n[1] == by_n[2]
+    assert [r["id"] for r in by_n[0] if "error" in r] == ["2", "4", "7"]
+
+
 def test_kill_loses_at_most_the_item_in_work(
     clips: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -302,6 +331,7 @@ def test_kill_loses_at_most_the_item_in_work(
     source, out = write(tmp_path / "q.jsonl", *items), tmp_path / "out.jsonl"
     module = [sys.executable, "-m", "tinygiant.runtime.cli.main"]
     model = ["--bundle", str(tiny_bundle), "--threads", "1", "--max-new-tokens", "20"]
+    model += ["--parallel", "1"]
     command = [*module, "--batch", str(source), "-o", str(out), *model]
     n_before = 0
     for wanted in (3, 20):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tinygiant.runtime import TinyGiant, load, stages
+from tinygiant.runtime import Finished, TinyGiant, load, stages
 from tinygiant.runtime.ort.sessions import Binding, Graph
 
 Tone = Callable[[float, int], NDArray[np.float32]]
@@ -23,10 +23,15 @@ ENCODER_S, PROJECTOR_S, DECODER_RUN_S = 1.0, 20.0, 300.0
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch, tiny_bundle: object) -> TinyGiant:
+def now() -> list[float]:
+    """The time of the forged clock, in seconds."""
+    return [0.0]
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, tiny_bundle: object, now: list[float]) -> TinyGiant:
     """The tiny model on a clock that only running a graph moves."""
     model = load(tiny_bundle, threads=1, speculate=False)  # type: ignore[arg-type]
-    now = [0.0]
     run, run_bound = Graph.run, Binding.run
 
     def forged_run(self: Graph, inputs: Any) -> Any:
@@ -68,3 +73,17 @@ def test_a_second_question_has_no_encoder_seconds(timed: TinyGiant, tone: Tone) 
     assert (first.encode_s, first.encode_cached) == (2 * ENCODER_S, False)
     assert (second.encode_s, second.encode_cached) == (0.0, True)
     assert second.project_s == PROJECTOR_S
+
+
+def test_the_time_that_a_reader_takes_is_not_the_models(
+    timed: TinyGiant, tone: Tone, now: list[float]
+) -> None:
+    """Whoever prints or sends each event slowly does not make the model slow."""
+    clip = (tone(2.0, 16_000), 16_000)
+    timed.ask(clip, "What?", max_new_tokens=1)  # the constant prefix is known from now on
+    alone = timed.ask(clip, "What?", max_new_tokens=4, raw=True).timings
+    for event in timed.stream(clip, "What?", max_new_tokens=4, raw=True):
+        now[0] += 7_000.0
+        if isinstance(event, Finished):
+            assert event.answer.timings.total_s == alone.total_s
+            assert event.answer.timings.first_token_s == alone.first_token_s

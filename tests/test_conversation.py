@@ -242,7 +242,7 @@ def test_control_c_gives_up_one_answer_and_control_d_leaves(
     session.type("What is heard?\n")
     session.until("Answer:\r\n.+")
     session.interrupt()
-    session.until("given up")
+    session.until("cancelled")
     session.until(r"\? ")
     time.sleep(0.5)  # longer than the grace after which other commands end
     session.type(":choices yes | no\n")

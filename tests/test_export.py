@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import weakref
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from tinygiant.export.tracing import trace
+from tinygiant.export.tracing import _cancel_transposes, trace
 from tinygiant.models.config import TinyGiantConfig, preset
 from tinygiant.models.graphs import projector_part, tower_part
 from tinygiant.models.sources import RandomSource, byte_tokenizer
@@ -193,3 +197,29 @@ def test_random_source_is_reproducible() -> None:
     weights = [s.component("projector").input_proj.weight for s in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_transposes_cancel_only_where_they_undo_one_another() -> None:
+    """A cycle of three axes twice over is no identity: cancelled, it would swap time and heads."""
+    pairs = {"undone": ((0, 2, 1), (0, 2, 1)), "cycled": ((1, 2, 0), (1, 2, 0))}
+    nodes = []
+    for name, perms in pairs.items():
+        middle, end = f"{name}.middle", f"{name}.end"
+        nodes.append(helper.make_node("Transpose", ["x"], [middle], perm=perms[0]))
+        nodes.append(helper.make_node("Transpose", [middle], [end], perm=perms[1]))
+        nodes.append(helper.make_node("Relu", [end], [name]))
+    tensor = functools.partial(helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT)
+    graph = helper.make_graph(
+        nodes,
+        "pairs",
+        [tensor("x", shape=[2, 3, 4])],
+        [tensor("undone", shape=[2, 3, 4]), tensor("cycled", shape=[4, 2, 3])],
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
+    _cancel_transposes(model.graph)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    found = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    for array, (first, second) in zip(found, pairs.values(), strict=True):
+        np.testing.assert_array_equal(array, np.maximum(x.transpose(first).transpose(second), 0))
+    sources = [node.inputs[0] for node in model.graph if node.op_type == "Relu"]
+    assert [value is model.graph.inputs[0] for value in sources] == [True, False]

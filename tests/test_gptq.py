@@ -16,7 +16,7 @@ from torch import nn
 from tests.model_stub import small_qwen3
 from tests.test_decoder_graph import CONFIG, Runner
 from tinygiant.export.decoder import build_decoder
-from tinygiant.export.rotation import random_rotation, rotated
+from tinygiant.export.rotation import Rotation, block_rotation, random_rotation, rotated
 from tinygiant.quantize import Scheme, quantize_graph
 from tinygiant.quantize.calibration import input_moments
 from tinygiant.quantize.gptq import gptq_blocks
@@ -101,7 +101,7 @@ def decoder_graph(tmp_path: Path, *, rotate: bool) -> tuple[nn.Module, Path]:
     del state["lm_head.weight"]
     path = tmp_path / "decoder_model.onnx"
     if rotate:
-        rotation = random_rotation(CONFIG.hidden_size)
+        rotation = Rotation.random(CONFIG.hidden_size, CONFIG.ffn_size)
         build_decoder(CONFIG, rotated(state, CONFIG.n_layers, rotation), path, rotation)
     else:
         build_decoder(CONFIG, state, path)
@@ -144,6 +144,14 @@ def test_rotations_are_orthogonal_and_spread_a_channel() -> None:
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(64), atol=1e-12)
     np.testing.assert_array_equal(rotation, random_rotation(64, seed=7))
     assert np.abs(rotation).max() <= 0.6  # one channel's size goes into many
+
+
+@pytest.mark.parametrize(("size", "block"), [(1536, 128), (3072, 128), (96, 32), (7, 1)])
+def test_blocks_of_an_mlp_are_spread_evenly(size: int, block: int) -> None:
+    rotation = block_rotation(size)
+    assert rotation.shape == (block, block)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(block), atol=1e-12)
+    np.testing.assert_allclose(np.abs(rotation), block**-0.5)
 
 
 def one_product(path: Path, weight: Array) -> None:

@@ -480,4 +480,4 @@ def test_a_host_that_does_not_exist_is_said(make: Make) -> None:
     wanted = settings_of({"mqtt": {"host": "no-such-host.invalid", "topic": "x"}}, "listen.toml")
     make(wanted, lines)
     wait_for(lambda: lines)
-    assert "no-such-host.invalid is not reached" in lines[0]
+    assert "no-such-host.invalid cannot be reached" in lines[0]

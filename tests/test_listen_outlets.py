@@ -109,7 +109,7 @@ def test_a_webhook_gets_each_record_once_though_the_other_side_fails(
     assert headers["Content-Type"] == "application/json"
     assert lines == [
         "webhook: answered 500 Internal Server Error; kept and tried again",
-        "webhook: works again, 2 wait",
+        "webhook: works again, 2 records waiting",
     ]
 
 

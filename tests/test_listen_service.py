@@ -186,6 +186,19 @@ def test_a_microphone_that_comes_back_is_heard_again(
     assert run.records("report")[-1]["counts"]["away_seconds"]["hall"] > 0.0
 
 
+def test_a_microphone_that_opens_before_it_sounds_is_told_as_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sign of life without sound cleared the loss: the return was never told."""
+    monkeypatch.setattr(listener, "_FIRST_RETRY_S", 0.01)
+    started = lambda: wait_for(lambda: "started" in run.file.read_text())  # noqa: E731
+    mute = AudioError("delivers nothing")
+    run.source("hall", pcm(room(1.0)), started, mute, None, mute, None, None, pcm(room(1.0)))
+    assert run.go(FakeModel()) == 0
+    told = [r["what"] for r in run.records("status")]
+    assert told == ["started", "source_lost", "source_back", "source_ended", "stopped"]
+
+
 def test_what_sounds_when_the_microphone_goes_is_answered(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +215,20 @@ def test_one_source_that_cannot_be_opened_does_not_end_the_others(run: Run) -> N
     assert run.go(FakeModel()) == UsageError.exit_code  # and is not forgotten at the end
     assert len(run.records("sound")) == 1
     assert ("source_lost", "attic") in [(r["what"], r["source"]) for r in run.records("status")]
+
+
+def test_an_interrupt_that_ends_the_writer_too_is_an_interrupt(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends both ends of a pipe: that nothing had come yet was told as the failure."""
+
+    def both_end() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: run.service is not None and run.service._signals)
+
+    run.source("hall", both_end, AudioError("ended after 0 bytes"))
+    monkeypatch.setattr(run.sources["hall"], "may_return", False)
+    assert run.go(FakeModel()) == 130
 
 
 def test_no_source_at_all_is_an_error(run: Run) -> None:
@@ -297,7 +324,7 @@ def test_a_reload_changes_questions_and_sources_and_a_wrong_one_nothing(run: Run
     assert run.go(model) == 0
     assert model.asked == ["One?", "Two?", "Two?"]
     status = {r["what"]: r["message"] for r in run.records("status")}
-    assert "aks is no key" in status["reload_failed"]
+    assert "aks is unknown" in status["reload_failed"]
     assert [r["number"] for r in run.records("sound")] == [1, 2, 3]
     assert "garden" in run.records("report")[-1]["counts"]["heard_seconds"]
 
@@ -325,17 +352,16 @@ def test_a_source_taken_away_while_it_sounds_hands_its_sound_on(run: Run) -> Non
 def test_a_signal_ends_it_in_order_and_what_waits_is_told(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = threading.Event()
+    gate, third_is_on = threading.Event(), threading.Event()
     model = FakeModel(before=lambda: gate.wait(20))
 
     def end() -> None:
-        wait_for(lambda: run.service is not None and run.service.counts.all().get(
-            ("sounds", "hall"), 0) == 2)  # fmt: skip
+        assert third_is_on.wait(20)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
         gate.set()
 
-    run.source("hall", bursts(2.0, 6.0, seconds=9.0), bursts(1.0, seconds=1.5),
+    run.source("hall", bursts(2.0, 6.0, seconds=9.0), bursts(1.0, seconds=1.5), third_is_on.set,
                lambda: time.sleep(1.5), pcm(room(0.1)))  # fmt: skip
     later(end)
     assert run.go(model) == 0
@@ -403,6 +429,45 @@ def test_a_hang_silences_the_watchdog(
     assert not [message for message in seen if "WATCHDOG" in message]
 
 
+def test_a_source_that_hangs_is_told_and_ends_what_has_no_other(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PulseAudio's library, when its daemon is killed, waits in itself for ever: without a service
+    manager nobody was told that nothing is heard any more.
+    """
+    monkeypatch.setattr(listener, "_STUCK_S", 0.5)
+    hang = threading.Event()
+    run.source("hall", bursts(2.0, seconds=5.0), lambda: hang.wait(30))
+    assert run.go(FakeModel()) == AudioError.exit_code
+    assert run.service is not None and run.service.is_abandoned
+    hang.set()
+    assert len(run.records("sound")) == 1
+    [lost] = [r for r in run.records("status") if r["what"] == "source_lost"]
+    assert "gives no sign of life for 0.5 s" in lost["message"]
+    counts = run.records("report")[-1]["counts"]
+    assert counts["source_up"] == {"hall": 0.0}
+
+
+def test_a_process_that_was_stopped_takes_no_source_for_hanging(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP, a debugger: the main thread wakes first and sees that nobody moved."""
+    monkeypatch.setattr(listener, "_STUCK_S", 0.3)
+    monkeypatch.setattr(service, "_LATE_S", 0.4)
+    sleep, stopped = time.sleep, threading.Event()
+
+    def stop_once(seconds: float) -> None:
+        sleep(seconds)
+        if threading.current_thread() is threading.main_thread() and not stopped.is_set():
+            sleep(0.5)  # the source's thread is stopped as well
+            stopped.set()
+
+    monkeypatch.setattr(service.time, "sleep", stop_once)
+    run.source("hall", pcm(room(1.0)), lambda: stopped.wait(20), bursts(2.0, seconds=5.0))
+    assert run.go(FakeModel()) == 0
+    assert [r["what"] for r in run.records("status")] == ["started", "source_ended", "stopped"]
+
+
 # --- the command -------------------------------------------------------------------------------
 
 
@@ -468,7 +533,7 @@ def test_samples_that_are_no_numbers_are_counted_and_said() -> None:
     assert done.returncode == 0
     reports = [r for r in map(json.loads, done.stdout.splitlines()) if r["event"] == "report"]
     assert reports[-1]["counts"]["bad_samples"] == {"stdin": 10}
-    assert "10 samples were no numbers" in done.stderr
+    assert "10 samples were not numbers" in done.stderr
 
 
 def test_a_reader_that_leaves_ends_it() -> None:
@@ -484,3 +549,68 @@ def test_a_reader_that_leaves_ends_it() -> None:
     process.stdin.flush()
     assert process.wait(60) == service.BROKEN_PIPE
     process.stdin.close()
+
+
+def test_closed_streams_do_not_matter(tmp_path: Path) -> None:
+    """Some ways to start a service close them: events still go where the settings say."""
+    events = tmp_path / "events.jsonl"
+    words = f"- --pcm-rate 16000 --voice off --events {events}"
+    line = f"{sys.executable} -m tinygiant.runtime.listen.cli {words} >&- 2>&-"
+    done = subprocess.run(
+        ["bash", "-c", line], input=pcm(room(1.0)).tobytes(), cwd=ROOT, timeout=120, check=False
+    )
+    assert done.returncode == 0
+    assert [json.loads(text)["event"] for text in events.read_text().splitlines()] == [
+        "status", "status", "report", "status",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("speed", "seconds", "at_s"), [(1, 7.0, [3.0]), (20, 60.0, [5.0, 17.0, 29.0, 41.0, 53.0])]
+)
+def test_a_pipe_at_the_pace_of_sound_and_at_twenty_times(
+    speed: int, seconds: float, at_s: list[float]
+) -> None:
+    """Every sound has its record; at the pace of sound before the next one could come."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tinygiant.runtime.listen.cli", "-", "What is heard?", "-q"),
+            *("--pcm-rate", "16000", "--jsonl", "--voice", "off", "--threads", "1"),
+            *("--no-think", "--choices", "a bell", "a dog"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    sounds: list[tuple[float, dict[str, Any]]] = []
+
+    def read() -> None:
+        for line in process.stdout or ():
+            record = json.loads(line)
+            if record["event"] == "sound":
+                sounds.append((time.monotonic(), record))
+            started.set()
+
+    started = threading.Event()
+    reader = threading.Thread(target=read)
+    reader.start()
+    process.stdin.write(pcm(room(0.1)).tobytes())
+    process.stdin.flush()
+    assert started.wait(60)
+    samples = bursts(*at_s, seconds=seconds)
+    begin, size = time.monotonic(), RATE_HZ // 10
+    for start in range(0, samples.size, size):
+        process.stdin.write(samples[start : start + size].tobytes())
+        process.stdin.flush()
+        time.sleep(max(0.0, begin + (start + size) / RATE_HZ / speed - time.monotonic()))
+    process.stdin.close()
+    assert process.wait(60) == 0
+    reader.join()
+    found = [record for _, record in sorted(sounds, key=lambda sound: sound[1]["number"])]
+    assert [record["start_s"] - 0.1 for record in found] == pytest.approx(at_s, abs=0.05)
+    assert {record["unanswered"] for record in found} <= (
+        {None} if speed == 1 else {None, "queue_full"}
+    )
+    if speed == 1:  # told a moment after the second of silence that ends it, not at the pipe's end
+        assert sounds[0][0] - begin < seconds

@@ -81,9 +81,9 @@ def test_an_empty_file_is_a_microphone_and_one_question() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[gates]", r"\[gates\] is no table; did you mean gate\?"),
-        ("[gate]\nstart_dB = 3", r"\[gate\]: start_dB is no key; did you mean start_db\?"),
-        ("[gate]\nzzz = 3", r"\[gate\]: zzz is no key; there are start_db, stay_db"),
+        ("[gates]", r"\[gates\] is unknown; did you mean gate\?"),
+        ("[gate]\nstart_dB = 3", r"\[gate\]: start_dB is unknown; did you mean start_db\?"),
+        ("[gate]\nzzz = 3", r"\[gate\]: zzz is unknown; there are start_db, stay_db"),
         ("[gate]\nstart_db = 'x'", r"\[gate\]: start_db = 'x': expected a number"),
         ("[gate]\nstart_db = true", "start_db = True: expected a number"),
         ("[gate]\nstart_db = nan", "start_db = nan: expected 1 to 60"),
@@ -101,20 +101,26 @@ def test_an_empty_file_is_a_microphone_and_one_question() -> None:
         ("[source.a]\nrate_hz = 10", r"rate_hz = 10: expected 1,000 to 768,000"),
         ("[source.a]\nkind='stdin'\n[source.b]\nkind='stdin'", "two sources read standard input"),
         ("[question]\nask = 'x'", r"questions are a list; write \[\[question\]\]"),
-        ("[[question]]\naks = 'x'", r"\[\[question\]\] 1: aks is no key; did you mean ask\?"),
+        (
+            "[[question]]\naks = 'x'",
+            r"\[\[question\]\] 1: aks is unknown; did you mean ask\?",
+        ),
         ("[[question]]\nask = ''", r"\[\[question\]\] 1: the question is empty"),
         ("[[question]]\nchoices = ['a']", "1 choices? given"),
         ("[[question]]\nchoices = 'ab'", "choices = 'ab': expected a list of texts"),
         ("[[question]]\nconfidence = 0.5", "confidence needs choices and think = false"),
-        ("[[question]]\nchoices = ['a','b']\nnotify = ['c']", "notify: 'c' is none of the choices"),
-        ("[[question]]\nhours = ['7-9']", "hours: '7-9' is no span of a day"),
-        ("[[question]]\ndays = ['Monday']", "days: 'Monday' is none of mon, tue"),
+        (
+            "[[question]]\nchoices = ['a','b']\nnotify = ['c']",
+            "notify: 'c' is not one of the choices",
+        ),
+        ("[[question]]\nhours = ['7-9']", "hours: '7-9' is not a span of a day"),
+        ("[[question]]\ndays = ['Monday']", "days: 'Monday' is not one of mon, tue"),
         ("[[question]]\nname = 'a/b'", "name = 'a/b': expected letters"),
         ("[[question]]\nsources = ['attic']", r"what: there is no \[source.attic\]"),
         ("[[question]]\n[[question]]", "two questions have the name what"),
-        ("[mqtt]\nca_file = 'x'", "go with tls = true"),
-        ("[mqtt]\npassword_file = 'x'", "password_file goes with user"),
-        ("[mqtt]\ntopic = 'a/#'", "topic = 'a/#' is no topic"),
+        ("[mqtt]\nca_file = 'x'", "need tls = true"),
+        ("[mqtt]\npassword_file = 'x'", "password_file needs user"),
+        ("[mqtt]\ntopic = 'a/#'", "topic = 'a/#' is not a topic"),
         ("[webhook]\nurl = 'example.org'", "expected http://HOST/PATH"),
     ],
 )
@@ -138,7 +144,7 @@ def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == "2 sources, 2 questions: can be used\n"
     path.write_text("[gate")
     assert cli.main(["--config", str(path), "--check"]) == 2
-    assert "listen.toml: is no TOML" in capsys.readouterr().err
+    assert "listen.toml: not valid TOML" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -147,7 +153,7 @@ def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
         (["a", "b", "c"], "'c' is one word too many"),
         (["Who?", "--pcm-rate", "8000"], "--pcm-rate describes raw sound"),
         (["-", "Who?", "--device", "USB"], "--device names a microphone"),
-        (["-", "Who?", "--confidence", "0.5"], "confidence needs choices"),
+        (["-", "Who?", "--confidence", "0.5"], "--confidence needs --choices and --no-think"),
         (["-", "--config", "x"], "x: cannot be read"),
         (["--choices", "a"], "1 choices? given"),
         (["--unknown"], "there is no option --unknown"),

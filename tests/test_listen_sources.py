@@ -120,6 +120,15 @@ def test_what_is_no_sound_is_said(data: bytes, message: str) -> None:
         decode(data)
 
 
+@pytest.mark.parametrize("kind", ["FLAC", "OGG", "AIFF", "CAF"])
+def test_a_clip_that_is_no_stream_is_called_by_its_name(kind: str) -> None:
+    """It was "raw samples" whose rate is not known; with a rate it would have been noise."""
+    data = wav(room(0.1), "VORBIS" if kind == "OGG" else "PCM_16", kind)
+    for settings in (WAV, SourceSettings(kind="stdin", rate_hz=RATE_HZ)):
+        with pytest.raises(UsageError, match=rf"(?i)pipe: is {kind}, .* ffmpeg"):
+            decode(data, settings)
+
+
 def test_raw_samples_need_their_rate() -> None:
     with pytest.raises(UsageError, match="rate is not known; give it"):
         decode(bytes(64))

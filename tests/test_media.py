@@ -212,7 +212,7 @@ def test_pieces_of_a_browsers_recording_out_of_order() -> None:
     second = content.index(b"\x1f\x43\xb6\x75", first + 4)
     audio = read_audio(content[second:] + content[:second])
     assert 0.3 < audio.used_s < 0.8  # what the piece with the header holds
-    assert any("bytes in front of it are not sound" in note for note in audio.notes)
+    assert any("bytes in front of it left out" in note for note in audio.notes)
     with pytest.raises(AudioError, match="a later piece of a webm recording"):
         read_audio(content[second:])
 
@@ -356,7 +356,7 @@ def test_a_decoder_that_hangs_or_dies_is_ended(
         read_audio(clip)
     monkeypatch.setattr(media, "MAX_WALL_S", 60.0)
     program("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(AudioError, match="FFmpeg broke down: SIGSEGV"):
+    with pytest.raises(AudioError, match="FFmpeg crashed: SIGSEGV"):
         read_audio(clip)
     header = "b'.snd' + struct.pack('>5I', 24, 2**32 - 1, 6, 8000, 1)"
     program(f"import os, struct\nos.write(1, {header})\nwhile True: os.write(1, bytes(65536))")

@@ -626,6 +626,22 @@ def test_torch_answers_as_the_runtime_does(
         assert batched.answer(questions) == expected
 
 
+def test_questions_in_work_at_a_time_change_no_score(
+    small_set: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One clip is broken: its question fails by itself, the others of its dozen are asked again."""
+    command = ["--meta", str(small_set), "--bundle", str(tiny_bundle), "--threads", "1"]
+    found = []
+    for parallel in ("1", "3"):
+        output = tmp_path / f"{parallel}.jsonl"
+        assert mmar.main([*command, "--parallel", parallel, "-o", str(output)]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        found.append((output.read_text(), result["failed"], result["correct"]))
+    assert found[0] == found[1]
+    assert found[0][1] == 1
+    assert mmar.main([*command, "--parallel", "2", "--torch", "x"]) == UsageError.exit_code
+
+
 def test_bundles_are_measured_without_torch() -> None:
     """As on a board, where only the runtime is installed."""
     code = "import sys, benchmarks.mmar; sys.exit('torch' in sys.modules)"

@@ -242,7 +242,7 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(
     with pytest.raises(CheckpointError) as caught:
         load(folder)
     message = str(caught.value)
-    assert "4 tensors do not fit" in message and "\n" not in message
+    assert "4 problems with its tensors" in message and "\n" not in message
     for part in (
         "missing projector.input_proj.bias",
         "unknown surplus",

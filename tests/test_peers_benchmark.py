@@ -181,10 +181,20 @@ def test_nan_is_no_answer() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
     code = "import sys; print('{\"peak_rss_bytes\": 1}', flush=True); input(); sys.exit('no luck')"
-    process = peers._Process([sys.executable, "-c", code], tmp_path / "log.txt", 1, 30)
+    process = peers.WorkerProcess([sys.executable, "-c", code], tmp_path / "log.txt", 1, 30)
     process.wait_until_loaded()
-    with pytest.raises(peers._WorkerError, match="no luck"):
+    with pytest.raises(peers.WorkerError, match="no luck"):
         process.ask({"seed": 1})
+    process.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_a_signal_ends_is_not_blamed_with_its_last_line(tmp_path: Path) -> None:
+    """llama.cpp built for AMX died of it, and the table said: left out, load_tensors."""
+    code = "import os, sys; print('loaded', file=sys.stderr, flush=True); os.kill(os.getpid(), 4)"
+    process = peers.WorkerProcess([sys.executable, "-c", code], tmp_path / "log.txt", 1, 30)
+    with pytest.raises(peers.WorkerError, match="SIGILL"):
+        process.wait_until_loaded()
     process.close()
 
 

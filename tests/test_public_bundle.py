@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from base64 import b64encode
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 
 from tests import public_reference as reference
 from tests.public_stub import KINDS, small_llama, small_mizar, small_tokenizer, state_of
+from tests.serve_stub import live
 from tinygiant.export import cli as export_cli
 from tinygiant.models import mellow, mizar
 from tinygiant.models.public import load_public, open_public
@@ -273,6 +276,27 @@ def test_the_command_line_answers(
         assert len(json.loads(capsys.readouterr().out)["more_audio"]) == 1
 
 
+def test_the_api_hears_as_many_clips_as_the_model(world: World, model: TinyGiant) -> None:
+    clips = [world.clip(4.0, seed=1), world.clip(6.0, seed=2)]
+    parts: list[dict[str, Any]] = [
+        {"type": "input_audio", "input_audio": {"data": b64encode(clip.read_bytes()).decode()}}
+        for clip in clips
+    ]
+    asked = {"role": "user", "content": [*parts, {"type": "text", "text": "What differs?"}]}
+    with live(model) as running:
+        response = running.post({"messages": [asked], "max_tokens": N_TOKENS})
+    assert response.status_code == 200, response.text
+    reply = response.json()
+    heard: Any = clips if world.name == "mellow" else clips[-1]
+    expected = model.ask(heard, "What differs?", max_new_tokens=N_TOKENS)
+    assert reply["choices"][0]["message"]["content"] == expected.text
+    assert reply["usage"]["prompt_tokens_details"]["audio_tokens"] == expected.tokens.audio
+    told = reply["tinygiant"]
+    used_s = [audio["used_s"] for audio in (told["audio"], *told["more_audio"])]
+    assert used_s == ([4.0, 6.0] if world.name == "mellow" else [6.0])
+    assert ("x-tinygiant-ignored" in response.headers) is (world.name == "mizar")
+
+
 def test_a_batch_may_compare_clips(world: World, tmp_path: Path) -> None:
     items = tmp_path / "items.jsonl"
     one, two = str(world.clip(4.0, seed=1)), str(world.clip(6.0, seed=2))
@@ -290,7 +314,7 @@ def test_a_batch_may_compare_clips(world: World, tmp_path: Path) -> None:
     assert run_cli.main(command) == 11
     first, second, bad = map(json.loads, out.read_text().splitlines())
     assert "answer" in first
-    assert "second is no path" in bad["error"]["message"]
+    assert "second is not a path" in bad["error"]["message"]
     if world.name == "mellow":
         assert second["second"] == second["answer"]["more_audio"][0]["source"] == two
     else:

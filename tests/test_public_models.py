@@ -90,7 +90,7 @@ def test_everything_that_does_not_fit_is_named_at_once(
     with pytest.raises(CheckpointError) as caught:
         load(name, tmp_path / "bad.ckpt")
     message = str(caught.value)
-    assert "4 tensors do not fit" in message
+    assert "4 problems with its tensors" in message
     assert "missing caption_decoder.lm.model.layers.1.mlp.up_proj.weight" in message
     assert "unknown caption_decoder.lm.model.layers.0.self_attn.q_norm.weight" in message
     assert "caption_decoder.lm.model.norm.weight has shape (5,), expected (72,)" in message

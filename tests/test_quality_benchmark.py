@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import quality
+from benchmarks import quality, quality_speed
 from benchmarks.quality_models import heads_apart, heads_interleaved
 from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.export.quality import Gate
@@ -98,6 +98,26 @@ def test_a_rotated_copy_is_the_same_model(tmp_path: Path) -> None:
     assert not np.allclose(
         weight, np.load(folder / "tensors/model.layers.0.mlp.up_proj.weight.npy")
     )
+
+
+def test_speeds_are_ratios_of_one_round_and_the_better_llama_cpp_counts() -> None:
+    def rounds(prefill: list[float], decode: list[float]) -> list[dict[str, float]]:
+        pairs = zip(prefill, decode, strict=True)
+        return [{"prefill_s": 400 / a, "decode_s": 64 / b} for a, b in pairs]
+
+    found = quality_speed.summarize(
+        {
+            "int8": rounds([300.0, 100.0, 500.0], [20.0, 10.0, 90.0]),
+            "llama.cpp-Q8_0": rounds([100.0, 50.0, 200.0], [10.0, 10.0, 30.0]),
+            "llama.cpp-Q8_0-flash": rounds([150.0, 50.0, 200.0], [5.0, 5.0, 15.0]),
+        }
+    )
+    assert set(found) == {"int8", "llama.cpp-Q8_0"}
+    assert found["int8"]["prefill_tokens_per_s"] == pytest.approx(300)
+    assert found["int8"]["prefill_of_q8_0"] == pytest.approx(2.0)  # flash: 2, 2, 2.5
+    assert found["int8"]["decode_of_q8_0"] == pytest.approx(2.0)  # without: 2, 1, 3
+    assert found["llama.cpp-Q8_0"]["prefill_tokens_per_s"] == pytest.approx(150)
+    assert found["llama.cpp-Q8_0"]["decode_tokens_per_s"] == pytest.approx(10)
 
 
 @pytest.mark.skipif(

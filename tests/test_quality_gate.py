@@ -117,7 +117,7 @@ def test_limits_refuse_what_is_not_a_number_and_spare_random_weights() -> None:
 
 
 def test_recipes_by_closeness() -> None:
-    assert {*CLOSER} == {*RECIPES} - {"fp32"}
+    assert {*CLOSER} == {*RECIPES} - {"fp32", "int8-rows"}  # which not every processor can run
     assert [recipe.name for recipe in closer("int4-gptq")] == ["int8-b128", "int8"]
     assert closer("int8") == ()
     small, large = candidates(135_000_000), candidates(596_000_000)

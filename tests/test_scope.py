@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,3 +129,24 @@ def test_what_cannot_fit_is_refused_before_anything_runs(
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 420 * 1_000).astype(np.float32)
     with pytest.raises(AudioTooLongError, match=r"this model has room for \d+\.?\d* s"):
         tiny.ask((noise, 1_000), "What?", max_audio_s=500)
+
+
+def test_what_is_written_may_be_fitted_to_the_room_there_is(tiny: TinyGiant, tone: Tone) -> None:
+    """Programs send a large ``max_tokens`` by habit: beside a long clip it was an error."""
+    clip, limit = (tone(250.0, 8_000), 8_000), tiny.config.decoder.max_positions
+    with pytest.raises(UsageError, match="leave no room"):
+        tiny.ask(clip, "What is heard?", max_new_tokens=limit)
+    for choices in (None, ["a dog", "a siren"]):
+        answer = tiny.ask(clip, "What is heard?", choices, max_new_tokens=limit, fit=True)
+        [note] = [note for note in answer.audio.notes if "new tokens" in note]
+        [n_new, n_asked] = map(int, re.findall(r"\d+", note))
+        assert n_asked == limit and 0 < n_new < limit - answer.tokens.prompt
+        # It is the largest number that fits, and no note is there where all of it does.
+        whole = tiny.ask(clip, "What is heard?", choices, max_new_tokens=n_new)
+        assert (whole.text, whole.raw_text) == (answer.text, answer.raw_text)
+        assert not any("new tokens" in note for note in whole.audio.notes)
+        with pytest.raises(AudioTooLongError):
+            tiny.ask(clip, "What is heard?", choices, max_new_tokens=n_new + 1)
+    with pytest.raises(UsageError):  # not even one token fits
+        long = tone(299.0, 8_000), 8_000
+        tiny.ask(long, "What is heard? " * 400, max_new_tokens=limit, fit=True)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve_stub import FakeModel, Live, chat, clip, live, wait_for
 from tinygiant.runtime import TinyGiant
-from tinygiant.runtime.errors import MissingDependencyError, UsageError
+from tinygiant.runtime.batch import Batch
+from tinygiant.runtime.errors import BundleError, MissingDependencyError, UsageError
 from tinygiant.runtime.events import TextPiece
 from tinygiant.runtime.serve import cli
 from tinygiant.runtime.serve.app import HttpOptions
@@ -215,7 +217,7 @@ REFUSED: list[tuple[Any, int, str]] = [
     (changed(messages=[{"role": "critic", "content": "No."}]), 400, "unknown role 'critic'"),
     (changed(messages=[{"role": "user"}]), 400, "must be a list of parts"),
     (with_content(TEXT), 400, "no input_audio parts"),
-    (with_content(AUDIO), 400, "text part with the question"),
+    (with_content(AUDIO), 400, "no question given; add a text part"),
     (with_content(AUDIO, {"type": "text", "text": None}), 400, "must be a string"),
     (with_content(AUDIO, {"type": "image_url", "image_url": {}}), 400, "'image_url'"),
     (with_content({"type": "input_audio"}, TEXT), 400, "fields type and input_audio"),
@@ -359,6 +361,7 @@ def test_paths_methods_and_types(server: Live) -> None:
         "status": "ok",
         "model": "fake",
         "events": False,
+        "token": False,
     }
 
 
@@ -536,15 +539,17 @@ def test_grace_ends(server: Live) -> None:
 
 
 def test_a_failing_model_is_500_and_the_server_goes_on() -> None:
-    failures = iter([RuntimeError("secret\nof the model"), None])
+    """However often: a request that failed does not keep its place."""
+    failures = iter([RuntimeError("secret\nof the model")] * 5)
 
     def tick() -> None:
         if (failure := next(failures, None)) is not None:
             raise failure
 
-    with live(FakeModel(tick)) as running:
-        response = running.post(chat())
-        assert (response.status_code, error_of(response)["code"]) == (500, "unforeseen")
+    with live(FakeModel(tick), n_queued=2) as running:
+        for _ in range(5):
+            response = running.post(chat())
+            assert (response.status_code, error_of(response)["code"]) == (500, "unforeseen")
         assert running.post(chat()).status_code == 200
 
 
@@ -601,6 +606,23 @@ def test_the_command_serves_and_stops(tiny_bundle: Path, number: int, code: int)
         process.send_signal(number)
         assert process.wait(20) == code
         assert process.stderr.read() == ""
+
+
+def test_the_command_serves_with_its_streams_closed(tiny_bundle: Path) -> None:
+    """As a script starts it that wants no output; uvicorn's log asked what is not there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = f"exec {SCRIPTS / 'tg-serve'} --bundle {tiny_bundle} --port {port} --threads 1"
+    with subprocess.Popen(["bash", "-c", f"{line} <&- >&- 2>&-"]) as process:
+        reply = None
+        while reply is None and process.poll() is None:
+            with suppress(httpx.TransportError):
+                reply = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(20) == 0
+    assert reply is not None and reply.json()["status"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -665,3 +687,64 @@ def test_the_bare_runtime_does_not_import_the_server() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+# --- several at a time -------------------------------------------------------------------------
+
+
+def ask_all(running: Live, bodies: list[dict[str, Any]]) -> list[Any]:
+    """All at once; what a request says, times and ids apart."""
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        responses = list(pool.map(running.post, bodies))
+    return [
+        r.json()["choices"] if r.status_code == 200 else (r.status_code, error_of(r))
+        for r in responses
+    ]
+
+
+def test_requests_are_answered_together_as_by_themselves(tiny: TinyGiant) -> None:
+    """A full step is seen; bad requests and those that leave cost the others nothing."""
+    model = tiny.config.name
+    bodies = [
+        chat(f"Question {n}?", clip(0.4 + n / 10), model=model, max_tokens=10 + 5 * n)
+        for n in range(6)
+    ]
+    bodies.insert(2, chat("Which?", base64.b64encode(b"no sound").decode(), model=model))
+    with live(tiny, parallel=1) as running:
+        wanted = [ask_all(running, [body])[0] for body in bodies]
+    assert [isinstance(found, list) for found in wanted] == [True] * 2 + [False] + [True] * 4
+    sizes: list[int] = []
+    step = Batch._step
+
+    def counted(self: Batch, members: Any) -> Any:
+        sizes.append(len(members))
+        return step(self, members)
+
+    with pytest.MonkeyPatch.context() as patch, live(tiny, parallel=3) as running:
+        patch.setattr(Batch, "_step", counted)
+        assert running.engine.n_places == 3 + 8
+        assert ask_all(running, bodies) == wanted
+        assert max(sizes) == 3
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{running.url}/v1/chat/completions",
+                json=chat("Long?", model=model, max_tokens=300),
+                timeout=httpx.Timeout(5, read=0.005),
+            )
+        assert ask_all(running, bodies) == wanted
+        wait_for(lambda: running.engine.n_taken == 0)
+
+
+def test_a_step_that_fails_fails_for_all_and_the_server_goes_on(tiny: TinyGiant) -> None:
+    model = tiny.config.name
+    bodies = [chat("What?", clip(0.5), model=model, max_tokens=20) for _ in range(2)]
+
+    def broken(*_: object) -> None:
+        raise BundleError("graph decoder_model failed: it is broken")
+
+    with live(tiny, parallel=2) as running:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Batch, "step", broken)
+            for status, error in ask_all(running, bodies):
+                assert (status, error["type"]) == (500, "server_error")
+        assert all(isinstance(found, list) for found in ask_all(running, bodies))

@@ -130,7 +130,7 @@ def test_earlier_messages_are_put_before_the_question() -> None:
         Assistant: A dog.
 
         How many times?""")
-    assert asked.audio == base64.b64decode(clip())
+    assert asked.clips == (base64.b64decode(clip()),)
     assert asked.form.ignored == ()
 
 
@@ -143,9 +143,44 @@ def test_the_last_clip_is_heard_and_the_one_before_is_said_to_be_left_out() -> N
             message("user", audio(second), text("And this?")),
         )
     )
-    assert asked.audio == base64.b64decode(second)
+    assert asked.clips == (base64.b64decode(second),)
     (line,) = asked.form.ignored
-    assert line == "messages: the model hears one clip, the last; the clip before it is left out"
+    assert line == (
+        "messages: the model hears one clip at once, the last of the question; the clip before is "
+        "left out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "heard", "n_left"),
+    [
+        ([[0, 1]], [0, 1], 0),
+        ([[0]], [0], 0),
+        ([[0, 1, 2]], [1, 2], 1),
+        ([[0], "A dog.", [1]], [1], 1),  # a new clip is not compared unless both are sent
+        ([[0, 1], "A dog.", []], [0, 1], 0),  # a further question about the same two
+        ([[0], "A dog.", [1, 2], "Rain.", []], [1, 2], 1),
+        ([[0], [1]], [0, 1], 0),  # two messages of one turn
+    ],
+)
+def test_a_model_that_hears_two_clips_gets_those_of_the_question(
+    given: list[Any], heard: list[int], n_left: int
+) -> None:
+    clips = [clip(0.1 * (1 + number)) for number in range(3)]
+    turns = [
+        message("assistant", turn)
+        if isinstance(turn, str)
+        else message("user", *(audio(clips[number]) for number in turn), text("What differs?"))
+        for turn in given
+    ]
+    asked = parse(body(*turns), n_clips=2)
+    assert asked.clips == tuple(base64.b64decode(clips[number]) for number in heard)
+    assert len(asked.form.ignored) == bool(n_left)
+    if n_left:
+        assert "hears at most 2 clips at once" in asked.form.ignored[0]
+    if len(given) == 1 and n_left:
+        with pytest.raises(ApiError, match="3 input_audio parts given, expected one to 2 clips"):
+            parse(body(*turns), n_clips=2, strict=True)
 
 
 def test_a_clip_and_its_question_may_come_in_two_messages() -> None:
@@ -206,13 +241,13 @@ def wrapped(data: str) -> str:
 def test_base64_as_programs_write_it(part: dict[str, Any]) -> None:
     for strict in (False, True):
         asked = parse(body(message("user", part, text("What?"))), strict=strict)
-        assert asked.audio == base64.b64decode(clip())
+        assert asked.clips == (base64.b64decode(clip()),)
 
 
 def test_base64_that_a_shell_put_into_the_json() -> None:
     """``"data": "$(base64 clip.wav)"``: line breaks inside a string, which JSON does not have."""
     raw = json.dumps(chat(data="CLIP")).replace("CLIP", wrapped(clip()))
-    assert parse_chat(raw.encode(), "fake", 2_048).audio == base64.b64decode(clip())
+    assert parse_chat(raw.encode(), "fake", 2_048).clips == (base64.b64decode(clip()),)
     with pytest.raises(ApiError, match="not JSON"):
         parse_chat(raw.encode(), "fake", 2_048, strict=True)
 
@@ -230,6 +265,31 @@ def test_the_content_decides_not_the_format(server: Live, said: Any) -> None:
     assert server.post(body(message("user", given, text("What?")))).status_code == 200
     del given["input_audio"]["format"]
     assert server.post(body(message("user", given, text("What?")))).status_code == 200
+
+
+# --- how long, and whether to think ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "think", "told"),
+    [(None, True, False), ("none", False, False), ("low", True, True), ("high", True, True)],
+)
+def test_no_reasoning_effort_is_no_thought(
+    server: Live, model: FakeModel, given: str | None, think: bool, told: bool
+) -> None:
+    response = server.post(chat(reasoning_effort=given))
+    assert response.status_code == 200, response.text
+    assert model.options[-1].think is think
+    assert ("reasoning_effort" in response.headers.get("x-tinygiant-ignored", "")) is told
+    assert server.post(chat(reasoning_effort=3)).status_code == 400
+
+
+def test_a_request_is_answered_within_what_there_is_room_for(
+    server: Live, model: FakeModel
+) -> None:
+    """``max_tokens`` that does not fit behind a long clip was a 400; the runtime now fits it in."""
+    assert server.post(chat(max_tokens=2_000)).status_code == 200
+    assert (model.options[-1].max_new_tokens, model.options[-1].fit) == (2_000, True)
 
 
 # --- stop, n, JSON -----------------------------------------------------------------------------

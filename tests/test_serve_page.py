@@ -201,6 +201,19 @@ def picture_label(page: Page) -> str:
     return str(page.js("document.getElementById('spectrogram').getAttribute('aria-label')"))
 
 
+def test_a_token_is_asked_for_only_where_the_server_wants_one(page: Page) -> None:
+    """A newcomer wondered what to put there."""
+    page.choose(CLIP)
+    wait_for(page.loaded, 30)
+    assert page.shows("form") and not page.shows("token-box")
+    with live(FakeModel(pace), options=HttpOptions(token="secret")) as guarded:
+        page.call("Page.navigate", url=guarded.url)
+        wait_for(lambda: page.js("document.readyState") == "complete", 30)
+        page.choose(CLIP)
+        wait_for(page.loaded, 30)
+        wait_for(lambda: page.shows("token-box"), 30)
+
+
 def test_an_example_is_one_click_away(page: Page) -> None:
     """And until then nothing that is empty is on show."""
     for element in ("sound", "talk", "form"):
@@ -298,7 +311,7 @@ def test_a_new_clip_ends_the_question_about_the_old(
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (401, "wants a token"),
+        (401, "requires a token"),
         (403, "does not let the request through"),
         (404, "not where this page looks"),
         (413, "too large for the proxy"),

@@ -22,7 +22,13 @@ from tinygiant.runtime.drafting import make_decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.masks import Mask
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
-from tinygiant.runtime.speculation import MAX_DRAFT_TOKENS, Drafter, NgramIndex, Speculation, lead
+from tinygiant.runtime.speculation import (
+    MAX_DRAFT_TOKENS,
+    Drafter,
+    NgramIndex,
+    Speculation,
+    logit_margin,
+)
 
 CONFIG = DecoderSpec(
     vocab_size=24,
@@ -122,23 +128,23 @@ def test_answers_are_drafted_where_that_was_faster() -> None:
     assert 0 < share(2.0, 1.0) < 0.1
 
 
-def test_the_guard_follows_what_is_seen_once_enough_was_seen() -> None:
+def test_the_least_margin_follows_what_is_seen_once_enough_was_seen() -> None:
     speculation = Speculation()
-    start = speculation.guard
+    start = speculation.min_margin
     for _ in range(15):
         speculation.learn_difference(0.5, 0.501)
-    assert speculation.guard == start
+    assert speculation.min_margin == start
     speculation.learn_difference(0.5, 0.502)
-    assert 0.015 < speculation.guard < start
+    assert 0.015 < speculation.min_margin < start
     speculation.learn_difference(0.1, 0.4)
-    assert speculation.guard > 2
+    assert speculation.min_margin > 2
     fresh = Speculation()
     fresh.learn_difference(0.1, 0.4)
-    assert fresh.guard > 2
+    assert fresh.min_margin > 2
     exact = Speculation()
     for _ in range(30):
         exact.learn_difference(0.1, 0.1)
-    assert 0 < exact.guard < start
+    assert 0 < exact.min_margin < start
 
 
 @pytest.mark.parametrize(
@@ -173,11 +179,11 @@ def test_a_draft_holds_no_token_that_ends_the_text_and_keeps_the_limit() -> None
     assert drafter.draft(0) == []
 
 
-def test_the_lead_is_in_deviations() -> None:
+def test_the_logit_margin_is_in_standard_deviations() -> None:
     logits = np.array([0.0, 4.0, 1.0, 3.0], np.float32)
-    assert lead(logits, 1) == pytest.approx(1.0 / logits.std())
-    assert lead(logits, 1, among=[1, 2]) == pytest.approx(3.0 / logits.std())
-    assert lead(logits, 1, among=[1]) == np.inf
+    assert logit_margin(logits, 1) == pytest.approx(1.0 / logits.std())
+    assert logit_margin(logits, 1, among=[1, 2]) == pytest.approx(3.0 / logits.std())
+    assert logit_margin(logits, 1, among=[1]) == np.inf
 
 
 # --- what comes out
@@ -405,19 +411,19 @@ class Noisy:
 def test_steps_that_round_otherwise_are_not_believed_at_near_ties(
     graph: Graph, weights: Weights
 ) -> None:
-    """Within half of the guard any error is harmless; far beyond it, tokens do change.
+    """Within half of the margin any error is harmless; far beyond it, tokens do change.
 
     The second half shows that the first is not passed by a text without near ties.
     """
     embeddings = TokenEmbeddings(weights["model.embed_tokens.weight"])
 
-    def texts(size: float, guard: float) -> tuple[list[list[int]], int]:
+    def texts(size: float, min_margin: float) -> tuple[list[list[int]], int]:
         answers, n_accepted = [], 0
         for start in range(3, 15):
             plain = sequence(graph, embeddings)
             known = list(plain.generate(plain.read([start]), max_new_tokens=60, stop_ids=()))
             speculation = eager()
-            speculation.guard = guard
+            speculation.min_margin = min_margin
             drafter = speculation.start([known], ())
             decoder = sequence(Noisy(graph, size), embeddings, drafter)
             found = list(decoder.generate(decoder.read([start]), max_new_tokens=60, stop_ids=()))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.quantize.kv_cache import KvPeaks
 from tinygiant.quantize.quantizer import quantize_graph
 from tinygiant.quantize.recipes import RECIPES
+from tinygiant.runtime import (
+    Answer,
+    AskOptions,
+    AudioError,
+    BundleError,
+    Query,
+    QuestionError,
+    TinyGiant,
+    UsageError,
+    load,
+)
 from tinygiant.runtime.batch import Batch, BatchedDecoder, Trials
 from tinygiant.runtime.decoder import BindableGraph, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
@@ -39,6 +51,7 @@ CONFIG = DecoderSpec(
     qk_norm=True,
 )
 SETTINGS = SessionSettings(threads=1, spin=False)
+Tone = Callable[[float, int], NDArray[np.float32]]
 
 
 @dataclasses.dataclass
@@ -233,3 +246,125 @@ def test_members_are_decoders(model: Model) -> None:
         decoder.step([9, 8, 3])
         decoder.truncate(5)
     np.testing.assert_array_equal(second.step([12, 60]), plain.step([12, 60]))
+
+
+def facts(answer: Answer | Exception) -> Any:
+    """What an answer says, times apart: how fast it came, and what was drafted."""
+    if isinstance(answer, Exception):
+        return type(answer), str(answer)
+    tokens = dataclasses.replace(answer.tokens, drafted=0, accepted=0)
+    return dataclasses.replace(answer, timings=None, tokens=tokens)  # type: ignore[arg-type]
+
+
+def one_at_a_time(model: TinyGiant, query: Query) -> Any:
+    try:
+        return facts(model.ask(query.audio, query.question, query.choices, query.options))
+    except Exception as error:
+        return facts(error)
+
+
+@pytest.fixture
+def queries(tone: Tone, tmp_path: Path) -> list[Query]:
+    """Open ones, choices with and without a thought, raw text, short and long ones, bad ones."""
+    short, long = ((tone(seconds, 16_000), 16_000) for seconds in (0.6, 2.4))
+    silence = (np.zeros(16_000, np.float32), 16_000)
+    birds = ["a crow", "a crane", "a cat"]
+    return [
+        Query(short, "What is heard?", options=AskOptions(max_new_tokens=60)),
+        Query(long, "Which one?", birds, AskOptions(max_new_tokens=9)),
+        Query(tmp_path / "none.wav", "What is heard?"),
+        Query(long, "Which one is it now?", birds, AskOptions(think=False)),
+        Query(short, "What is heard?", options=AskOptions(max_new_tokens=1)),
+        Query(silence, "What is heard?"),
+        Query(short, " "),
+        Query(long, "And now?", options=AskOptions(think=False, max_new_tokens=20)),
+        Query(short, "What else?", birds, AskOptions(raw=True, max_new_tokens=14)),
+        Query(long, "What?", options=AskOptions(raw=True, max_new_tokens=30)),
+    ]
+
+
+@pytest.mark.parametrize(("parallel", "workers"), [(1, 0), (2, 1), (3, 0), (4, 2), (16, 3)])
+def test_answers_are_those_of_one_at_a_time(
+    tiny: TinyGiant, queries: list[Query], parallel: int, workers: int
+) -> None:
+    wanted = [one_at_a_time(tiny, query) for query in queries]
+    errors = [found[0] for found in wanted if isinstance(found, tuple)]
+    assert errors == [AudioError, QuestionError]
+    tiny.forget()
+    answers = tiny.ask_many(queries, parallel=parallel, workers=workers)
+    assert [*map(facts, answers)] == wanted
+    assert parallel == 1 or tiny._trials.is_known(2)
+    assert not tiny._trials.differs
+
+
+def test_the_embedded_model_answers_together() -> None:
+    model = load(threads=1)
+    clips = sorted((Path(__file__).parents[1] / "examples").glob("*.flac"))
+    asked = [("What is heard?", None, True), ("Which?", ["rain", "a dog", "a bell"], True),
+             ("Which?", ["rain", "a bell"], False)]  # fmt: skip
+    queries = [
+        Query(clip, question, choices, AskOptions(think=think))
+        for question, choices, think in asked
+        for clip in clips
+    ]
+    wanted = [one_at_a_time(model, query) for query in queries]
+    assert len({answer.text for answer in wanted}) > 4
+    assert [*map(facts, model.ask_many(queries, parallel=4, workers=1))] == wanted
+
+
+def test_queries_are_taken_when_there_is_room(tiny: TinyGiant, queries: list[Query]) -> None:
+    """A list of a million clips is not heard before its first answer comes."""
+    taken: list[int] = []
+
+    def many() -> Iterator[Query]:
+        for index in range(1_000_000):
+            taken.append(index)
+            yield dataclasses.replace(queries[0], options=AskOptions(max_new_tokens=3))
+
+    answers = tiny.ask_many(many(), parallel=3, workers=1)
+    for _ in range(4):
+        assert isinstance(next(answers), Answer)
+    answers.close()  # type: ignore[attr-defined]
+    assert len(taken) < 4 + 3 + 1 + 3
+    assert one_at_a_time(tiny, queries[0]) == facts(next(tiny.ask_many(queries, parallel=2)))
+
+
+def test_where_there_are_no_batches(
+    tiny: TinyGiant, tiny_bundle: Path, queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle of an earlier version, low memory, one at a time: answered all the same."""
+    assert tiny.batch(2) is not None
+    assert tiny.batch(1) is None
+    wanted = [one_at_a_time(tiny, query) for query in queries[:4]]
+    low = load(tiny_bundle, threads=1, memory="low")
+    assert low.batch(4) is None
+    assert [*map(facts, low.ask_many(queries[:4], parallel=4))] == wanted
+    with tiny._pool.use(tiny.config.decoder.graph) as graph:
+        monkeypatch.setattr(graph, "is_batched", False)
+    assert tiny.batch(4) is None
+    assert [*map(facts, tiny.ask_many(queries[:4], parallel=4))] == wanted
+
+
+def test_a_model_that_fails_ends_it(
+    tiny: TinyGiant, queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> NDArray[np.float32]:
+        raise BundleError("graph decoder_model failed: no such thing")
+
+    answers = tiny.ask_many(queries[:2], parallel=2)
+    monkeypatch.setattr(Batch, "_step", broken)
+    with pytest.raises(BundleError, match="no such thing"):
+        list(answers)
+    with pytest.raises(UsageError, match="0 answers at a time"):
+        tiny.ask_many(queries, parallel=0)
+
+
+def test_time_in_a_batch_is_time_that_passed(tiny: TinyGiant, queries: list[Query]) -> None:
+    """Decoding includes the wait for the others; nothing is counted twice."""
+    start_s = time.perf_counter()
+    answers = [*tiny.ask_many([queries[0]] * 3, parallel=3)]
+    wall_s = time.perf_counter() - start_s
+    for answer in answers:
+        assert isinstance(answer, Answer)
+        assert 0 < answer.timings.decode_s <= wall_s
+        assert answer.timings.first_token_s <= answer.timings.total_s <= wall_s

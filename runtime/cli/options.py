@@ -40,12 +40,12 @@ examples:
   tg-run street.wav "What is happening here?"
   tg-run street.wav "Which sound comes first?" --choices "a dog" "a siren" "a bell"
   tg-run -q street.wav "Is anybody speaking?" --no-think --choices yes no
-  tg-run street.wav                  ask again and again; :help says what else can be done
+  tg-run street.wav                  many questions; :help lists the commands
   tg-run --mic "What was that?"      listens until the sound ends
   tg-run --batch clips/ --question "Is there an alarm?" --choices yes no -o alarms.jsonl
   ffmpeg -i film.mkv -t 60 -f wav - | tg-run - "Who is speaking?"
   arecord -d 5 -f S16_LE -r 16000 -t raw | tg-run - "What was that?" --pcm-rate 16000
-  tg-run doctor                      is this machine fit, and if not, what to do?
+  tg-run doctor                      check this machine and say what to do
 
 The model first thinks (Plan, Audio Analysis, Logic, Summary), then answers. With --choices the
 answer is always exactly one of them. The answer goes to standard output, everything else to
@@ -55,7 +55,7 @@ exit codes:
   0 answered · 1 unforeseen failure · 2 wrong options · 3 audio cannot be used · 4 bundle missing
   or damaged · 5 question or choices cannot be asked · 8 output cannot be written · 9 an extra is
   not installed · 11 a batch with items that could not be answered · 130 interrupted · 141 the
-  reader of the output left
+  reader of the output closed it
 
 environment:
   TINYGIANT_BUNDLE   bundle to use where --bundle is not given
@@ -64,10 +64,10 @@ environment:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other failure."""
+    """An argument parser whose errors are one line, like every other failure."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError with the complaint, and the command that helps."""
+        """Raise UsageError with the message, and the command that helps."""
         message = message.removeprefix("argument ")
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
@@ -106,7 +106,7 @@ def _second_clip(clip: str) -> UsageError:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``tg-run``; what goes together is checked by :func:`parse`."""
+    """The parser of ``tg-run``; :func:`parse` checks which options go together."""
     parser = OneLineParser(
         prog="tg-run",
         usage=_USAGE,
@@ -122,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "question", metavar="QUESTION", nargs="?",
-        help="what to ask, in plain words; without it, you are asked for questions",
+        help="the question, in plain words; without it, tg-run asks you for questions",
     )  # fmt: skip
     # Words too many; see _check.
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
@@ -164,27 +164,28 @@ def _add_asking(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--no-think", action="store_true",
-        help="answer at once; with --choices, score each by its likelihood and give probabilities",
+        help="answer without a thought; with --choices, give the probability of each",
     )  # fmt: skip
     group.add_argument(
         "--max-new-tokens", type=at_least_one, default=512, metavar="N",
-        help="how much the model may write; with --choices, how much it may think (%(default)s)",
+        help="most tokens to write, thought and answer; with --choices, most of the thought "
+        "(%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--raw", action="store_true",
-        help="let the model write whatever it wants, for study; else its form is guaranteed",
+        help="do not enforce the form of an answer, to study the model's own text",
     )  # fmt: skip
 
 
 def _add_sound(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--second", metavar="CLIP2",
-        help="a second clip, for a model that hears two at once: what differs?",
+        help="a second clip, for models that compare two",
     )  # fmt: skip
     group.add_argument(
         "--mic", nargs="?", const="", metavar="DEVICE",
-        help="listen until a sound has come and gone; --mic=DEVICE names a device by number or "
-        "part of its name",
+        help="record from the microphone until a sound has ended; --mic=DEVICE chooses a device "
+        "by number or part of its name",
     )  # fmt: skip
     group.add_argument("--list-devices", action="store_true", help="list microphones and exit")
     group.add_argument(
@@ -206,28 +207,34 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--jsonl", action="store_true", help="print a line of JSON for each event; answer last"
     )
     group.add_argument(
-        "-q", "--quiet", action="store_true", help="print the answer alone, and no progress"
+        "-q", "--quiet", action="store_true", help="print only the answer, and no progress"
     )
     group.add_argument(
         "--picture", metavar="OUT.png",
-        help="draw the sound, what the model attended to, and the answer",
+        help="plot the sound, the model's attention and the answer",
     )  # fmt: skip
 
 
 def _add_batch(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch", metavar="SOURCE",
-        help="a .jsonl file (audio, question; choices and id if you like), or a folder of clips",
+        help="a folder of clips, or a .jsonl file (audio, question; optional choices and id)",
     )  # fmt: skip
-    group.add_argument("--question", dest="each", metavar="Q", help="what to ask about every clip")
+    group.add_argument("--question", dest="each", metavar="Q", help="question about every clip")
     group.add_argument(
         "-o", "--output", metavar="OUT.jsonl",
-        help="a line for each item; if it exists, its items are not asked again",
+        help="the answers, a line each; items that it already holds are not asked again",
+    )  # fmt: skip
+    group.add_argument(
+        "--parallel", type=at_least_one, metavar="N",
+        help="items in work at a time, with the same answers; default: 4, fewer if memory is short",
     )  # fmt: skip
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--bundle", metavar="DIR", help="the model to use; default: the one inside")
+    group.add_argument(
+        "--bundle", metavar="DIR", help="the model to use; default: the built-in one"
+    )
     group.add_argument(
         "--threads",
         type=at_least_one,
@@ -245,14 +252,14 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--no-speculation", action="store_true",
-        help="do not guess tokens ahead; answers are the same, and often slower",
+        help="do not draft tokens ahead; the answers are the same, often slower",
     )  # fmt: skip
     group.add_argument(
-        "--no-verify", action="store_true", help="do not compare the bundle's files with its hashes"
+        "--no-verify", action="store_true", help="do not check the hashes of the bundle's files"
     )
     group.add_argument(
         "--no-memory-check", action="store_true",
-        help="load the model even where there cannot be enough memory for it",
+        help="load the model even if memory is too small for it",
     )  # fmt: skip
     version = f"tg-run {_version('tinygiant')} (onnxruntime {_version('onnxruntime')})"
     group.add_argument("--version", action="version", version=version)
@@ -284,19 +291,19 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError("--batch needs a file for its answers; add -o OUT.jsonl")
         if options.output == "-":
             raise UsageError(
-                "-o - given, but a batch goes on from what its file already holds, so it needs "
-                "one; add -o OUT.jsonl, and read it while it grows with tail -f"
+                "-o - given, but a batch resumes from its output, which must be a file; add "
+                "-o OUT.jsonl, and read it while it grows with tail -f"
             )
         for name in ("json", "jsonl", "picture", "pcm_rate", "second"):
             if getattr(options, name):
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} does not go with --batch; leave it out")
         return
-    for name, option in (("each", "--question"), ("output", "-o")):
+    for name, option in (("each", "--question"), ("output", "-o"), ("parallel", "--parallel")):
         if getattr(options, name) is not None:
-            raise UsageError(f"{option} is for --batch alone; for one clip: tg-run CLIP QUESTION")
+            raise UsageError(f"{option} needs --batch; for one clip: tg-run CLIP QUESTION")
     if options.mic is not None and options.clip is not None:
-        raise UsageError("--mic is the clip already; give the question alone: --mic QUESTION")
+        raise UsageError("--mic records the clip; give only the question: --mic QUESTION")
     if options.mic is None and options.clip is None:
         if options.choices is not None:
             raise UsageError(
@@ -309,13 +316,13 @@ def _check(options: argparse.Namespace) -> None:
             "standard input is the clip, so the question has to be given: tg-run - QUESTION"
         )
     if options.second is not None and options.question is None:
-        raise UsageError("--second is for one question about two clips; give the question too")
+        raise UsageError("--second needs a question about the two clips; give one")
     if options.picture is not None and options.question is None:
-        raise UsageError("--picture draws one answer, and no question is given; add one")
+        raise UsageError("--picture plots one answer, and no question is given; add one")
     if options.picture is not None and not options.picture.lower().endswith(".png"):
         raise UsageError(f"--picture {options.picture}: expected a name that ends in .png")
     if options.pcm_rate is not None and options.mic is not None:
-        raise UsageError("--pcm-rate is about a file or standard input; leave it out with --mic")
+        raise UsageError("--pcm-rate describes a file or standard input; leave it out with --mic")
 
 
 def at_least_one(text: str) -> int:

@@ -1,4 +1,4 @@
-"""A picture of one answer: sound, both log-mel spectrograms, where the question looked, gate, text.
+"""A plot of one answer: sound, log-mel spectrograms, intent attention, gate, text.
 
 ``draw`` over plain arrays and matplotlib's object interface; nothing is shown on a screen and no
 global state of matplotlib is touched.
@@ -38,7 +38,7 @@ _MAX_PEAKS = 4_000  # of the waveform: more than there are pixels
 
 
 def check(path: str) -> None:
-    """See to it, before the model is asked, that a picture can be drawn and written.
+    """Check, before the model is asked, that a plot can be drawn and written.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -108,7 +108,7 @@ def save(figure: Any, path: str) -> None:
         draft.replace(path)
     except OSError as error:
         raise StorageError(
-            f"{printable(path)}: the picture cannot be written ({error.strerror}); name another"
+            f"{printable(path)}: the plot cannot be written ({error.strerror}); name another"
         ) from error
     finally:
         draft.unlink(missing_ok=True)
@@ -128,7 +128,7 @@ def _draw_waveform(panel: Any, audio: Audio) -> None:
 def _draw_mel(
     panel: Any, encoder: EncoderConfig, chunks: Sequence[Chunk], config: ModelConfig
 ) -> None:
-    """Log-mel spectrograms of an encoder's windows beside one another."""
+    """Log-mel spectrograms of an encoder's windows, side by side."""
     for index, chunk in enumerate(chunks):
         for number, window in enumerate(chunk.windows[encoder.graph]):
             mel = window[0] if window.ndim == 3 else window[0, 0].T

@@ -29,7 +29,7 @@ _DIGITS = 6
 
 
 def event_record(event: Event) -> dict[str, Any]:
-    """One event: ``schema``, ``event`` and what it tells; the last one holds the answer."""
+    """One event: ``schema``, ``event`` and its data; the last one holds the answer."""
     if isinstance(event, Finished):
         return _record("answer", answer=event.answer.to_dict())
     if isinstance(event, AudioRead):
@@ -47,7 +47,7 @@ def event_record(event: Event) -> dict[str, Any]:
 
 
 def error_record(error: BaseException) -> dict[str, Any]:
-    """What went wrong: the error's class, its exit code and its message on one line."""
+    """A failure: the error's class, its exit code and its message on one line."""
     return {
         "kind": type(error).__name__,
         "exit_code": error.exit_code if isinstance(error, TinyGiantError) else 1,

@@ -19,7 +19,15 @@ from .interrupt import cleaned_up
 if TYPE_CHECKING:
     from ..events import Answer, Event, PromptRead, TextPiece
 
-__all__ = ["DEBUG_VARIABLE", "Progress", "Style", "TextWriter", "complain", "debugging", "show"]
+__all__ = [
+    "DEBUG_VARIABLE",
+    "Progress",
+    "Style",
+    "TextWriter",
+    "debugging",
+    "report_error",
+    "show",
+]
 
 DEBUG_VARIABLE = "TINYGIANT_DEBUG"
 Style = Literal["text", "answer", "json", "jsonl"]
@@ -37,7 +45,7 @@ _HEADINGS: dict[Section, str] = {
 def show(
     events: Iterable[Event], style: Style, progress: Progress, choices: Sequence[str] | None
 ) -> tuple[Answer, PromptRead]:
-    """Write the answer as it comes; returns it, and what was seen of how the model listened.
+    """Write the answer as it comes; returns it, with the intent attention and the gate.
 
     Raises:
         StorageError: standard output cannot be written.
@@ -144,15 +152,15 @@ class Progress:
             where = (f"{name} on {' and '.join(names)}" for name, names in providers.items())
             self.line(", ".join(where))
         if weights == "seeded-random":
-            self.line(f"{printable(model)} has random weights: what it answers means nothing")
+            self.line(f"{printable(model)} has random weights: its answers mean nothing")
 
     def show(self, event: Event) -> None:
-        """Say what was received, and how it was listened to."""
+        """Report the audio that was received, and the time of the encoders."""
         from .. import events
 
         if isinstance(event, events.AudioRead):
             audio = event.audio
-            dropped = f", {audio.dropped_s:.2f} s missing" if audio.dropped_s else ""
+            dropped = f", {audio.dropped_s:.2f} s not used" if audio.dropped_s else ""
             self.line(f"{audio.source}: {audio.used_s:.2f} s of audio{dropped}")
             for note in audio.notes:
                 self.line(f"note: {printable(note)}")
@@ -173,9 +181,9 @@ class Progress:
             self.line(f"{timings.total_s:.2f} s in all")
             return
         if answer.finish_reason == "length":
-            self.line("note: --max-new-tokens were spent; what the model was writing was closed")
+            self.line("note: --max-new-tokens reached; the unfinished part was closed")
         elif answer.finish_reason == "loop":
-            self.line("note: the model repeated itself; what it was writing was closed")
+            self.line("note: the model repeated itself; the unfinished part was closed")
         written = counted(tokens.generated, "token")
         self.line(
             f"{written} at {timings.tokens_per_s:.1f} a second, the first after "
@@ -206,7 +214,7 @@ def debugging() -> bool:
     return os.environ.get(DEBUG_VARIABLE) == "1"
 
 
-def complain(error: BaseException) -> int:
+def report_error(error: BaseException) -> int:
     """Write the one line that a failure ends in to standard error; returns its exit code."""
     message, code = one_line(error), TinyGiantError.exit_code
     if isinstance(error, TinyGiantError):

@@ -1,4 +1,4 @@
-"""A command whose native code may die for want of address space, and its one line.
+"""A command whose native code may die because address space runs out, and its one line.
 
 Where the system bounds a process's address space (``ulimit -v``), the bound can strike anywhere:
 while a library is mapped, in a thread that cannot start, in an allocation nobody checks. No handler
@@ -27,7 +27,7 @@ _NATIVE_DEATHS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, 
 
 
 def watched(program: str, command: Callable[[], int]) -> int:
-    """The exit code of ``command``, also where native code dies for want of address space.
+    """The exit code of ``command``, also where native code dies because address space runs out.
 
     Without a bound on the address space ``command`` is simply called. Call this from the main
     thread before any other thread is started. Signals sent to this process go to the other.
@@ -81,8 +81,8 @@ def _told(program: str, code: int) -> int:
         return code
     if -code in _NATIVE_DEATHS:
         print(
-            f"{program}: ended by {signal.Signals(-code).name} in native code, most likely for "
-            "want of address space; raise ulimit -v, or use --memory low or a smaller recipe",
+            f"{program}: ended by {signal.Signals(-code).name} in native code, most likely because "
+            "address space ran out; raise ulimit -v, or use --memory low or a smaller recipe",
             file=sys.stderr,
         )
         return TinyGiantError.exit_code

@@ -1,4 +1,4 @@
-"""``tg-listen``: a sound sensor. It listens without end and says what happened.
+"""``tg-listen``: a sound sensor. It listens continuously and reports sounds.
 
     source -> ear (gate, ring buffer) -> queue -> questions -> outlets
 

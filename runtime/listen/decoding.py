@@ -1,7 +1,7 @@
 """Bytes of a stream to mono 16-bit samples: raw PCM, or WAV as it arrives.
 
 A WAV header decides rate, format and channels itself. Its length is believed only where it can be
-true: recorders that do not know it yet write 0 or one of the largest numbers.
+true: recorders that do not know the length yet write 0 or one of the largest numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ __all__ = ["StreamDecoder"]
 
 _MAX_HEADER_BYTES = 1 << 16
 _OPEN_ENDED_BYTES = 0x7FFF_0000
+_ENCODED = {
+    b"fLaC": "FLAC",
+    b"OggS": "Ogg",
+    b"ID3": "MP3",
+    b"FORM": "AIFF",
+    b"caff": "CAF",
+}
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 
 
@@ -35,7 +42,7 @@ class _Form:
 
 
 class StreamDecoder:
-    """Bytes in, samples out; what is half a frame waits for the rest.
+    """Bytes in, samples out; half a frame waits for the rest.
 
     Attributes:
         n_bad: samples so far that were no number; they became silence.
@@ -114,6 +121,12 @@ class StreamDecoder:
             return None
         if bytes(self._bytes[:4]) not in (b"RIFF", b"RF64") or self._bytes[8:12] != b"WAVE":
             settings = self._settings
+            for magic, kind in _ENCODED.items():
+                if self._bytes.startswith(magic):
+                    raise UsageError(
+                        f"{self._name}: is {kind}, and a stream is WAV or raw samples; decode it: "
+                        "ffmpeg -i FILE -f wav - | tg-listen -, or ask tg-run about the clip"
+                    )
             if settings.rate_hz is None:
                 raise UsageError(
                     f"{self._name}: no WAV header, so these are raw samples, and their rate is not "

@@ -62,6 +62,7 @@ class Listener:
         self._heard_s = 0.0
         self._n_sounds = 0
         self._beat = time.monotonic()
+        self._lost_at: float | None = None
         self._thread = threading.Thread(target=self._run, name=f"listen-{name}", daemon=True)
 
     def start(self) -> None:
@@ -87,6 +88,21 @@ class Listener:
         """Whether it has given no sign of life for longer than anything may take."""
         return not self.ended and time.monotonic() - self._beat > _STUCK_S
 
+    @property
+    def is_running(self) -> bool:
+        """Whether its thread runs, maybe in native code that never returns."""
+        return self._thread.is_alive()
+
+    def tell_if_stuck(self) -> None:
+        """Say, once, that it has stopped moving; nothing in this process can move it again."""
+        if self.is_stuck() and self._lost_at is None:
+            self._lose(
+                AudioError(
+                    f"gives no sign of life for {_STUCK_S:g} s: its device or the sound system "
+                    "hangs; only starting tg-listen again helps, which a service manager does"
+                )
+            )
+
     def wake(self) -> None:
         """Give a sign of life; for waits that are on purpose, as for room in the queue."""
         self._beat = time.monotonic()
@@ -105,22 +121,17 @@ class Listener:
             self.tried.set()
 
     def _listen(self) -> None:
-        retry_s, lost_at = _FIRST_RETRY_S, None
+        retry_s = _FIRST_RETRY_S
         while not self._stop.is_set():
             try:
                 for block in self.source.blocks():
                     self.wake()
                     if self._stop.is_set():
                         break
-                    if self.problem is not None and lost_at is not None and block is not None:
-                        away_s = time.monotonic() - lost_at
-                        self.lost_s += away_s
-                        self._tell("source_back", self.name, f"is back after {away_s:.0f} s")
-                        lost_at = None
-                    self.problem = None
                     self.was_heard = True
                     self.tried.set()
                     if block is not None:
+                        self._find()
                         retry_s = _FIRST_RETRY_S
                         self._pass_on(self._ear_for(self.source.rate_hz).take(block))
                 self._close_ear()
@@ -131,15 +142,26 @@ class Listener:
                 self._close_ear()
                 if not self.source.may_return:
                     raise
-                self.problem = error
-                if lost_at is None:
-                    lost_at = time.monotonic()
-                    if self.was_heard:  # else whoever started it says so
-                        line = f"{one_line(error)}; tried again until it is back"
-                        self._tell("source_lost", self.name, line)
+                self._lose(error, "; tried again until it is back")
                 self.tried.set()
                 self._pause(retry_s)
                 retry_s = min(2 * retry_s, _LONGEST_RETRY_S)
+
+    def _lose(self, error: AudioError, then: str = "") -> None:
+        self.problem = error
+        if self._lost_at is None:
+            self._lost_at = time.monotonic()
+            if self.was_heard:  # else whoever started it says so
+                self._tell("source_lost", self.name, one_line(error) + then)
+
+    def _find(self) -> None:
+        """Sound has come: what was lost is back. A device that opens and is mute is not."""
+        self.problem = None
+        if self._lost_at is not None:
+            away_s = time.monotonic() - self._lost_at
+            self.lost_s += away_s
+            self._lost_at = None
+            self._tell("source_back", self.name, f"is back after {away_s:.0f} s")
 
     def _ear_for(self, rate_hz: int) -> Ear:
         gate, ear = self.gate, self._ear

@@ -1,4 +1,4 @@
-"""MQTT: what is heard goes to a broker, and Home Assistant finds it by itself.
+"""MQTT: sounds and answers go to a broker, and Home Assistant finds them by itself.
 
 Under ``{topic}/``: ``status`` (``online``; ``offline`` by last will), ``sound`` (each sound's
 whole record), ``{source}/{question}/answer`` (the last answer, retained),
@@ -77,7 +77,7 @@ class Broker:
         self._client = self._make_client()
 
     def begin(self) -> None:
-        """Connect, in a thread of paho's; what keeps it from that is told once."""
+        """Connect, in a thread of paho's; an obstacle is reported once."""
         mqtt = self._settings
         assert mqtt.host is not None
         port = mqtt.port or (8_883 if mqtt.tls else 1_883)
@@ -85,7 +85,7 @@ class Broker:
         self._client.loop_start()
 
     def carry(self, record: Record, stopping: threading.Event) -> None:
-        """Publish what there is of a record; waits while the broker is away."""
+        """Publish the messages of a record; waits while the broker cannot be reached."""
         if record is not self._record:
             self._record = record
             self._left = deque(self._messages(record))
@@ -93,7 +93,7 @@ class Broker:
             message = self._left[0]
             while not self._connected.wait(0.2):
                 if stopping.is_set():
-                    raise OSError(None, self._problem or "the broker is away")
+                    raise OSError(None, self._problem or "the broker cannot be reached")
             if self._sent is None:
                 self._sent = self._publish(message)
             while not self._sent.is_published():
@@ -156,7 +156,7 @@ class Broker:
         reason = getattr(error, "strerror", None) or (one_line(error) if error else "no answer")
         if isinstance(error, ssl.SSLCertVerificationError):
             reason = f"its certificate is not trusted: {error.verify_message}"
-        self._say(f"{printable(self._settings.host)} is not reached ({reason})")
+        self._say(f"{printable(self._settings.host)} cannot be reached ({reason})")
 
     def _on_disconnect(self, client: Client, _: Any, flags: Any, code: Any, *__: Any) -> None:
         self._connected.clear()
@@ -172,7 +172,7 @@ class Broker:
             self._publish(Message(message.topic, "", True))  # of a question that is gone
 
     def _say(self, problem: str) -> None:
-        """Tell a problem, once until another one or none."""
+        """Report a problem, once until another one or none."""
         if problem != self._problem:
             self._problem = problem
             self._tell(f"mqtt: {problem}; kept and tried again")

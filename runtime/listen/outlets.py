@@ -1,9 +1,9 @@
 """Where records go: each outlet has a thread and a bounded buffer of its own.
 
-A carrier takes one record at a time. What fails for the moment (a broker that is down, a full disk)
-is tried again, at first after a second, then at longer and longer pauses, and what comes meanwhile
-waits; beyond the bound the oldest are dropped and counted. So nothing that is slow or broken holds
-up listening, and nothing is lost without a line and a count.
+A carrier takes one record at a time. After a failure that may pass (a broker that is down, a full
+disk) it tries again, at first after a second, then at longer and longer pauses, and later records
+wait; beyond the bound the oldest are dropped and counted. So a slow or broken outlet never holds up
+listening, and every loss has a line and a count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Protocol
 
 from ..cli.records import json_line
 from ..errors import StorageError, UsageError
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .settings import EventsSettings, WebhookSettings
 from .telling import Record, line, text_line
 
@@ -152,7 +152,7 @@ class Outlet:
             self._carrying = False
 
     def _deliver(self, record: Record) -> bool:
-        """Carry one record, however long it takes; False if told to stop before."""
+        """Carry one record, however long it takes; False if stopped before."""
         retry_s, failed = _FIRST_RETRY_S, False
         while not self._stopping.is_set():
             try:
@@ -172,7 +172,8 @@ class Outlet:
                 self._tell(f"{self.name}: {one_line(error)}; the record was dropped")
             else:
                 if failed:
-                    self._tell(f"{self.name}: works again, {len(self._records)} wait")
+                    waiting = counted(len(self._records), "record")
+                    self._tell(f"{self.name}: works again, {waiting} waiting")
             return True
         return False
 
@@ -284,7 +285,7 @@ class Webhook:
         """Nothing is to be reached before the first record."""
 
     def carry(self, record: Record, stopping: threading.Event) -> None:
-        """Post it; what the other side refuses for good (4xx but 408 and 429) is dropped."""
+        """Post it; drop what the other side refuses for good (4xx but 408 and 429)."""
         request = urllib.request.Request(
             self._url, json.dumps(record).encode(), self._headers, method="POST"
         )

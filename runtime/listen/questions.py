@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol
 
+from ..asking import AskOptions
 from ..audio import Audio, read_audio
 from ..cli.records import error_record
 from ..events import Answer
@@ -33,10 +34,7 @@ class Model(Protocol):
         audio: Audio,
         question: str,
         choices: Sequence[str] | None = None,
-        *,
-        think: bool = True,
-        max_new_tokens: int = 512,
-        max_audio_s: float = 300.0,
+        options: AskOptions = AskOptions(),  # noqa: B008 - frozen
     ) -> Answer:
         """Answer a question about a clip."""
         ...
@@ -119,13 +117,7 @@ class Asker:
             yes, share = first[question.only_if]
             if not yes or share < (question.confidence or 0.0):
                 return Reply(question, "not_asked", "only_if", probability=share)
-        answer = self._model.ask(
-            audio,
-            question.ask,
-            question.choices,
-            think=question.think,
-            max_new_tokens=question.max_new_tokens,
-        )
+        answer = self._model.ask(audio, question.ask, question.choices, question.options)
         shares, index = answer.choice_probabilities, answer.choice_index
         probability = None if shares is None or index is None else shares[index]
         if probability is not None and probability < (question.confidence or 0.0):
@@ -135,7 +127,7 @@ class Asker:
 
     def _is_yes(self, question: str, audio: Audio) -> tuple[bool, float]:
         """Whether a first question is answered with yes, and the probability of that."""
-        answer = self._model.ask(audio, question, YES_NO, think=False)
+        answer = self._model.ask(audio, question, YES_NO, AskOptions(think=False))
         shares = answer.choice_probabilities or (0.0, 0.0)
         return answer.choice_index == 0, shares[0]
 

@@ -2,8 +2,8 @@
 
 Threads: one a source, one for the model, one an outlet; the main thread only watches. SIGTERM and
 SIGINT end it: sources are closed, the sound that is on is cut, the question being answered has
-``GRACE_S`` to finish, what still waits is told as unanswered, and outlets have a moment to deliver.
-SIGHUP reads the settings again; wrong ones are told and change nothing.
+``GRACE_S`` to finish, what still waits is reported as unanswered, and outlets have a moment to
+deliver. SIGHUP reads the settings again; wrong ones are reported and change nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..cli.interrupt import INTERRUPTED
 from ..errors import StorageError, TinyGiantError
-from ..text import one_line, printable
+from ..text import counted, one_line, printable
 from .ear import Sound
 from .keeping import ClipFolder
 from .listener import Listener
@@ -38,6 +38,7 @@ BROKEN_PIPE = 141
 GRACE_S = 10.0
 _FLUSH_S = 5.0
 _TICK_S = 0.25
+_LATE_S = 5.0
 _REPORT_S = 3_600.0
 _STUCK_S = 300.0  # no question takes so long on a machine that is fit for it
 _STDOUT_BUFFER = 1_000
@@ -67,6 +68,7 @@ class Service:
         self._quiet = quiet
         self._notifier = Notifier()
         self._listeners: dict[str, Listener] = {}
+        self._started: list[Listener] = []
         self._outlets: dict[str, Outlet] = {}
         self._made_of: dict[str, Any] = {}
         self._others: dict[str, ClipFolder | MetricsServer] = {}
@@ -104,8 +106,8 @@ class Service:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether an answer was given up that is still being computed."""
-        return self._worker.is_alive()
+        """Whether a thread is left behind in native code, which would hold up the end of Python."""
+        return self._worker.is_alive() or any(one.is_running for one in self._started)
 
     def numbers(self) -> Numbers:
         """All counts, by name and label."""
@@ -129,21 +131,28 @@ class Service:
     # --- the main thread -----------------------------------------------------------------------
 
     def _watch(self) -> None:
-        next_report = time.monotonic() + _REPORT_S
+        last = time.monotonic()
+        next_report = last + _REPORT_S
         while not self._signals:
             time.sleep(_TICK_S)
+            before, last = last, time.monotonic()
+            if last - before > _LATE_S:  # this process was stopped: nobody else could move either
+                for listener in self._listeners.values():
+                    listener.wake()
             if self._reload:
                 self._reload = False
                 self._read_settings_again()
             if self._is_alive():
                 self._notifier.alive(self._summary())
             self._tell_losses()
-            if time.monotonic() >= next_report:
+            for listener in self._listeners.values():
+                listener.tell_if_stuck()
+            if last >= next_report:
                 next_report += _REPORT_S
                 self.emit(report(self.numbers()))
             if any(outlet.is_broken for outlet in self._outlets.values()):
                 return
-            if all(listener.ended for listener in self._listeners.values()):
+            if all(one.ended or one.is_stuck() for one in self._listeners.values()):
                 return
 
     def _tell_losses(self) -> None:
@@ -151,7 +160,7 @@ class Service:
         for name, listener in self._listeners.items():
             source = listener.source
             for kind, total, text in (
-                ("bad", source.n_bad, "samples were no numbers (NaN, infinite), taken for silence"),
+                ("bad", source.n_bad, "samples were not numbers (NaN, infinite), read as silence"),
                 ("overflow", source.n_overflows, "times this machine was too busy and lost sound"),
             ):
                 number = total - self._told_losses.get((kind, name), 0)
@@ -199,7 +208,8 @@ class Service:
     def _require_a_source(self) -> None:
         """Raise the first source's problem if not one of them could be opened."""
         found = list(self._listeners.values())
-        if found[0].problem is not None and not any(one.was_heard for one in found):
+        heard = any(one.was_heard for one in found)
+        if found[0].problem is not None and not heard and not self._signals:
             for listener in self._listeners.values():
                 listener.stop(2.0)
             for name in list(self._made_of):
@@ -221,7 +231,8 @@ class Service:
             self._queue.settings = settings.queue
             opened = self._open_sources(settings)
             self.settings = settings
-            self._tell("reloaded", None, f"settings read again; {len(settings.source)} sources")
+            n_sources = counted(len(settings.source), "source")
+            self._tell("reloaded", None, f"settings read again; {n_sources}")
             self._tell_problems(opened)
         self._notifier.ready(self._summary())
 
@@ -266,6 +277,7 @@ class Service:
                     tell=self._tell,
                 )
                 self._listeners[name] = listener
+                self._started.append(listener)
                 listener.start()
                 started.append(listener)
         for listener in started:
@@ -309,10 +321,10 @@ class Service:
             n_left = outlet.close(_FLUSH_S)
             self.counts.add("dropped", name, outlet.n_dropped)
             if n_left and not outlet.is_broken:
-                self._say(f"{name}: {n_left} records could not be delivered")
+                self._say(f"{name}: {counted(n_left, 'record')} could not be delivered")
 
     def outlet(self, name: str, carrier: Any, **options: Any) -> Outlet:
-        """An outlet whose lines are told under this service's name."""
+        """An outlet whose lines are printed under this service's name."""
         return Outlet(name, carrier, tell=self._say, **options)
 
     # --- threads -------------------------------------------------------------------------------
@@ -383,7 +395,8 @@ class Service:
         unanswered = sum(n for (name, _), n in self.counts.all().items() if name == "unanswered")
         lost = [name for name, one in self._listeners.items() if one.problem is not None]
         away = f", lost: {', '.join(lost)}" if lost else ""
-        return f"{n_sounds} sounds, {unanswered:g} unanswered, {len(self._queue)} waiting{away}"
+        sounds, n_waiting = counted(n_sounds, "sound"), len(self._queue)
+        return f"{sounds}, {unanswered:g} unanswered, {n_waiting} waiting{away}"
 
     def _live_numbers(self) -> Iterable[tuple[str, str, float]]:
         for name, listener in self._listeners.items():
@@ -401,7 +414,9 @@ def _of_listener(name: str, listener: Listener) -> Iterable[tuple[str, str, floa
 
 def _outlets(settings: Settings) -> dict[str, tuple[Any, Callable[[Service], Any]]]:
     """For each outlet that ``settings`` ask for: what it is made of, and how."""
-    found: dict[str, tuple[Any, Callable[[Service], Any]]] = {"standard output": ("", _stdout)}
+    found: dict[str, tuple[Any, Callable[[Service], Any]]] = {}
+    if sys.stdout is not None:  # else it was closed, as some ways to start a service have it
+        found["standard output"] = "", _stdout
     if settings.events.file is not None:
         found["events"] = (
             settings.events,

@@ -1,4 +1,4 @@
-"""What ``tg-listen`` is told: one tree of frozen dataclasses, from a TOML file or from options.
+"""The settings of ``tg-listen``: one tree of frozen dataclasses, from a TOML file or from options.
 
 The names of tables and keys in the file are those of the classes and fields here. Whatever is
 wrong (an unknown key, a value of another type or out of range, keys that do not go together) is a
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from ..asking import AskOptions
 from ..errors import QuestionError, UsageError
 from ..prompt import check_choices, check_question
 from ..text import one_line, printable
@@ -171,6 +172,11 @@ class QuestionSettings:
     days: tuple[str, ...] | None = None
     max_new_tokens: int = _number(512, 1, 8_192)
 
+    @property
+    def options(self) -> AskOptions:
+        """How the model is to answer."""
+        return AskOptions(think=self.think, max_new_tokens=self.max_new_tokens, fit=True)
+
     def problem(self) -> str | None:
         """What cannot be asked."""
         if not _NAME.fullmatch(self.name):
@@ -188,15 +194,15 @@ class QuestionSettings:
             return "confidence needs choices and think = false: only then are there probabilities"
         for answer in self.notify or ():
             if answer not in (self.choices or ()):
-                return f"notify: {answer!r} is none of the choices"
+                return f"notify: {answer!r} is not one of the choices"
         for day in self.days or ():
             if day not in DAYS:
-                return f"days: {day!r} is none of {', '.join(DAYS)}"
+                return f"days: {day!r} is not one of {', '.join(DAYS)}"
         for span in self.hours or ():
             try:
                 minutes(span)
             except ValueError:
-                return f'hours: {span!r} is no span of a day; expected "22:00-06:00"'
+                return f'hours: {span!r} is not a span of a day; expected one such as "22:00-06:00"'
         return None
 
 
@@ -267,15 +273,17 @@ class MqttSettings:
     def problem(self) -> str | None:
         """What does not go together."""
         if not self.tls and (self.ca_file or self.cert_file or self.key_file):
-            return "ca_file, cert_file and key_file go with tls = true"
+            return "ca_file, cert_file and key_file need tls = true"
         if (self.cert_file is None) != (self.key_file is None):
-            return "cert_file and key_file go together"
+            return "cert_file and key_file go together; give both"
         if self.password_file is not None and self.user is None:
-            return "password_file goes with user"
+            return "password_file needs user"
         for name in ("topic", "discovery"):
             value = getattr(self, name)
             if not _TOPIC.fullmatch(value) and (name == "topic" or value):
-                return f"{name} = {value!r} is no topic; expected words between slashes, no # or +"
+                return (
+                    f"{name} = {value!r} is not a topic; expected words between slashes, no # or +"
+                )
         return None
 
 
@@ -353,7 +361,7 @@ def read_settings(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{name}: cannot be read ({error.strerror}); check --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{name}: is no TOML ({one_line(error)}); correct it") from error
+        raise UsageError(f"{name}: not valid TOML ({one_line(error)}); correct it") from error
 
 
 def settings_of(tables: Mapping[str, Any], name: str) -> Settings:
@@ -365,7 +373,7 @@ def settings_of(tables: Mapping[str, Any], name: str) -> Settings:
     known = {f.name: f for f in dataclasses.fields(Settings)}
     for key in tables:
         if key not in known:
-            raise UsageError(f"{name}: [{key}] is no table{_instead(key, known)}")
+            raise UsageError(f"{name}: [{key}] is unknown{_instead(key, known)}")
     found: dict[str, Any] = {}
     for key in tables:
         if key == "source":
@@ -414,7 +422,7 @@ def _sources(tables: Any, name: str) -> dict[str, SourceSettings]:
     if not found:
         raise UsageError(f"{name}: there is no source; write [source.NAME]")
     if sum(source.kind == "stdin" for source in found.values()) > 1:
-        raise UsageError(f"{name}: two sources read standard input; there is only one")
+        raise UsageError(f"{name}: two sources read standard input; only one can")
     return found
 
 
@@ -441,7 +449,7 @@ def _table(kind: type[T], table: Any, where: str) -> T:
     values = {}
     for key, value in table.items():
         if key not in hints:
-            raise UsageError(f"{where}: {printable(key)} is no key{_instead(key, hints)}")
+            raise UsageError(f"{where}: {printable(key)} is unknown{_instead(key, hints)}")
         values[key] = _value(value, hints[key], ranges[key], f"{where}: {key}")
     made = kind(**values)
     problem = getattr(made, "problem", lambda: None)()

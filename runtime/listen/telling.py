@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 
 class Counts:
-    """Numbers by name and label, from any thread: what ``report`` and ``/metrics`` tell."""
+    """Numbers by name and label, from any thread, for ``report`` and ``/metrics``."""
 
     def __init__(self) -> None:
         """Everything is 0."""
@@ -90,7 +90,7 @@ def report(counts: dict[tuple[str, str], float]) -> Record:
 
 
 def text_line(record: Record) -> str | None:
-    """A record for people; None for what they are told otherwise."""
+    """A record for people; None if they are informed in another way."""
     if record["event"] != "sound":
         return None
     told = [_told(answer) for answer in record["answers"]]

@@ -1,6 +1,6 @@
 """The queue between ears and the model: bounded, with a stated policy, and nothing lost silently.
 
-What finds no room goes unanswered, and whoever made the queue is told which sound that was.
+A sound that finds no room goes unanswered, and the maker of the queue learns which one that was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WaitingQueue:
     """Sounds in the order in which they ended."""
 
     def __init__(self, settings: QueueSettings, unanswered: Callable[[Sound, str], None]) -> None:
-        """``unanswered`` is told each sound that found no room, and why."""
+        """``unanswered`` is called with each sound that found no room, and why."""
         self.settings = settings
         self._unanswered = unanswered
         self._items: deque[Waiting] = deque()

@@ -1,1 +1,1 @@
-"""Everything that touches onnxruntime: sessions, execution providers, memory, the machine."""
+"""Everything that uses onnxruntime: sessions, execution providers, memory, the machine."""

@@ -1,4 +1,4 @@
-"""What the system says about itself: processor, memory, heat. Linux; elsewhere little is known.
+"""The system's own data: processor, memory, heat. On Linux; elsewhere little is known.
 
 Everything is read below a root folder, so that tests can forge a machine.
 """

@@ -1,10 +1,10 @@
 """Whether there is memory for a bundle: asked before it is loaded, answered in one line.
 
-Native code that runs out of memory may die without a word. So :func:`require_memory` compares what
-a bundle cannot do without with what the system can still give, and refuses only what cannot work:
+Native code that runs out of memory may die silently. So :func:`require_memory` compares the least
+memory of a bundle with what the system can still give, and refuses only what cannot work:
 weights in mapped files need not be in memory, other programs' idle memory can be swapped out, and a
-file cache can be dropped. Between that bound and :func:`estimated_bytes`, what a question usually
-takes, it may work slowly or end; ``tg-run doctor`` tells.
+file cache can be dropped. Between that bound and :func:`estimated_bytes`, the usual need of a
+question, it may be slow or fail; ``tg-run doctor`` reports both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..bundle import Bundle
 from ..errors import TinyGiantError
 from .machine import Machine
 
-__all__ = ["estimated_bytes", "least_bytes", "require_memory"]
+__all__ = ["estimated_bytes", "how_many", "least_bytes", "require_memory"]
 
 MIB = 2**20
 
@@ -22,6 +22,9 @@ MIB = 2**20
 _BASE_BYTES = 120 * MIB
 _BYTES_PER_GRAPH_BYTE = 1.3
 _TYPICAL_TOKENS = 1_024
+_SHARE = (
+    8  # of the memory that is left, keys and values of several sequences may take one in so many
+)
 
 # After loading, the full-size int4 bundle held 1.02 bytes of anonymous memory for each byte of its
 # graphs on x86-64: they are repacked for the processor. Where one of them is not, its weights stay
@@ -41,7 +44,7 @@ def estimated_bytes(bundle: Bundle) -> tuple[int, int]:
 
 
 def least_bytes(bundle: Bundle, *, keep: bool) -> tuple[int, int]:
-    """What loading cannot do without, beyond what the process has: address space, and memory.
+    """The least that loading needs in addition to what the process has: address space, and memory.
 
     Every weight is at some time either mapped or copied. ``keep``: all graphs at once.
     """
@@ -74,6 +77,17 @@ def require_memory(bundle: Bundle, *, keep: bool, machine: Machine | None = None
                 f"the model needs at least {_mib(needed)} MiB of {what}, {left // MIB} are left; "
                 f"use {advice}, or end programs (--no-memory-check tries all the same)"
             )
+
+
+def how_many(most: int, token_bytes: int, machine: Machine | None = None) -> int:
+    """How many sequences to have at a time: at most ``most``, at least one.
+
+    ``token_bytes`` are those of the keys and values of a token.
+    """
+    left = (machine or Machine()).obtainable_bytes()
+    if left is None:
+        return most
+    return max(1, min(most, left // _SHARE // (_TYPICAL_TOKENS * token_bytes)))
 
 
 def _graph_bytes(bundle: Bundle) -> list[int]:

@@ -1,7 +1,7 @@
 """A bundle's graphs: kept once they are loaded, or released after each use.
 
-A process holds what it will use again: what a run needed besides the weights goes back to the
-system, and so does all of a graph that is closed.
+A process keeps only what it will use again: the working memory of a run goes back to the system,
+and so does all memory of a closed graph.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class GraphPool:
     """A bundle's graphs by name: kept once loaded, or released after each use.
 
     With ``keep`` false, peak memory is that of the largest graph instead of their sum.
-    ``providers`` tells for each graph which providers run it: the one asked for, and once the graph
-    has been loaded also those that run the operators it lacks.
+    ``providers`` has for each graph the providers that run it: the one asked for, and once the
+    graph has been loaded also those that run the operators it lacks.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class GraphPool:
         if not self.keep:
             return
         missing = [name for name in self._bundle.manifest.graphs if name not in self._graphs]
-        # The largest first: the others fit beside it.
+        # The largest first: the others fit next to it.
         missing.sort(key=self._size_bytes, reverse=True)
         workers = self._settings.n_threads
         with ThreadPoolExecutor(workers, thread_name_prefix="load") as executor:

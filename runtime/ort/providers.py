@@ -1,10 +1,10 @@
-"""Where graphs run: names for onnxruntime's execution providers, and who runs what.
+"""Where graphs run: names for onnxruntime's execution providers, and their assignment.
 
 The contract: :func:`assign` reads what the user asked for, one name for everything or one for each
-part, and :func:`require_available` refuses what the installed onnxruntime lacks, saying what is
-there and which wheel brings the rest. Nothing is chosen silently: what is not named runs on the
-CPU. This module imports the standard library alone; :mod:`tinygiant.runtime.ort.sessions` asks
-onnxruntime.
+part, and :func:`require_available` refuses what the installed onnxruntime lacks, naming the
+available providers and the wheel to install. Nothing is chosen silently: parts that are not named
+run on the CPU. This module imports the standard library alone;
+:mod:`tinygiant.runtime.ort.sessions` asks onnxruntime.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Provider:
     Attributes:
         name: as the user writes it.
         ort_name: as onnxruntime calls it.
-        wheel: what to install where it is missing.
+        wheel: the package to install if it is missing.
         device: onnxruntime's name of the memory it computes in; None for the computer's own.
         options: onnxruntime's options for it.
         then: providers for the operators that it does not know, before the CPU.
@@ -112,12 +112,12 @@ def require_available(providers: Iterable[Provider], available: Collection[str])
     """Refuse providers that this onnxruntime does not have.
 
     Raises:
-        UsageError: one is missing; the message says what is there and what to install.
+        UsageError: one is missing; the message names those available and the wheel to install.
     """
     for provider in providers:
         if provider.ort_name not in available:
             raise UsageError(
                 f"the installed onnxruntime has no {provider.name}, only "
-                f"{', '.join(available_names(available))}; in place of onnxruntime, not beside "
-                f"it, install {provider.wheel}"
+                f"{', '.join(available_names(available))}; replace onnxruntime by "
+                f"{provider.wheel}; never install both"
             )

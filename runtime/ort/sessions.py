@@ -1,9 +1,9 @@
 """onnxruntime sessions: the only module that imports onnxruntime.
 
 A :class:`Graph` is one loaded ONNX graph. Threads default to the physical cores this process may
-use; whatever onnxruntime raises becomes a :class:`BundleError` of one line. A graph runs on the
+use; an exception of onnxruntime becomes a :class:`BundleError` of one line. A graph runs on the
 provider that was asked for or not at all; operators that the provider lacks run on the next one,
-and :attr:`Graph.providers` tells so. Importing this module turns onnxruntime's telemetry off (its
+and :attr:`Graph.providers` lists both. Importing this module turns onnxruntime's telemetry off (its
 Linux wheels carry some since 1.29).
 """
 
@@ -91,10 +91,10 @@ class Graph:
         """Load the graph at ``path``.
 
         Args:
-            path: the file; its weights are looked for beside it.
+            path: the file; its weights are looked for in its folder.
             settings: how to run it.
             content: the file's bytes, where the caller has read and checked them.
-            provider: what is to run it.
+            provider: the provider that runs it.
             pack: hold a copy of the weights in the form that the kernels read; without it weights
                 stay in their mapped file, and products take a little longer.
 
@@ -138,14 +138,15 @@ class Graph:
         came_up = self._session.get_providers()
         if came_up[:1] != [wanted]:
             raise UsageError(
-                f"graph {self.name} came up on {', '.join(came_up)}, not on {wanted}: its "
-                "libraries cannot be loaded; onnxruntime says above which, or use --provider cpu"
+                f"graph {self.name} came up on {', '.join(came_up)}, not on {wanted}: libraries "
+                "of it cannot be loaded; install those that onnxruntime names above, or use "
+                "--provider cpu"
             )
         parts = self._session.get_provider_graph_assignment_info()
         used = {part.ep_name for part in parts if part.get_nodes()}
         if wanted not in used:
             raise UsageError(
-                f"graph {self.name} has no operator that {wanted} runs; give it to another one"
+                f"graph {self.name} has no operator that {wanted} runs; choose another provider"
             )
         short = {provider.ort_name: name for name, provider in PROVIDERS.items()}
         others = sorted(short.get(name, name) for name in used - {wanted})
@@ -170,7 +171,7 @@ class Graph:
         return Binding(self._session.io_binding(), self, self._provider.device)
 
     def run_bound(self, binding: Binding) -> None:
-        """Run the graph on what ``binding`` holds.
+        """Run the graph on the arrays of ``binding``.
 
         The memory of the run is kept for the next one, unless its inputs were large: a prompt is
         followed by single tokens.

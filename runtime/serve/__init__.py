@@ -1,4 +1,4 @@
-"""``tg-serve``: the model kept warm behind OpenAI's chat API, a page and Wyoming.
+"""``tg-serve``: the model kept loaded behind OpenAI's chat API, a page and Wyoming.
 
 Needs the extra ``[serve]`` (Starlette, uvicorn, prometheus_client) and for Wyoming ``[wyoming]``;
 nothing outside this package imports it. The way of a request: :mod:`app` reads and checks it,

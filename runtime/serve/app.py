@@ -1,6 +1,6 @@
 """The HTTP application: paths around :mod:`engine`.
 
-What a client can make the server hold is bounded before it is held: a place in the queue comes
+The memory that a client can make the server use is bounded in advance: a place in the queue comes
 before the body, the body is counted while it arrives, and the audio is measured from its header.
 """
 
@@ -58,12 +58,12 @@ class HttpOptions:
 
     Attributes:
         token: what ``Authorization: Bearer`` must hold for ``/v1`` and ``/metrics``; None: nothing.
-        allowed_hosts: names a request may call this server, beside its own.
+        allowed_hosts: host names that a request may use, besides the server's own.
         root_path: prefix that the paths of requests may have, without a slash at its end.
         cors_origins: origins whose pages may ask; ``*`` stands for all.
-        strict: refuse requests of which something would be left out.
-        transcription_question: what the text of a transcription answers.
-        events: the file that ``tg-listen`` appends what it hears to; None: there is none.
+        strict: refuse requests with anything that would be ignored.
+        transcription_question: the question that a transcription answers.
+        events: the file to which ``tg-listen`` appends its events; None: there is none.
     """
 
     token: str | None = None
@@ -106,7 +106,8 @@ def create_app(
         if service.engine.deadline is not None:
             return json_response({"status": "shutting_down"}, 503)
         name = service.model.config.name
-        return json_response({"status": "ok", "model": name, "events": options.events is not None})
+        asked_for = {"events": options.events is not None, "token": token is not None}
+        return json_response({"status": "ok", "model": name, **asked_for})
 
     async def events(request: Request) -> Response:
         authorize(request, token)
@@ -176,7 +177,7 @@ class Asked:
         start: begins the work.
         writer: writes the answer.
         stream: whether it is to arrive as it is made.
-        ignored: what was left out of the request, a line each: ``field: why``.
+        ignored: the ignored fields of the request, a line each: ``field: why``.
     """
 
     start: Start
@@ -186,7 +187,7 @@ class Asked:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that tell what was left out."""
+        """Headers that name what was ignored."""
         names = ", ".join(line.partition(":")[0] for line in self.ignored)
         return {IGNORED_HEADER: names} if names else {}
 
@@ -253,8 +254,12 @@ def _chat(service: Service, *, strict: bool) -> Callable[[Request, bytearray], A
 
     async def take(request: Request, body: bytearray) -> Asked:
         config = service.model.config
-        chat = parse_chat(body, config.name, service.limits.max_new_tokens, strict=strict)
-        start = service.start(chat.audio, chat.question, chat.choices, chat.max_new_tokens)
+        limits = service.limits
+        chat = parse_chat(
+            body, config.name, limits.max_new_tokens, n_clips=config.n_clips, strict=strict
+        )
+        options = limits.options(chat.max_new_tokens, think=chat.think)
+        start = service.start(chat.clips, chat.question, chat.choices, options)
         return Asked(start, ReplyWriter(config, chat.form), chat.stream, chat.form.ignored)
 
     return take
@@ -273,7 +278,7 @@ def _transcribe(
             options.transcription_question,
             strict=options.strict,
         )
-        start = service.start(asked.audio, asked.question)
+        start = service.start([asked.audio], asked.question)
         return Asked(start, TranscriptionWriter(asked), asked.stream, asked.ignored)
 
     return take
@@ -284,7 +289,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         message = {404: f"no such path: {request.url.path[:100]}"}.get(error.status_code)
         allowed: Mapping[str, str] = error.headers or {}
         if error.status_code == 405:
-            message = f"{request.method} is not for this path; use {allowed.get('Allow')}"
+            message = f"{request.method} is not allowed for this path; use {allowed.get('Allow')}"
         error = ApiError(error.status_code, message or error.detail, headers=dict(allowed))
     return error_response(api_error(error))
 

@@ -1,9 +1,9 @@
 """A chat request taken apart: the body of ``POST /v1/chat/completions`` to a :class:`ChatRequest`.
 
-Clients send more than this model has a use for. What can be honoured is; what cannot change a
-greedy answer, or only widens what was asked for, is left out and told (``ignored``); what would
-make the answer another one than was asked for (a tool that must be called, a schema that the answer
-does not have) is refused by name. ``strict`` refuses whatever would be left out or rearranged.
+Clients send more fields than this model can use. Some are honoured. Those that cannot change a
+greedy answer, or only widen the request, are left out and reported (``ignored``). Those without
+which the answer would be a wrong one (a tool that must be called, a schema that the answer does not
+have) are refused by name. ``strict`` refuses anything that would be left out or rearranged.
 
 System and earlier messages are put before the question::
 
@@ -68,7 +68,7 @@ _WHY = {
     "frequency_penalty": _GREEDY,
     "functions": "the model calls no functions",
     "logit_bias": _GREEDY,
-    "logprobs": "probabilities of tokens are not told",
+    "logprobs": "token probabilities are not available",
     "modalities": "the answer is text",
     "presence_penalty": _GREEDY,
     "store": "nothing is stored",
@@ -83,6 +83,7 @@ _KNOWN = {
     "max_tokens",
     "messages",
     "model",
+    "reasoning_effort",
     "stream",
     "stream_options",
     "tinygiant",
@@ -95,7 +96,7 @@ _ROLES = {
     "tool": "Tool",
     "user": "User",
 }
-# What messages carry beside their content when a client sends back what it was given.
+# Fields that messages have besides their content when a client sends back an earlier reply.
 _MESSAGE_FIELDS = {"role", "content", "name"}
 _ECHOED = {"annotations", "reasoning_content", "refusal"}
 _ALONE = "the model takes one user message; put instructions and earlier turns into the question"
@@ -106,24 +107,31 @@ class ChatRequest:
     """A checked request.
 
     Attributes:
-        audio: the encoded clip.
+        clips: the encoded clips that are asked about, as many as the model hears at most.
         question: the question, with system and earlier messages before it.
         choices: answers to choose from, or None.
         max_new_tokens: how much the model may write, or None for the default.
+        think: whether the model thinks first.
         stream: answer in server-sent events.
         form: how the answer is to be written.
     """
 
-    audio: bytes
+    clips: tuple[bytes, ...]
     question: str
     choices: tuple[str, ...] | None
     max_new_tokens: int | None
+    think: bool
     stream: bool
     form: ReplyForm
 
 
 def parse_chat(
-    body: bytes | bytearray, model: str, max_new_tokens: int, *, strict: bool = False
+    body: bytes | bytearray,
+    model: str,
+    max_new_tokens: int,
+    *,
+    n_clips: int = 1,
+    strict: bool = False,
 ) -> ChatRequest:
     """Check a request's body.
 
@@ -131,6 +139,7 @@ def parse_chat(
         body: JSON in UTF-8.
         model: the name of the model that is loaded.
         max_new_tokens: the most a request may ask for.
+        n_clips: how many clips the model hears at once.
         strict: refuse what would be left out or rearranged.
 
     Raises:
@@ -154,10 +163,11 @@ def parse_chat(
         if strict:
             _refuse("stream_options is given without stream: true; remove it", "stream_options")
         ignored.add("stream_options", "the answer is not streamed")
-    audio, question = _parse_messages(data.get("messages"), ignored)
+    clips, question = _parse_messages(data.get("messages"), n_clips, ignored)
     json_fields, listed = answer_fields(data.get("response_format"))
     choices = _parse_choices(data.get("choices_text"), extension.get("choices")) or listed
     limit = _parse_limit(data, max_new_tokens, ignored)
+    think = _parse_effort(data.get("reasoning_effort"), ignored)
     stop = _parse_stop(data.get("stop"), ignored, chosen=choices is not None)
     form = ReplyForm(
         chosen=choices is not None,
@@ -168,7 +178,7 @@ def parse_chat(
         json_fields=json_fields,
         ignored=ignored.lines(),
     )
-    return ChatRequest(audio, question, choices, limit, stream, form)
+    return ChatRequest(clips, question, choices, limit, think, stream, form)
 
 
 def _parse_json(body: bytes | bytearray, *, strict: bool) -> Any:
@@ -195,7 +205,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_extra(key: str, value: Any, ignored: Ignored) -> None:
@@ -255,8 +265,8 @@ class _Message:
     clips: tuple[Any, ...]
 
 
-def _parse_messages(value: Any, ignored: Ignored) -> tuple[bytes, str]:
-    """The clip that is asked about, and the question with what was said before it."""
+def _parse_messages(value: Any, n_heard: int, ignored: Ignored) -> tuple[tuple[bytes, ...], str]:
+    """The clips that are asked about, and the question with what was said before it."""
     if not isinstance(value, list) or not value:
         _refuse("messages must be a list whose last message is the user's question", "messages")
     messages = [_parse_message(number, item, ignored) for number, item in enumerate(value, 1)]
@@ -267,26 +277,41 @@ def _parse_messages(value: Any, ignored: Ignored) -> tuple[bytes, str]:
             f"the last message has the role {messages[-1].role!r}, expected the user's question",
             "messages",
         )
-    clips = [clip for message in messages for clip in message.clips]
-    if not clips or (ignored.strict and len(clips) > 1):
-        _refuse(
-            f"{len(clips) or 'no'} input_audio parts given, expected exactly one clip; "
-            "join clips to one, or send a request for each",
-            "messages",
-        )
-    if len(clips) > 1:
-        left = len(clips) - 1
-        which = "the clip before it is" if left == 1 else f"the {left} clips before it are"
-        ignored.add("messages", f"the model hears one clip, the last; {which} left out")
-    return decode_clip(clips[-1]), _question(messages)
-
-
-def _question(messages: list[_Message]) -> str:
-    """The question, after system and earlier messages; see the module."""
     n_asked = 0  # messages of the user at the end: a clip and its question may come apart
     while n_asked < len(messages) and messages[-1 - n_asked].role == "user":
         n_asked += 1
     earlier, asked = messages[:-n_asked], messages[-n_asked:]
+    return _clips(earlier, asked, n_heard, ignored), _question(messages, earlier, asked)
+
+
+def _clips(
+    earlier: list[_Message], asked: list[_Message], n_heard: int, ignored: Ignored
+) -> tuple[bytes, ...]:
+    """The last clips of the question; if it has none, of the last message before it that has."""
+    in_turn = [clip for message in asked for clip in message.clips]
+    before = [message.clips for message in earlier]
+    n_given = len(in_turn) + sum(map(len, before))
+    expected = "exactly one clip" if n_heard == 1 else f"one to {n_heard} clips"
+    if not n_given or (ignored.strict and n_given > n_heard):
+        _refuse(
+            f"{n_given or 'no'} input_audio parts given, expected {expected}; "
+            "join clips to one, or send a request for each",
+            "messages",
+        )
+    found = in_turn or next(clips for clips in reversed(before) if clips)
+    taken = found[-n_heard:]
+    if left := n_given - len(taken):
+        which = "the clip before is" if left == 1 else f"the {left} clips before are"
+        most = "one clip" if n_heard == 1 else f"at most {n_heard} clips"
+        ignored.add(
+            "messages",
+            f"the model hears {most} at once, the last of the question; {which} left out",
+        )
+    return tuple(map(decode_clip, taken))
+
+
+def _question(messages: list[_Message], earlier: list[_Message], asked: list[_Message]) -> str:
+    """The question, after system and earlier messages; see the module."""
     system = [m.text for m in messages if _ROLES[m.role] == "System" and m.text.strip()]
     said = [
         f"{_ROLES[m.role]}: {m.text}"
@@ -297,7 +322,7 @@ def _question(messages: list[_Message]) -> str:
         said.insert(0, "Earlier in this conversation:")
     question = [m.text for m in asked if m.text]
     if not question and not system:
-        _refuse("expected a text part with the question, beside input_audio", "messages")
+        _refuse("no question given; add a text part next to input_audio", "messages")
     if question and not "".join(question).strip():
         system, said = [], []  # for the runtime to refuse
     parts = ["\n".join(system), "\n".join(said), "\n".join(question)]
@@ -380,6 +405,15 @@ def _parse_limit(data: dict[str, Any], most: int, ignored: Ignored) -> int | Non
             _refuse("max_tokens and max_completion_tokens differ; send one", "max_tokens")
         ignored.add("max_tokens", "max_completion_tokens is given too")
     return min(data[keys[0]], most) if keys else None
+
+
+def _parse_effort(value: Any, ignored: Ignored) -> bool:
+    """Whether the model thinks first."""
+    if value is not None and not isinstance(value, str):
+        _refuse("reasoning_effort must be a string, such as none", "reasoning_effort")
+    if value not in (None, "none"):
+        ignored.add("reasoning_effort", "the model thinks as long as it needs, or with none not")
+    return value != "none"
 
 
 def _parse_stop(value: Any, ignored: Ignored, *, chosen: bool) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""``tg-serve``: serve the model on this computer, until it is told to stop.
+"""``tg-serve``: serve the model on this computer, until it is stopped.
 
-Ends with 0 after SIGTERM and 130 after Ctrl-C; whatever goes wrong before that is one line and an
+Ends with 0 after SIGTERM and 130 after Ctrl-C; a failure before that is one line and an
 exit code of :mod:`tinygiant.runtime.errors`. The log has no line for a request: what is asked, and
 by whom, is nobody else's business; ``/metrics`` counts.
 """
@@ -31,17 +31,25 @@ REQUIRED = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
 
 _DESCRIPTION = """\
 Serve the model with OpenAI's API (POST /v1/chat/completions with input_audio, and
-/v1/audio/transcriptions), a page to try it (/), /v1/models, /health and /metrics. Reached from this
-computer alone unless --host says otherwise."""
+/v1/audio/transcriptions), a page to try it (/), /v1/models, /health and /metrics. Only this
+computer can reach it, unless --host is given."""
 
 _EPILOG = """\
 examples:
   tg-serve                                       then open http://127.0.0.1:8517
+  curl -F file=@street.wav -F "question=What is heard?" -F response_format=text \\
+    http://127.0.0.1:8517/v1/audio/transcriptions
   TINYGIANT_TOKEN=$(cat token) tg-serve --host 0.0.0.0
   tg-serve --wyoming-port 10400                  also for Home Assistant
 
+docs/serving.md has more examples, and what of OpenAI's API is honoured.
+
+exit codes:
+  0 SIGTERM · 1 unforeseen failure · 2 wrong options, or a port that is taken · 4 bundle missing or
+  damaged · 9 an extra is not installed · 130 interrupted
+
 environment:
-  TINYGIANT_TOKEN    token to ask for; unlike --token not visible to other users of the computer
+  TINYGIANT_TOKEN    token that clients must send; unlike --token, other users cannot see it
   TINYGIANT_BUNDLE   bundle to use where --bundle is not given
   TINYGIANT_DEBUG=1  show the traceback of a failure
 """
@@ -50,8 +58,16 @@ environment:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tg-serve``; returns the exit code."""
     if arguments is None:
-        return watched("tg-serve", _main)
+        return watched("tg-serve", _process)
     return _main(arguments)
+
+
+def _process() -> int:
+    """The command in a process of its own."""
+    from ..cli.streams import prepare_streams
+
+    prepare_streams()
+    return _main()
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +125,7 @@ def _run(options: argparse.Namespace) -> int:
         listener,
         limits=limits,
         n_queued=options.queue,
+        parallel=options.parallel,
         grace_s=options.grace,
         options=HttpOptions(
             token=token,
@@ -130,6 +147,7 @@ def _check(options: argparse.Namespace) -> str | None:
         ("--max-audio", options.max_audio, 0.001),
         ("--max-new-tokens", options.max_new_tokens, 1),
         ("--queue", options.queue, 0),
+        *([] if options.parallel is None else [("--parallel", options.parallel, 1)]),
         ("--grace", options.grace, 0),
     ):
         if not least <= value <= 1e6:
@@ -211,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--bundle", metavar="DIR", help="the model to serve; default: the one inside")
+    add("--bundle", metavar="DIR", help="model to serve; default: the built-in one")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8517, help="port; 0 takes a free one (%(default)s)")
     add("--token", metavar="T", help=f"token that clients must send; see also {TOKEN_VARIABLE}")
@@ -229,7 +247,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--queue", type=int, default=8, metavar="N",
-        help="requests that may wait while one runs; more are refused with 429 (%(default)s)",
+        help="requests that may wait for others; more are refused with 429 (%(default)s)",
+    )  # fmt: skip
+    add(
+        "--parallel", type=int, metavar="N",
+        help="requests answered at a time, with the same answers; default: 4, fewer if memory is "
+        "short",
     )  # fmt: skip
     add(
         "--grace", type=float, default=10, metavar="S",
@@ -247,11 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--no-memory-check", action="store_true",
-        help="load the model even where there cannot be enough memory for it",
+        help="load the model even if memory is too small for it",
     )  # fmt: skip
     add(
         "--transcription-question", default="What is said?", metavar="Q",
-        help="what the text of /v1/audio/transcriptions answers (%(default)s)",
+        help="the question that /v1/audio/transcriptions answers (%(default)s)",
     )  # fmt: skip
     add(
         "--events", type=Path, metavar="FILE",
@@ -259,15 +282,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--strict", action="store_true",
-        help="refuse requests of which something would be left out, such as temperature or tools",
+        help="refuse requests with anything that would be ignored, such as temperature or tools",
     )  # fmt: skip
     add(
         "--cors-origin", action="append", default=[], metavar="ORIGIN",
-        help="let pages of this origin ask, such as http://localhost:3000; * for all; repeatable",
+        help="allow pages of this origin, such as http://localhost:3000; * for all; repeatable",
     )  # fmt: skip
     add(
         "--allowed-host", action="append", default=[], metavar="NAME",
-        help="a name that requests may call this server, such as that of a proxy; repeatable",
+        help="a host name that requests may use, such as that of a proxy; repeatable",
     )  # fmt: skip
     add(
         "--root-path", default="", metavar="PATH",

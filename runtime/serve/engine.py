@@ -1,5 +1,7 @@
-"""One inference at a time: a bounded queue before a single worker thread.
+"""A bounded queue before a single worker thread, which answers what waits, several at a time.
 
+How many, and in which steps, is the matter of a :class:`~tinygiant.runtime.batch.Batch`; without
+one it is one at a time.
 A request takes a :class:`Place` before its body is read and keeps it until the worker is done with
 it, so that places bound both the waiting and the memory. Leaving a place cancels its work: at once
 while it waits, else before the next event (a token, or the end of a stage: an encoder that runs is
@@ -13,25 +15,35 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 
+from ..batch import Batch
 from ..events import Event
+from ..together import Together
 from .errors import ApiError, api_error
 
 __all__ = ["Engine", "Job", "Place", "Start"]
 
-Start = Callable[[], Iterator[Event]]
+Start = Callable[[Batch | None], Iterator[Event | None]]
+"""What begins the answer to a request, as :meth:`TinyGiant.events` does."""
 
 
 class Engine:
     """Runs jobs in the order of their places."""
 
-    def __init__(self, n_queued: int, *, grace_s: float = 10.0) -> None:
-        """At most ``n_queued`` requests wait while one runs."""
-        self.n_places = 1 + n_queued
+    def __init__(self, n_queued: int, *, grace_s: float = 10.0, batch: Batch | None = None) -> None:
+        """At most ``n_queued`` requests wait while one runs, or as many as ``batch`` takes."""
+        self._n_parallel = 1 if batch is None else batch.size
+        self._batch = batch
+        self._pending: deque[Job] = deque()
+        self._lock = threading.Lock()  # of what is pending
+        self.n_places = self._n_parallel + n_queued
         self.n_taken = 0
         self.is_running = False
         self.deadline: float | None = None  # of shutdown, on the monotonic clock
@@ -49,7 +61,7 @@ class Engine:
         if self.deadline is not None:
             raise shutting_down()
         if self.n_taken >= self.n_places:
-            wait_s = max(1, math.ceil(self._mean_s * self.n_taken))
+            wait_s = max(1, math.ceil(self._mean_s * self.n_taken / self._n_parallel))
             raise ApiError(
                 429,
                 f"{self.n_taken} requests are running or waiting, the most this server takes; try "
@@ -90,6 +102,40 @@ class Engine:
     def _release(self) -> None:
         self.n_taken -= 1
 
+    def _add(self, job: Job) -> None:
+        """Let the worker take ``job`` in its turn."""
+        with self._lock:
+            self._pending.append(job)
+        self._executor.submit(self._work)
+
+    def _withdraw(self, job: Job) -> bool:
+        """Take ``job`` out of the queue; False if the worker has it, or had it."""
+        with self._lock:
+            waits = job in self._pending
+            if waits:
+                self._pending.remove(job)
+            return waits
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            return self._pending.popleft() if self._pending else None
+
+    def _work(self) -> None:
+        """In the worker's thread: answer what waits, and what comes meanwhile."""
+        self.is_running = True
+        try:
+            with Together[Job](self._batch) as together:
+                while True:
+                    while together.has_room and (job := self._next()) is not None:
+                        together.add(job, partial(job.begin, self._batch))
+                    if together.is_idle:
+                        return
+                    for job, event in together.turn():
+                        if not job.take(event):
+                            together.drop(job)
+        finally:
+            self.is_running = False
+
 
 class Place:
     """A place in the queue; see :meth:`Engine.place`."""
@@ -104,12 +150,12 @@ class Place:
         engine = self._engine
         job = Job(engine, start, engine._release)
         self.has_job = True
-        future = engine._executor.submit(job.work)
+        engine._add(job)
         try:
             yield job
         finally:
             job.cancelled = True
-            if future.cancel():
+            if engine._withdraw(job):
                 engine._release()
                 job.forget()
 
@@ -129,25 +175,32 @@ class Job:
         self._release = release
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Event | ApiError | None] = asyncio.Queue()
-        self._created = time.monotonic()
+        self._created = self._begun = time.monotonic()
 
-    def work(self) -> None:
-        """In the worker's thread: iterate, hand over what comes, and say how it ended."""
-        end: ApiError | None = None
-        start, begin = self._start, time.monotonic()
-        self.waited_s = begin - self._created
-        self._engine.is_running = True
-        try:
-            self.forget()
-            if start is not None:
-                self._iterate(start)
-        except Exception as error:
+    def begin(self, batch: Batch | None) -> Iterator[Event | None]:
+        """In the worker's thread: the events; raises what keeps it from being answered."""
+        self._begun = time.monotonic()
+        self.waited_s = self._begun - self._created
+        start = self._start
+        self.forget()
+        if self._engine.deadline is not None:
+            raise shutting_down()
+        return iter(()) if start is None else start(batch)
+
+    def take(self, event: Event | Exception | None) -> bool:
+        """In the worker's thread: hand over what came, or say how it ended; whether it goes on."""
+        if event is None or self.cancelled:
+            end = None
+        elif isinstance(event, Exception):
             # Only the message travels on: a traceback would keep the clip's arrays alive.
-            end = api_error(error)
-        finally:
-            self._engine.is_running = False
-            del start
-            self._call(self._finish, end, time.monotonic() - begin)
+            end = api_error(event)
+        elif self._engine.must_stop():
+            end = shutting_down()
+        else:
+            self._call(self._items.put_nowait, event)
+            return True
+        self._call(self._finish, end, time.monotonic() - self._begun)
+        return False
 
     def forget(self) -> None:
         """Drop what the work holds: the clip of a request that is not wanted any more."""
@@ -158,22 +211,6 @@ class Job:
             if isinstance(item, ApiError):
                 raise item
             yield item
-
-    def _iterate(self, start: Start) -> None:
-        if self._engine.deadline is not None:
-            raise shutting_down()
-        events = start()
-        try:
-            for event in events:
-                if self.cancelled:
-                    return
-                if self._engine.must_stop():
-                    raise shutting_down()
-                self._call(self._items.put_nowait, event)
-        finally:
-            close = getattr(events, "close", None)
-            if close is not None:
-                close()
 
     def _finish(self, end: ApiError | None, seconds: float) -> None:
         """In the loop's thread: the place is free before the client learns that it is."""

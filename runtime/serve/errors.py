@@ -1,4 +1,4 @@
-"""What can go wrong with a request, as an HTTP status and an error object of OpenAI's shape.
+"""The failures of a request, as an HTTP status and an error object of OpenAI's shape.
 
 =====  ==========================================================================================
 400    not JSON, a field that is missing, wrong, unknown or not supported, a bad question

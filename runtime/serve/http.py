@@ -1,4 +1,4 @@
-"""What every endpoint needs of HTTP: bodies within limits, tokens, JSON and events out."""
+"""HTTP for every endpoint: bodies within limits, tokens, JSON and events out."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def read_body(request: Request, limits: Limits) -> bytearray:
     )
     announced = request.headers.get("content-length", "0")
     if not announced.isascii() or not announced.isdigit() or len(announced) > 15:
-        raise ApiError(400, "Content-Length is no number", code="invalid_header")
+        raise ApiError(400, "Content-Length is not a number", code="invalid_header")
     if int(announced) > limits.max_body_bytes:
         raise too_large
     body = bytearray()
@@ -105,7 +105,7 @@ async def read_body(request: Request, limits: Limits) -> bytearray:
 async def drain(request: Request) -> None:
     """Let go by what a refused client is still sending: most read no answer before it is sent.
 
-    Nothing is kept. Who sends for longer than two seconds loses the connection.
+    Nothing is kept. A client that sends for longer than two seconds loses the connection.
     """
     with suppress(TimeoutError, ClientDisconnect, RuntimeError):
         async with asyncio.timeout(2.0):

@@ -1,4 +1,4 @@
-"""What is left out of a request, and why."""
+"""The ignored fields of a request, and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Ignored"]
 
 
 class Ignored:
-    """Collects what is left out of a request; when ``strict``, that is an error instead."""
+    """Collects ignored fields of a request; when ``strict``, each is an error instead."""
 
     MOST = 32  # what a client can make the reply repeat is bounded
 
@@ -33,5 +33,5 @@ class Ignored:
             self._why.setdefault(name, why)
 
     def lines(self) -> tuple[str, ...]:
-        """What was left out, a line each: ``field: why``."""
+        """The ignored fields, a line each: ``field: why``."""
         return tuple(f"{name}: {why}" for name, why in self._why.items())

@@ -1,4 +1,4 @@
-"""What ``/metrics`` tells Prometheus. No text of a question or an answer is kept."""
+"""The metrics for Prometheus. No text of a question or an answer is kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Clips as clients write them into JSON: base64, with line breaks or not, bare or as a data URI.
 
-What the clip is, its content says: the ``format`` beside it, and the type in a data URI, are not
-looked at.
+The format of a clip is recognised by its content: the field ``format`` and the type in a data URI
+are ignored.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Answers in OpenAI's shapes: one object, or the chunks of a stream.
 
 The thought becomes ``reasoning_content``, each part under a heading; the answer becomes
-``content``. Streamed texts joined are the texts of the single object. What OpenAI's API has no
-field for is in the extra object ``tinygiant``, which its clients pass on.
+``content``. Streamed texts joined are the texts of the single object. Data without a field in
+OpenAI's API is in the extra object ``tinygiant``, which its clients pass on.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class ReplyForm:
     Attributes:
         chosen: there are choices, one of which is the answer.
         include_usage: end a stream with token counts.
-        events: tell how the work goes on, with intent attention and gate.
+        events: report the progress, with intent attention and gate.
         stop: texts before whose first occurrence the answer ends.
         n: how many times the answer is wanted.
         json_fields: if the answer is wanted as a JSON object, its fields: name in the object ->
             name in the answer.
-        ignored: what was left out of the request, a line each: ``field: why``.
+        ignored: the ignored fields of the request, a line each: ``field: why``.
     """
 
     chosen: bool = False
@@ -224,9 +224,17 @@ class ReplyWriter:
 
     def _details(self, answer: Answer) -> dict[str, Any]:
         """What became of the audio and of the request, the parts of the thought, and the times."""
-        kept = ("choice_index", "plan", "audio_analysis", "logic", "summary", "unparsed")
+        kept = (
+            "choice_index",
+            "choice_probabilities",
+            "plan",
+            "audio_analysis",
+            "logic",
+            "summary",
+            "unparsed",
+        )
         fields = answer.to_dict()
-        details = {name: fields[name] for name in (*kept, "audio", "timings")}
+        details = {name: fields[name] for name in (*kept, "audio", "more_audio", "timings")}
         return details | {"ignored": self._form.ignored}
 
     def _object(self, kind: str, choice: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """``response_format``: which fields of the answer a client wants as a JSON object.
 
-The model writes text, so a schema is honoured only where the answer's own fields fulfil it whatever
-they hold. A property that lists values (``enum``) makes these the choices. A schema of one text
-under a name of its own is that of the answer.
+The model writes text, so a schema is honoured only if the answer's own fields always fulfil it. If
+a property lists values (``enum``), these are the choices. If the only property has a name that the
+answer lacks, it is the answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ANNOTATIONS = {"default", "description", "examples", "title"}
 
 
 def answer_fields(value: Any) -> tuple[dict[str, str] | None, tuple[str, ...] | None]:
-    """What ``response_format`` asks for.
+    """The fields that ``response_format`` asks for.
 
     Returns:
         For an object its fields (name in the object -> one of :data:`ANSWER_FIELDS`), for text
@@ -49,10 +49,10 @@ def _fields(schema: dict[str, Any]) -> tuple[dict[str, str], tuple[str, ...] | N
         _refuse("must describe an object with properties")
     known = {"type", "properties", "required", "additionalProperties", "$defs", "$schema"}
     if unknown := sorted(set(schema) - known - _ANNOTATIONS):
-        _refuse(f"has {unknown[0][:40]!r}, which the answer cannot be held to")
+        _refuse(f"has {unknown[0][:40]!r}, which cannot be enforced")
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(name in properties for name in map(str, required)):
-        _refuse("requires what is not among its properties")
+        _refuse("requires a field that is not among its properties")
     names = {name: name for name in properties}
     strangers = [name for name in names if name not in ANSWER_FIELDS]
     if len(strangers) == 1 and "answer" not in names:
@@ -63,7 +63,7 @@ def _fields(schema: dict[str, Any]) -> tuple[dict[str, str], tuple[str, ...] | N
     for name, described in properties.items():
         listed = _text(name, described, schema.get("$defs"))
         if listed is not None and names[name] != "answer":
-            _refuse(f"lists values of {name[:40]!r}; only those of the answer can be held to")
+            _refuse(f"lists values of {name[:40]!r}; only the answer's values can be enforced")
         choices = listed or choices
     return names, choices
 
@@ -76,7 +76,7 @@ def _text(name: str, described: Any, definitions: Any) -> tuple[str, ...] | None
     if not isinstance(described, dict):
         _refuse(f"does not describe the field {name[:40]!r}")
     if unknown := sorted(set(described) - {"type", "enum", "const"} - _ANNOTATIONS):
-        _refuse(f"has {unknown[0][:40]!r} for {name[:40]!r}, which text cannot be held to")
+        _refuse(f"has {unknown[0][:40]!r} for {name[:40]!r}, which cannot be enforced for text")
     listed = described.get("enum")
     if "const" in described:
         listed = [described["const"]]

@@ -1,7 +1,7 @@
-"""The server's life: start, say where it listens, stop cleanly.
+"""Start the server, print its address, stop it cleanly.
 
 SIGTERM and SIGINT: no new request is taken, waiting ones are refused with 503, the running one has
-its grace; two seconds later the process ends whatever still runs. A second Ctrl-C ends it at once.
+its grace; two seconds later the process ends in any case. A second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AFTER_GRACE_S = 2.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells the engine first that the end has come."""
+    """uvicorn's server, which first stops the engine."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         """Serve ``config``'s application."""
@@ -56,6 +56,7 @@ def make_server(
     *,
     limits: Limits,
     n_queued: int = 8,
+    parallel: int | None = None,
     grace_s: float = 10.0,
     options: HttpOptions | None = None,
     wyoming: socket.socket | None = None,
@@ -63,7 +64,7 @@ def make_server(
     """A server for ``model`` on a bound socket, not yet running, and its engine."""
     # It warns of every broken form; what clients send is not for the log.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
-    engine = Engine(n_queued, grace_s=grace_s)
+    engine = Engine(n_queued, grace_s=grace_s, batch=model.batch(parallel))
     service = Service(model, engine, limits)
 
     @asynccontextmanager
@@ -91,6 +92,7 @@ def make_server(
         log_level="warning",
         access_log=False,
         server_header=False,
+        use_colors=None if sys.stdout else False,  # it asks whether that is a terminal
         proxy_headers=False,
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=round(grace_s + _AFTER_GRACE_S),
@@ -104,6 +106,7 @@ def serve(
     *,
     limits: Limits,
     n_queued: int,
+    parallel: int | None,
     grace_s: float,
     options: HttpOptions,
     wyoming: socket.socket | None,
@@ -114,6 +117,7 @@ def serve(
         listener,
         limits=limits,
         n_queued=n_queued,
+        parallel=parallel,
         grace_s=grace_s,
         options=options,
         wyoming=wyoming,
@@ -126,7 +130,7 @@ def serve(
     if not engine.stop(_AFTER_GRACE_S):
         # The worker is inside onnxruntime, which cannot be interrupted; waiting for it at exit
         # could take as long as the longest stage.
-        _say(["the running request was given up"])
+        _say(["the running request was cancelled"])
         sys.stderr.flush()
         os._exit(code)
     return code
@@ -148,7 +152,7 @@ def _greeting(
     if wyoming is not None:
         yield f"Wyoming at tcp://{name}:{wyoming.getsockname()[1]}"
     if not is_loopback(host) and not has_token:
-        yield f"anybody who reaches {name} can ask: set TINYGIANT_TOKEN to ask for a token"
+        yield f"anybody who reaches {name} can ask: set TINYGIANT_TOKEN to require a token"
 
 
 def _say(lines: Iterable[str]) -> None:

@@ -1,21 +1,22 @@
-"""What HTTP and Wyoming share: the model, its queue, its limits and its counters."""
+"""The model, its queue, its limits and its counters, shared by HTTP and Wyoming."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import soundfile
 
+from ..asking import MAX_NEW_TOKENS, AskOptions, Query
 from ..audio import MAX_AUDIO_S
+from ..batch import Batch
 from ..config import ModelConfig
 from ..errors import AudioError
 from ..events import Event, Finished
-from ..pipeline import MAX_NEW_TOKENS
-from .engine import Engine, Job
+from .engine import Engine, Job, Start
 from .errors import ApiError
 from .metrics import Metrics
 
@@ -29,21 +30,16 @@ class Model(Protocol):
     def config(self) -> ModelConfig:
         """The model's constants."""
 
-    def stream(
-        self,
-        audio: bytes,
-        question: str,
-        choices: Sequence[str] | None,
-        *,
-        max_new_tokens: int,
-        max_audio_s: float,
-    ) -> Iterator[Event]:
-        """Answer a question about a clip."""
+    def batch(self, size: int | None) -> Batch | None:
+        """Room for several answers in work at a time."""
+
+    def events(self, query: Query, batch: Batch | None) -> Iterator[Event | None]:
+        """Answer a question about a clip, or about as many as the model hears at once."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     ``max_rate_hz`` and ``max_channels`` bound what ``max_audio_s`` seconds take when decoded:
     4 bytes a sample at the clip's own rate, 220 MiB at the defaults.
@@ -55,6 +51,15 @@ class Limits:
     max_rate_hz: int = 192_000
     max_channels: int = 8
     body_timeout_s: float = 60.0
+
+    def options(self, max_new_tokens: int | None = None, *, think: bool = True) -> AskOptions:
+        """How a question is answered within these limits."""
+        return AskOptions(
+            think=think,
+            max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, self.max_new_tokens),
+            max_audio_s=self.max_audio_s,
+            fit=True,
+        )
 
 
 class Service:
@@ -69,22 +74,18 @@ class Service:
 
     def start(
         self,
-        audio: bytes,
+        clips: Sequence[bytes],
         question: str,
         choices: Sequence[str] | None = None,
-        max_new_tokens: int | None = None,
-    ) -> Callable[[], Iterator[Event]]:
+        options: AskOptions | None = None,
+    ) -> Start:
         """The work of one question, for :meth:`~tinygiant.runtime.serve.engine.Place.run`."""
 
-        def events() -> Iterator[Event]:
-            _check_header(audio, self.limits)
-            return self.model.stream(
-                audio,
-                question,
-                choices,
-                max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, self.limits.max_new_tokens),
-                max_audio_s=self.limits.max_audio_s,
-            )
+        def events(batch: Batch | None) -> Iterator[Event | None]:
+            for clip in clips:
+                _check_header(clip, self.limits)
+            chosen = options or self.limits.options()
+            return self.model.events(Query([*clips], question, choices, chosen), batch)
 
         return events
 

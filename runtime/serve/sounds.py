@@ -1,7 +1,7 @@
 """The last sounds of ``tg-listen``, from the file of lines that it appends to.
 
-The file is read from its end, by bytes that are bounded; what is no whole line of a sound (a torn
-one, a report, another program's) is passed over. What is told of a sound is what a page shows: the
+The file is read from its end, a bounded number of bytes; any line that is not a whole sound (a torn
+one, a report, another program's) is skipped. Of a sound only the data of the page is returned: the
 answers' texts, not the objects behind them.
 """
 

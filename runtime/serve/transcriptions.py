@@ -1,8 +1,8 @@
 """``POST /v1/audio/transcriptions``: programs that know how to transcribe get an answer.
 
 The model writes no transcripts; the text is its answer to a question that the server was started
-with ("What is said?"), or that the form's field ``question`` asks. ``/v1/models`` tells the former.
-The form is held in memory: no clip is written to disk.
+with ("What is said?"), or that the form's field ``question`` asks. ``/v1/models`` reports the
+former. The form is held in memory: no clip is written to disk.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _MAX_FIELD_BYTES = 64 << 10
 _WHY = {
     "prompt": "the question is the server's, or that of the field question",
     "temperature": "the answer is always the likeliest text",
-    "timestamp_granularities[]": "the model tells no times",
-    "include[]": "probabilities of tokens are not told",
+    "timestamp_granularities[]": "the model gives no times",
+    "include[]": "token probabilities are not available",
 }
 
 
@@ -42,11 +42,11 @@ class TranscriptionRequest:
 
     Attributes:
         audio: the encoded clip.
-        question: what is asked about it.
+        question: the question about it.
         response_format: one of :data:`FORMATS`.
-        language: the language that the client expects, as it gave it; only told back.
+        language: the language that the client expects, as it gave it; only returned.
         stream: answer in server-sent events.
-        ignored: what was left out, a line each: ``field: why``.
+        ignored: the ignored fields, a line each: ``field: why``.
     """
 
     audio: bytes
@@ -77,8 +77,8 @@ async def parse_transcription(
         headers: the request's, for the form's boundary.
         body: the form.
         model: the name of the model that is loaded.
-        question: what is asked where the form does not say.
-        strict: refuse what would be left out.
+        question: the question if the form has none.
+        strict: refuse anything that would be ignored.
 
     Raises:
         ApiError: 400 with the field's name.
@@ -125,7 +125,7 @@ async def _read_form(
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, UnicodeError) as error:
         reason = getattr(error, "message", None) or error
-        message = f"the body is no multipart/form-data ({str(reason)[:120]})"
+        message = f"the body is not multipart/form-data ({str(reason)[:120]})"
         raise ApiError(400, message, code="invalid_form") from error
     try:
         fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
@@ -184,7 +184,7 @@ class TranscriptionWriter:
 
 
 def _segment(answer: Answer) -> dict[str, Any]:
-    """The whole clip as the one segment; what the model has no measure of is neutral."""
+    """The whole clip as the one segment; measures that the model lacks are neutral."""
     return {
         "id": 0,
         "seek": 0,

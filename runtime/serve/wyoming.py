@@ -150,7 +150,7 @@ class _Handler(AsyncEventHandler):
             raise ApiError(400, "context.choices must be a list of strings")
         clip = _wav(bytes(self._pcm), self._format)
         with self._service.engine.place() as place:
-            start = self._service.start(clip, question, choices)
+            start = self._service.start([clip], question, choices)
             async with place.run(start) as job:
                 events = self._service.counted(job)
                 try:

@@ -82,7 +82,7 @@ def compare(found: Path, reference: Path, recipe: Recipe) -> dict[str, object]:
     if recipe.name == "fp32":
         passed = same_tokens and same_choice and max(errors.values()) <= FP32_ERROR
     else:
-        limit = recipe.limits["decoder"].relative_error
+        limit = recipe.relative_errors["decoder"]
         share = agree[decided].mean() if decided.any() else 1.0
         passed = errors["logits"] <= limit and share >= recipe.token_agreement
     return {

@@ -1,0 +1,107 @@
+"""How fast decoders of one model are, ours and llama.cpp's, by turns: for ``benchmarks.quality``.
+
+In every round each engine reads a prompt of 400 tokens and writes 64 more. Ours run in this
+process, llama.cpp in one of its own for each kind, with flash attention and without; of these two
+the faster one counts, for prompts and for tokens apart. An engine that waits computes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer_workers import RuntimeDecoder
+from benchmarks.peers import SETTLE_S, WorkerError, WorkerProcess, median_ratio, others_s, rotated
+from tinygiant.runtime.errors import MissingDependencyError
+
+__all__ = ["BASELINE", "race", "summarize"]
+
+BASELINE = "llama.cpp-Q8_0"
+PROMPT_TOKENS, STEPS = 400, 64
+_FLASH = "-flash"
+
+Rounds = Mapping[str, Sequence[Mapping[str, float]]]
+
+
+def race(
+    ours: Mapping[str, RuntimeDecoder],
+    peers: Mapping[str, Path],
+    python: Path,
+    *,
+    rounds: int,
+    threads: int,
+) -> tuple[dict[str, list[dict[str, float]]], float]:
+    """Seconds of each round by engine, and how many cores other programs used at the most.
+
+    Args:
+        ours: decoders that this process runs.
+        peers: folders with a ``model.gguf`` each.
+        python: the Python that has llama.cpp.
+        rounds: rounds that count; one more goes before them.
+        threads: threads of every engine.
+
+    Raises:
+        MissingDependencyError: llama.cpp fails.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    busy = 0.0
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, folder in peers.items():
+            for flash in ("", _FLASH):
+                command = [str(python), "-m", "benchmarks.peer_workers", f"llama.cpp{flash}"]
+                command += ["--model", str(folder), "--threads", str(threads)]
+                log = folder / f"log{flash}.txt"
+                worker = WorkerProcess(command, log, threads, timeout_s=600)
+                stack.callback(worker.close)
+                workers[name + flash] = worker
+        try:
+            for worker in workers.values():
+                worker.wait_until_loaded()
+            for number in range(rounds + 1):
+                request = {"seed": number, "prompt_tokens": PROMPT_TOKENS, "steps": STEPS}
+                for name in rotated([*ours, *workers], number):
+                    time.sleep(SETTLE_S)
+                    if name in ours:
+                        before_s, start_s = others_s(os.getpid()), time.perf_counter()
+                        times = ours[name].round(request)
+                        seconds = time.perf_counter() - start_s
+                        others = (others_s(os.getpid()) - before_s) / seconds
+                    else:
+                        times = workers[name].ask(request)
+                        others = workers[name].others_cores[-1]
+                    if number:
+                        found.setdefault(name, []).append(times)
+                        busy = max(busy, others)
+        except WorkerError as error:
+            raise MissingDependencyError(f"llama.cpp: {error}") from error
+    return found, busy
+
+
+def summarize(rounds: Rounds) -> dict[str, dict[str, Any]]:
+    """Tokens a second of each engine, and their ratio to llama.cpp's Q8_0, by stage.
+
+    Figures are medians over the rounds; a ratio is the median of the rounds' ratios.
+    """
+    n_tokens = {"prefill": PROMPT_TOKENS, "decode": STEPS}
+    rows: dict[str, dict[str, Any]] = {}
+    for stage, count in n_tokens.items():
+        rates = {name: [count / of[f"{stage}_s"] for of in all_] for name, all_ in rounds.items()}
+        for name in [name for name in rates if name.endswith(_FLASH)]:
+            flash, plain = rates.pop(name), name.removesuffix(_FLASH)
+            rates[plain] = max(rates[plain], flash, key=_median)
+        for name, of in rates.items():
+            row = rows.setdefault(name, {})
+            row[f"{stage}_tokens_per_s"] = _median(of)
+            row[f"{stage}_range"] = [min(of), max(of)]
+            if BASELINE in rates:
+                row[f"{stage}_of_q8_0"] = median_ratio(of, rates[BASELINE])
+    return rows
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
