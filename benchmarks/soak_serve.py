@@ -12,9 +12,10 @@ threads of that minute, so that neither the request being answered nor an interr
 hides the curve. The last line, on standard output and in the log, is the verdict as JSON.
 
 It fails (exit code 1) if a request was lost or ended otherwise than it may, if the server did not
-end in order, or if over the second half of the readings, when the cache of encoded clips (64 MiB)
-has long been full, memory rose: by more than ``--max-mib`` from the median of the third quarter to
-that of the last. Nor may open files or threads exceed those of the first half.
+end in order, or if over the second half of the requests, when the cache of encoded clips (64 MiB)
+has long been full, memory rose: by more than ``--max-mib`` from the median of the readings during
+the third quarter of the requests to that of the last. Nor may open files or threads exceed those of
+the first half of the readings.
 """
 
 from __future__ import annotations
@@ -195,10 +196,13 @@ def reading(server: psutil.Process, t_s: float, n_requests: int) -> dict[str, An
 def verdict(held: list[dict[str, Any]], max_mib: float) -> tuple[float | None, list[str]]:
     """The rise of RSS over the second half, and what rose more than it may."""
     first, second = held[: len(held) // 2], held[len(held) // 2 :]
-    if len(first) < 2:
+    n_requests = (held[-1]["requests"] if held else 0) or 1
+    shares = [row["requests"] / n_requests for row in held]
+    third = [row["rss_mib"] for row, share in zip(held, shares, strict=True) if 0.5 < share <= 0.75]
+    last = [row["rss_mib"] for row, share in zip(held, shares, strict=True) if share > 0.75]
+    if not third or len(first) < 2:
         return None, ["too few readings for a verdict"]
-    rss = [row["rss_mib"] for row in second]
-    rise = float(np.median(rss[len(rss) // 2 :]) - np.median(rss[: len(rss) // 2]))
+    rise = float(np.median(last) - np.median(third))
     risen = [f"RSS by {rise:.2f} MiB"] if rise > max_mib else []
     for name, spare in (("files", SPARE_FILES), ("threads", 0)):
         before, after = (max(row[name] for row in part) for part in (first, second))

@@ -217,6 +217,20 @@ def test_one_source_that_cannot_be_opened_does_not_end_the_others(run: Run) -> N
     assert ("source_lost", "attic") in [(r["what"], r["source"]) for r in run.records("status")]
 
 
+def test_an_interrupt_that_ends_the_writer_too_is_an_interrupt(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends both ends of a pipe: that nothing had come yet was told as the failure."""
+
+    def both_end() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: run.service is not None and run.service._signals)
+
+    run.source("hall", both_end, AudioError("ended after 0 bytes"))
+    monkeypatch.setattr(run.sources["hall"], "may_return", False)
+    assert run.go(FakeModel()) == 130
+
+
 def test_no_source_at_all_is_an_error(run: Run) -> None:
     run.source("hall", AudioError("no microphone"))
     with pytest.raises(AudioError, match="no microphone"):

@@ -208,7 +208,8 @@ class Service:
     def _require_a_source(self) -> None:
         """Raise the first source's problem if not one of them could be opened."""
         found = list(self._listeners.values())
-        if found[0].problem is not None and not any(one.was_heard for one in found):
+        heard = any(one.was_heard for one in found)
+        if found[0].problem is not None and not heard and not self._signals:
             for listener in self._listeners.values():
                 listener.stop(2.0)
             for name in list(self._made_of):
