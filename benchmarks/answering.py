@@ -67,7 +67,7 @@ class RuntimeAnswerer:
         """Load ``bundle``; the one installed with the runtime if None. ``raw``: no form is kept."""
         self.batch_size = 1 if parallel == 1 else 12 * parallel
         self._parallel = parallel
-        self._model = load(bundle, threads=threads)
+        self._model = load(bundle, threads=threads, many=parallel > 1)
         self._think = think
         self._raw = raw
         self._max_new_tokens = max_new_tokens

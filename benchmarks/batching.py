@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measured(options: argparse.Namespace) -> dict[str, Any]:
     models = {threads: load(options.bundle, threads=threads) for threads in options.threads}
     manifest = models[options.threads[0]].bundle.manifest
-    if manifest.source.weights == "random":
+    if manifest.source.weights != "trained":
         models = {
             threads: load(options.bundle, threads=threads, speculate=False) for threads in models
         }

@@ -197,7 +197,8 @@ class Copy:
         source, target = self.graph, folder / _QUANTIZED
         if variant.scheme.rotated:
             source = folder / "rotated.onnx"
-            rotation = Rotation.random(self.spec.hidden_size, self.spec.ffn_size, seed=1)
+            spec = self.spec
+            rotation = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size, seed=1)
             tensors = rotated(self._tensors, self.spec.n_layers, rotation)
             build_decoder(self.spec, tensors, source, rotation)
         peaks = self._kv_peaks() if variant.kv_cache == "int8" else None
@@ -285,7 +286,7 @@ def rotated_copy(source: Path, target: Path, seed: int = 0) -> None:
     tensors: dict[str, TensorSource] = {
         path.stem: _reader(path) for path in (source / "tensors").glob("*.npy")
     }
-    rotation = Rotation(random_rotation(size["hidden_size"], seed), gated=np.eye(1))
+    rotation = Rotation(random_rotation(size["hidden_size"], seed))
     embeddings = "model.embed_tokens.weight"
     table = np.load(source / "tensors" / f"{embeddings}.npy").astype(np.float64)
     np.save(target / "tensors" / f"{embeddings}.npy", (table @ rotation.stream).astype(np.float32))

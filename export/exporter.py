@@ -256,7 +256,7 @@ class Draft:
     def _write_rotated_decoder(self, path: Path) -> None:
         """The decoder's float32 graph in a rotated basis."""
         spec, tensors = self._decoder_parts(cast(PreTrainedModel, self.source.decoder()))
-        rotation = Rotation.random(spec.hidden_size, spec.ffn_size)
+        rotation = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size)
         build_decoder(spec, rotated(tensors, spec.n_layers, rotation), path, rotation)
 
     def _part(self, graph: str) -> Part:

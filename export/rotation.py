@@ -8,14 +8,16 @@ norms commute with a rotation once their weights are folded into the products be
 enter the decoder are rotated by the graph's first product, so its inputs and outputs stay what they
 are, and neither embeddings nor projector know of it.
 
-The input of an MLP's last product has outliers of its own, and no linear layer before it into which
-a rotation could be folded. The graph rotates it, in blocks: a small product for each layer.
+Values are rotated head by head, between the two products around attention, which costs nothing
+either. The input of an MLP's last product has outliers of its own, and no linear layer before it
+into which a rotation could be folded. The graph rotates it, in blocks: a small product for each
+layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,29 +30,40 @@ TensorSource = npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
 
 Matrix = npt.NDArray[np.float64]
 
+_VALUES = "self_attn.v_proj"
 # Products that read the stream, by the norm before them, and those that are added to it.
 _READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", _VALUES),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 _HEAD, _EMBEDDINGS, _LAST_NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
-
-
 _LARGEST_BLOCK = 128
+_IDENTITY: Matrix = np.eye(1)
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Orthogonal matrices: ``stream (D, D)``; ``gated (B, B)``, for each B channels of an MLP."""
+    """Orthogonal matrices, each the identity ``(1, 1)`` where nothing is to be rotated.
+
+    Attributes:
+        stream: ``(D, D)``, of the residual stream.
+        values: of each block of a head's values.
+        gated: of each block of the channels between an MLP's products.
+    """
 
     stream: Matrix
-    gated: Matrix
+    values: Matrix = field(default_factory=lambda: _IDENTITY)
+    gated: Matrix = field(default_factory=lambda: _IDENTITY)
 
     @classmethod
-    def random(cls, hidden_size: int, ffn_size: int, seed: int = 0) -> Rotation:
+    def random(cls, hidden_size: int, head_dim: int, ffn_size: int, seed: int = 0) -> Rotation:
         """Those of a decoder of these sizes, the same for the same seed."""
-        return cls(random_rotation(hidden_size, seed), block_rotation(ffn_size, seed))
+        return cls(
+            random_rotation(hidden_size, seed),
+            block_rotation(head_dim, seed),
+            block_rotation(ffn_size, seed),
+        )
 
 
 def block_rotation(size: int, seed: int = 0) -> Matrix:
@@ -84,19 +97,15 @@ def rotated(
         found = tensors[name]
         return np.asarray(found() if callable(found) else found, dtype=np.float64)
 
-    def reader(name: str, norm: str) -> TensorSource:
-        return lambda: ((read(name) * read(norm)) @ rotation.stream).astype(np.float32)
-
-    def writer(name: str) -> TensorSource:
-        return lambda: (rotation.stream.T @ read(name)).astype(np.float32)
-
-    def last(name: str) -> TensorSource:
+    def reader(name: str, norm: str, outputs: Matrix = _IDENTITY) -> TensorSource:
         def make() -> npt.NDArray[np.float32]:
-            weight = rotation.stream.T @ read(name)
-            blocks = weight.reshape(len(weight), -1, len(rotation.gated)) @ rotation.gated
-            return blocks.reshape(weight.shape).astype(np.float32)
+            weight = (read(name) * read(norm)) @ rotation.stream
+            return _blocks(weight.T, outputs).T.astype(np.float32)
 
         return make
+
+    def writer(name: str, inputs: Matrix) -> TensorSource:
+        return lambda: _blocks(rotation.stream.T @ read(name), inputs).astype(np.float32)
 
     def ones(name: str) -> TensorSource:
         return lambda: np.ones_like(read(name), dtype=np.float32)
@@ -111,10 +120,18 @@ def rotated(
             result[weight] = ones(weight)
             for product in readers:
                 name = f"{prefix}.{product}.weight"
-                result[name] = reader(name, weight)
-        attended, gated = (f"{prefix}.{product}.weight" for product in _WRITERS)
-        result |= {attended: writer(attended), gated: last(gated)}
+                outputs = rotation.values if product == _VALUES else _IDENTITY
+                result[name] = reader(name, weight, outputs)
+        for product, inputs in zip(_WRITERS, (rotation.values, rotation.gated), strict=True):
+            name = f"{prefix}.{product}.weight"
+            result[name] = writer(name, inputs)
     head = _HEAD if _HEAD in tensors else _EMBEDDINGS
     result[_HEAD] = reader(head, _LAST_NORM)
     result[_LAST_NORM] = ones(_LAST_NORM)
+    return result
+
+
+def _blocks(rows: Matrix, rotation: Matrix) -> Matrix:
+    """``(n, F)``, each block of columns multiplied with ``rotation``."""
+    result: Matrix = (rows.reshape(len(rows), -1, len(rotation)) @ rotation).reshape(rows.shape)
     return result

@@ -152,7 +152,7 @@ class TinyGiantConfig:
 
     ``whisper``, ``htsat``, ``clap`` and ``decoder`` are fields of the transformers configurations
     of the same name; ``clap = None`` means that HTS-AT's tower also gives the anchor.
-    ``choice_temperature`` is fitted on a trained model (``benchmarks.calibrate``).
+    ``choice_temperature`` can be fitted on a trained model (``benchmarks.calibrate``).
     """
 
     name: str

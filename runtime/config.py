@@ -204,12 +204,13 @@ class ProjectorConfig:
 class DecoderConfig:
     """The language model: sizes that the runtime works with.
 
-    Its graph takes ``inputs_embeds (1, T, D)``, ``seqlens_k (1,) int32`` (positions valid after
+    Its graph takes ``inputs_embeds (B, T, D)``, ``seqlens_k (B,) int32`` (positions valid after
     this step, minus one), ``total_sequence_length () int32``, ``logits_positions (K,) int64``
     (which of the T positions get logits), ``past_key_values.{i}.{key,value}
-    (1, n_kv_heads, capacity, head_dim)``; it gives ``logits (1, K, vocab_size)`` and
+    (B, n_kv_heads, capacity, head_dim)``; it gives ``logits (B, K, vocab_size)`` and
     ``present.{i}.{key,value}``, which share the past's buffers. These are float32, or int8
-    where the bundle's ``kv_cache`` says so; the graph then holds their scales.
+    where the bundle's ``kv_cache`` says so; the graph then holds their scales. More than one
+    sequence (B) is for T = 1.
 
     ``stop_token_ids`` end a text; the first is the one that a whole text ends with.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ class EncodedCache:
         self._max_bytes = max_bytes
         self._entries: OrderedDict[bytes, tuple[Encoded, ...]] = OrderedDict()
         self._lock = threading.Lock()
+        self._making: dict[bytes, threading.Lock] = {}
 
     @property
     def n_bytes(self) -> int:
@@ -94,6 +95,25 @@ class EncodedCache:
             if key in self._entries:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
+
+    def get_or_make(
+        self, key: bytes, make: Callable[[], tuple[Encoded, ...]]
+    ) -> tuple[tuple[Encoded, ...], bool]:
+        """The outputs, and whether they were kept; if not, ``make`` gives them.
+
+        While one thread makes them, others that ask for the same wait for it.
+        """
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        try:
+            with making:
+                found = self.get(key)
+                outputs = make() if found is None else found
+                self.put(key, outputs)
+        finally:
+            with self._lock:
+                self._making.pop(key, None)
+        return outputs, found is not None
 
     def put(self, key: bytes, outputs: tuple[Encoded, ...]) -> None:
         """Keep ``outputs``; those not used for longest make room for them."""

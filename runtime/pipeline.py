@@ -39,7 +39,7 @@ from .generate import end_ids, generate
 from .grammar import Grammar, Vocabulary, Writer
 from .kv_cache import KvSnapshot
 from .ort.memory import how_many, require_memory
-from .ort.pool import GraphPool
+from .ort.pool import GraphPool, is_small
 from .ort.sessions import SessionSettings
 from .preprocess import chunks_s, preprocess
 from .prompt import Prompt, compose
@@ -78,6 +78,7 @@ def load(
     provider: str = "cpu",
     check_memory: bool = True,
     speculate: bool = True,
+    many: bool = False,
 ) -> TinyGiant:
     """Load a bundle and make it ready for questions.
 
@@ -94,6 +95,9 @@ def load(
         check_memory: refuse a bundle for which there cannot be enough memory; on the CPU alone.
         speculate: guess the next tokens from the question and from earlier text, and check several
             in one step where that pays. The answers are the same.
+        many: questions will come by the dozen (:meth:`TinyGiant.ask_many`). The products of a small
+            bundle gain nothing by a second thread; they then get one, and as many threads as there
+            are to compute with hear the clips of the next questions.
 
     Raises:
         TinyGiantError: there cannot be enough memory, or it runs out.
@@ -106,10 +110,14 @@ def load(
     keep = memory == "default"
     settings = SessionSettings(threads=threads, spin=spin)
     bundle = Bundle.open(default_bundle_path() if path is None else path, verify=verify)
+    workers = 0
+    if many and is_small(bundle):
+        workers = settings.n_threads if settings.n_threads > 1 else 0
+        settings = dataclasses.replace(settings, threads=1)
     if check_memory and provider == "cpu":
         require_memory(bundle, keep=keep)
     pool = GraphPool(bundle, settings, keep=keep, provider=provider)
-    model = TinyGiant(bundle, pool, speculate=speculate)
+    model = TinyGiant(bundle, pool, speculate=speculate, workers=workers)
     pool.load_all()
     pool.release()
     return model
@@ -135,8 +143,12 @@ class Prepared:
 class TinyGiant:
     """A loaded model. Questions may be asked one after another; see :func:`load`."""
 
-    def __init__(self, bundle: Bundle, pool: GraphPool, *, speculate: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, pool: GraphPool, *, speculate: bool = True, workers: int = 0
+    ) -> None:
         """Open tokenizer and embeddings of ``bundle``, whose graphs ``pool`` holds.
+
+        ``workers`` are those of :meth:`ask_many` where it is not told how many.
 
         Raises:
             BundleError: they are damaged, or do not belong to the bundle's decoder.
@@ -152,6 +164,7 @@ class TinyGiant:
         # What every prompt begins with, and its keys and values once they are known.
         self._prefix: tuple[Hashable, KvSnapshot] | None = None
         self._trials = Trials()
+        self._workers = workers
         _check_tokenizer(self._tokenizer, bundle)
 
     @property
@@ -213,7 +226,7 @@ class TinyGiant:
         return _without_waits(self._stream(self._clips(audio), asked))
 
     def ask_many(
-        self, queries: Iterable[Query], *, parallel: int | None = None, workers: int = 0
+        self, queries: Iterable[Query], *, parallel: int | None = None, workers: int | None = None
     ) -> Iterator[Answer | Exception]:
         """Ask questions about clips, several at a time; answers come in the order of ``queries``.
 
@@ -223,15 +236,18 @@ class TinyGiant:
         Args:
             queries: the questions; taken as there is room for them.
             parallel: how many answers are written at a time, as :meth:`batch` takes it.
-            workers: threads that hear the clips of the next questions meanwhile; without any, a
-                clip is heard when there is room for its answer.
+            workers: threads that hear the clips of the next questions meanwhile; with 0, a clip is
+                heard when there is room for its answer. None: as :func:`load` found fit.
 
         Raises:
             UsageError: ``parallel`` below 1 or ``workers`` below 0.
             BundleError: the bundle's graphs fail.
         """
+        workers = self._workers if workers is None else workers
         if workers < 0:
             raise UsageError(f"workers is {workers}, expected at least 0")
+        # With little memory an encoder is not in it beside the decoder.
+        workers = workers if self._pool.keep else 0
         return self._ask_many(enumerate(queries), self.batch(parallel), workers)
 
     def batch(self, size: int | None = None) -> Batch | None:
@@ -472,14 +488,15 @@ class TinyGiant:
         """Encoder outputs of every chunk of every clip, and whether all were known already."""
         found, cached = [], True
         for clip in clips:
-            key = audio_key(clip)
-            encoded = self._cache.get(key)
-            if encoded is None:
-                cached = False
-                encoded = encode(preprocess(clip, self.config), self._pool, self.config)
-                self._cache.put(key, encoded)
+            encoded, was_known = self._cache.get_or_make(
+                audio_key(clip), partial(self._listen, clip)
+            )
+            cached = cached and was_known
             found.append(encoded)
         return found, cached
+
+    def _listen(self, clip: Audio) -> tuple[Encoded, ...]:
+        return encode(preprocess(clip, self.config), self._pool, self.config)
 
     def _project(
         self, clips: Sequence[Sequence[Encoded]], prompt: Prompt

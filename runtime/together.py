@@ -74,6 +74,8 @@ class Together(Generic[_K]):
         for running in self._written:
             for event in running.advance():
                 yield running.key, event
+                if running.is_closed:
+                    break
         self._written = [running for running in self._written if not running.has_ended]
         if self._batch is None:
             return
@@ -90,7 +92,7 @@ class Together(Generic[_K]):
         for running in (*self._written, *self._heard):
             if running.key == key:
                 running.close()
-        self._heard = deque(running for running in self._heard if not running.has_ended)
+        self._heard = deque(running for running in self._heard if not running.is_closed)
 
     def close(self) -> None:
         """End all answers."""
@@ -112,11 +114,12 @@ class _Running(Generic[_K]):
     Attributes:
         key: the caller's.
         has_ended: nothing will come any more.
+        is_closed: it was ended before its time.
     """
 
     def __init__(self, key: _K, start: Start, workers: ThreadPoolExecutor | None) -> None:
         self.key = key
-        self.has_ended = False
+        self.has_ended = self.is_closed = False
         self._events = _begun(start)
         self._hearing = None if workers is None else workers.submit(lambda: [*self._until_wait()])
 
@@ -127,7 +130,7 @@ class _Running(Generic[_K]):
 
     def advance(self) -> Iterator[Event | Exception | None]:
         """What comes until it waits; at the end an error or None."""
-        if self.has_ended and self._hearing is None:
+        if self.is_closed:
             return
         if self._hearing is not None:
             hearing, self._hearing = self._hearing, None
@@ -137,7 +140,7 @@ class _Running(Generic[_K]):
 
     def close(self) -> None:
         """End it. What a worker is at, it finishes, and nobody sees it."""
-        self.has_ended = True
+        self.has_ended = self.is_closed = True
         if self._hearing is None or self._hearing.cancel() or self._hearing.done():
             self._events.close()
 
@@ -148,8 +151,6 @@ class _Running(Generic[_K]):
                 if event is None:
                     return
                 yield event
-                if self.has_ended:
-                    return
         except Exception as error:
             end = error
         self.has_ended = True

@@ -372,8 +372,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "rotation: an MLP's last product is not rotated back",
         "export/rotation.py",
-        "gated: last(gated)",
-        "gated: writer(gated)",
+        "(rotation.values, rotation.gated)",
+        "(rotation.values, np.eye(1))",
         ("tests/test_gptq.py::test_a_rotated_decoder_is_the_same_function",),
     ),
     Mutant(

@@ -318,7 +318,7 @@ def test_items_in_work_at_a_time_change_nothing(
                 assert record["answer"].pop("timings")["total_s"] > 0
                 del record["answer"]["tokens"]
             found.append((n, record))
-    assert sizes == [1, 3, pipeline.PARALLEL]
+    assert sizes == [1, 3, None]
     by_n = [[record for m, record in found if m == n] for n in (1, 3, None)]
     assert by_n[0] == by_n[1] == by_n[2]
     assert [r["id"] for r in by_n[0] if "error" in r] == ["2", "4", "7"]

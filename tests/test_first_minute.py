@@ -88,6 +88,23 @@ def test_of_silence_the_model_is_not_asked(ask, samples: NDArray[np.float32], wh
     assert any(note.startswith(why) for note in answer["audio"]["notes"])
 
 
+@pytest.mark.parametrize("level_db", [-60, -40, -25])
+@pytest.mark.parametrize("slope", [0, 1, 2], ids=["white", "pink", "brown"])
+def test_of_noise_the_model_says_nothing_is_heard(
+    model: TinyGiant, slope: int, level_db: int
+) -> None:
+    """It once heard rain or wind in the hiss of a quiet recording: six times of six."""
+    n = 3 * RATE_HZ
+    rng = np.random.default_rng(slope)
+    frequency_hz = np.maximum(np.fft.rfftfreq(n, 1 / RATE_HZ), 30.0)
+    noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * frequency_hz ** (-slope / 2), n)
+    noise *= 10 ** (level_db / 20) / noise.std()
+    for question in ("What is heard?", "Describe the recording."):
+        answer = model.ask((noise.astype(np.float32), RATE_HZ), question)
+        assert "nothing" in answer.text.lower(), answer.text
+        assert answer.audio_analysis == "Background none. First nothing."
+
+
 def test_choices_that_do_not_name_silence_are_still_chosen_from(ask) -> None:
     out, _ = ask(np.zeros(RATE_HZ), QUESTION, "--json", "--choices", *CHOICES)
     answer = json.loads(out)

@@ -101,7 +101,7 @@ def decoder_graph(tmp_path: Path, *, rotate: bool) -> tuple[nn.Module, Path]:
     del state["lm_head.weight"]
     path = tmp_path / "decoder_model.onnx"
     if rotate:
-        rotation = Rotation.random(CONFIG.hidden_size, CONFIG.ffn_size)
+        rotation = Rotation.random(CONFIG.hidden_size, CONFIG.head_dim, CONFIG.ffn_size)
         build_decoder(CONFIG, rotated(state, CONFIG.n_layers, rotation), path, rotation)
     else:
         build_decoder(CONFIG, state, path)

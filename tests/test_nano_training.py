@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.world_stub import ToneBanks
-from tinygiant.models.checkpoint import load
+from tinygiant.models.checkpoint import load, load_config
 from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.models.training.cli import main
 from tinygiant.models.world import dataset
@@ -193,14 +194,19 @@ def test_an_ablation_takes_over_encoders_and_decoder(
 def test_training_on_starts_from_every_part_and_the_tokenizer(
     run: Path, tmp_path: Path, without_engines: None
 ) -> None:
-    """Without a step of training, ``--start`` gives its checkpoint back."""
+    """Without a step of training, ``--start`` gives its checkpoint back, but for its scope: that
+    is what the run trains for. It once stayed that of the start."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(re.sub(r"steps = \d+", "steps = 0", RECIPE.format(steps=0)))
-    start = run / "checkpoint"
+    start = shutil.copytree(run / "checkpoint", tmp_path / "start")
+    settings = json.loads((start / "config.json").read_text())
+    settings["scope"] |= {"longest_s": 8.0, "questions": ["choices"]}
+    (start / "config.json").write_text(json.dumps(settings))
     where = ("-o", tmp_path / "more", "--recipe", recipe, "--seed", "5")
     assert _train(run, *where, "--start", start) == 0
     more = tmp_path / "more" / "checkpoint"
     assert _same(load(start), load(more))
+    assert load_config(more) == load_config(run / "checkpoint")
     assert (more / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,16 @@ from tinygiant.runtime import (
     TinyGiant,
     UsageError,
     load,
+    pipeline,
 )
 from tinygiant.runtime.batch import Batch, BatchedDecoder, Trials
 from tinygiant.runtime.decoder import BindableGraph, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.ort import pool
+from tinygiant.runtime.ort.machine import Machine
+from tinygiant.runtime.ort.memory import how_many
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
+from tinygiant.runtime.together import Together
 
 CONFIG = DecoderSpec(
     vocab_size=131,
@@ -312,6 +319,53 @@ def test_the_embedded_model_answers_together() -> None:
     assert [*map(facts, model.ask_many(queries, parallel=4, workers=1))] == wanted
 
 
+def test_small_products_get_one_thread_and_questions_the_others(
+    tiny_bundle: Path, queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At nano's size a second thread of a product gains nothing, one for the next clip does."""
+    heard_in: set[str] = set()
+    encode = pipeline.encode
+
+    def watched(*arguments: Any) -> Any:
+        heard_in.add(threading.current_thread().name.partition("_")[0])
+        return encode(*arguments)
+
+    monkeypatch.setattr(pipeline, "encode", watched)
+    for many, threads, n_each, where in (
+        (False, 2, 2, "MainThread"), (True, 2, 1, "hear"), (True, 1, 1, "MainThread"),
+    ):  # fmt: skip
+        model = load(tiny_bundle, threads=threads, many=many)
+        assert model._pool._settings.n_threads == n_each
+        heard_in.clear()
+        for _ in model.ask_many(queries[:2]):
+            pass
+        assert heard_in == {where}
+    monkeypatch.setattr(pool, "_LARGE_BUNDLE_BYTES", 1)
+    assert load(tiny_bundle, threads=2, many=True)._pool._settings.n_threads == 2
+
+
+def test_a_clip_is_heard_once_whoever_hears_it(
+    tiny: TinyGiant, queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers began with the same clip at the same time."""
+    n_heard: list[str] = []
+    encode = pipeline.encode
+
+    def watched(*arguments: Any) -> Any:
+        n_heard.append(threading.current_thread().name)
+        time.sleep(0.1)
+        return encode(*arguments)
+
+    monkeypatch.setattr(pipeline, "encode", watched)
+    tiny.forget()
+    asked = [dataclasses.replace(queries[4], question=f"What is {n}?") for n in range(6)]
+    answers = [*tiny.ask_many(asked, parallel=4, workers=3)]
+    assert len(n_heard) == 1
+    cached = [answer.timings.encode_cached for answer in answers if isinstance(answer, Answer)]
+    assert sorted(cached) == [False] + 5 * [True]
+    assert not tiny._cache._making
+
+
 def test_queries_are_taken_when_there_is_room(tiny: TinyGiant, queries: list[Query]) -> None:
     """A list of a million clips is not heard before its first answer comes."""
     taken: list[int] = []
@@ -335,6 +389,8 @@ def test_where_there_are_no_batches(
     """A bundle of an earlier version, low memory, one at a time: answered all the same."""
     assert tiny.batch(2) is not None
     assert tiny.batch(1) is None
+    default = tiny.batch()
+    assert default is not None and default.size == pipeline.PARALLEL
     wanted = [one_at_a_time(tiny, query) for query in queries[:4]]
     low = load(tiny_bundle, threads=1, memory="low")
     assert low.batch(4) is None
@@ -343,6 +399,20 @@ def test_where_there_are_no_batches(
         monkeypatch.setattr(graph, "is_batched", False)
     assert tiny.batch(4) is None
     assert [*map(facts, tiny.ask_many(queries[:4], parallel=4))] == wanted
+
+
+def test_as_many_as_an_eighth_of_the_memory_has_room_for() -> None:
+    """Full size in int8 keeps 224 KiB a token, 224 MiB for the 1,024 tokens of a typical answer."""
+
+    class Left(Machine):
+        def __init__(self, mib: int | None) -> None:
+            self.mib = mib
+
+        def obtainable_bytes(self) -> int | None:
+            return None if self.mib is None else self.mib << 20
+
+    found = [how_many(4, 224 << 10, Left(mib)) for mib in (None, 7168, 7167, 3584, 1792, 1)]
+    assert found == [4, 4, 3, 2, 1, 1]
 
 
 def test_a_model_that_fails_ends_it(
@@ -368,3 +438,35 @@ def test_time_in_a_batch_is_time_that_passed(tiny: TinyGiant, queries: list[Quer
         assert isinstance(answer, Answer)
         assert 0 < answer.timings.decode_s <= wall_s
         assert answer.timings.first_token_s <= answer.timings.total_s <= wall_s
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_answer_that_is_dropped_says_nothing_more(workers: int) -> None:
+    """Also while its events are being taken; the others go on."""
+    closed: list[str] = []
+
+    def events(name: str) -> Iterator[Any]:
+        try:
+            yield f"{name} is heard"
+            yield f"{name} is still heard"
+            for n in range(3):
+                yield None
+                yield f"{name} {n}"
+        finally:
+            closed.append(name)
+
+    for at in ("a is heard", "a 0", "a 1"):
+        found: list[Any] = []
+        closed.clear()
+        with Together[str](None, workers) as several:
+            for name in "ab":
+                several.add(name, partial(events, name))
+            while not several.is_idle:
+                for key, event in several.turn():
+                    found.append(event)
+                    if event == at:
+                        several.drop(key)
+        assert [event for event in found if event and event[0] == "a"][-1] == at
+        assert [event for event in found if not event or event[0] == "b"][-2:] == ["b 2", None]
+        assert found.count(None) == 1
+        assert closed == ["a", "b"]

@@ -49,6 +49,7 @@ def test_the_reader_gives_what_the_scene_implies(tmp_path: Path) -> None:
     folder = _build(tmp_path, "out")
     data = WorldDataset(folder)
     assert len(data) == 10
+    assert [len(WorldDataset(folder, n)) for n in (4, 5, 100)] == [4, 8, 10]  # whole shards
     for i in range(len(data)):
         scene = data.scene(i)
         whisper, clap = data.features(i)

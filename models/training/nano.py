@@ -118,6 +118,7 @@ def train_nano(run: NanoRun) -> Path:
             train_tokenizer(texts, config.decoder["vocab_size"], tokenizer_path)
     _pretrain_encoders(run)
     model = build(config, run.seed) if run.start is None else load(run.start)
+    model.config = dataclasses.replace(model.config, scope=config.scope)
     if run.decoder is not None:
         model.decoder.load_state_dict(load(run.decoder).decoder.state_dict())
     for name in ENCODERS:
@@ -165,13 +166,15 @@ def _reasoning_task(settings: dict[str, Any], seed: int) -> ReasoningTask:
 def pretrain(run: NanoRun, name: str) -> None:
     """Pre-train one encoder of a run and leave its weights in the run's folder."""
     settings = dict(run.recipe["encoders"][name])
+    n_clips = settings.pop("clips", None)
     task = EncoderTask(
         component=name,
         batch_size=settings.pop("batch_size"),
         learning_rate=settings.pop("learning_rate"),
         loop=LoopConfig(seed=run.seed, **settings),
     )
-    train_set, validation_set = (WorldDataset(run.data / s) for s in ("train", "validation"))
+    train_set = WorldDataset(run.data / "train", n_clips)
+    validation_set = WorldDataset(run.data / "validation")
     if run.start is None:
         fresh = build_component(run.config, name, run.seed)
     else:

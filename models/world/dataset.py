@@ -231,10 +231,16 @@ class WorldDataset:
     order of their indices.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        """Open ``folder``; raises StorageError if it holds no complete shard."""
+    def __init__(self, folder: Path | str, n_clips: int | None = None) -> None:
+        """Open ``folder``, or the shards of its first ``n_clips``.
+
+        Raises:
+            StorageError: it holds no complete shard.
+        """
         self.folder = Path(folder)
         self._shards = sorted((self.folder / "shards").glob("[0-9][0-9][0-9][0-9]"))
+        if n_clips is not None:
+            self._shards = self._shards[: -(-n_clips // SHARD_CLIPS)]
         if not self._shards:
             raise StorageError(
                 f"{self.folder} holds no complete shard: build it with python -m "

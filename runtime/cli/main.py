@@ -189,6 +189,7 @@ def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
         provider=options.provider,
         check_memory=not options.no_memory_check,
         speculate=not options.no_speculation,
+        many=options.batch is not None and options.parallel != 1,
     )
     progress.loaded(model.bundle.manifest.source.weights, model.config.name, model.providers)
     return model

@@ -23,10 +23,9 @@ from .sessions import (
     require_onnxruntime,
 )
 
-__all__ = ["GraphPool", "not_packed"]
+__all__ = ["GraphPool", "is_small", "not_packed"]
 
 _KV_TYPES: Mapping[KvType, str] = {"fp32": "tensor(float)", "int8": "tensor(int8)"}
-# Freed memory of a small bundle is not worth the walk over the heap.
 _LARGE_BUNDLE_BYTES = 64 * 2**20
 
 
@@ -81,7 +80,8 @@ class GraphPool:
 
     def release(self) -> None:
         """Give memory that was freed back to the system; that of a small bundle is left alone."""
-        if sum(file.size_bytes for file in self._bundle.manifest.files) >= _LARGE_BUNDLE_BYTES:
+        # Freed memory of a small bundle is not worth the walk over the heap.
+        if not is_small(self._bundle):
             release_free_memory()
 
     @contextmanager
@@ -117,6 +117,11 @@ class GraphPool:
         _require_kv_type(graph, self._bundle.manifest.kv_cache)
         self._bundle.require_unchanged()  # after loading, so that there is no moment in between
         return graph
+
+
+def is_small(bundle: Bundle) -> bool:
+    """Whether products are so small that neither a second thread nor tidying up pays."""
+    return sum(file.size_bytes for file in bundle.manifest.files) < _LARGE_BUNDLE_BYTES
 
 
 def not_packed(model: ModelConfig) -> frozenset[str]:
