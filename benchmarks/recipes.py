@@ -107,6 +107,7 @@ VARIANTS: Mapping[str, Mapping[str, Variant]] = {
     "encoder": {
         "fp32": Variant(Scheme()),
         "int8-7bit-channel": Variant(Scheme("dynamic_int8")),
+        "int8-7bit-channel-rows": Variant(Scheme("dynamic_int8", row_scaled=("*",))),
         "int8-8bit-channel": Variant(Scheme("dynamic_int8", reduce_range=False)),
         "int8-7bit-tensor": Variant(Scheme("dynamic_int8", per_channel=False)),
         "int8-8bit-tensor": Variant(Scheme("dynamic_int8", per_channel=False, reduce_range=False)),
