@@ -125,7 +125,7 @@ def test_a_failed_line_does_not_end_the_session(talk: Talk) -> None:
     assert code == 2  # of the first failure
     assert all(line.startswith("tg-run: ") and line.isprintable() for line in err.splitlines())
     for part in (
-        "no command :nonsense",
+        "unknown command :nonsense",
         "/there.wav: no such file",
         ":load PATH",
         "1 choice given",
