@@ -137,6 +137,9 @@ _OTHER_BUNDLES = {"our-question-clip": "clip-bundle", "our-decoder-int8": "int8-
 _NAMES = [contender.name for contender in CONTENDERS]
 ENCODER_BASELINES = ("ctranslate2-int8",)
 DECODER_BASELINES = ("llama.cpp-q4_0", "llama.cpp-q4_0-flash")
+# What decoders of 8 bits are compared with.
+DECODER_BASELINES_8 = ("llama.cpp-q8_0", "llama.cpp-q8_0-flash")
+_OF_8_BITS = ("our-decoder-int8", *DECODER_BASELINES_8)
 
 
 # Figures: pure functions of what the workers wrote.
@@ -174,7 +177,8 @@ def summarize_encoders(rounds: Rounds) -> list[Round]:
 def summarize_decoders(rounds: Rounds, prompt_tokens: int, steps: int) -> list[Round]:
     """A row a decoder: tokens a second, and their ratios to the baseline's and to ours.
 
-    Of the baselines the faster one counts, for prefill and decode separately.
+    Of the baselines the faster one counts, for prefill and decode separately. Decoders of 8 bits
+    have baselines of 8 bits.
     """
     rates = {
         "prefill": {n: [prompt_tokens / r["prefill_s"] for r in of] for n, of in rounds.items()},
@@ -184,7 +188,8 @@ def summarize_decoders(rounds: Rounds, prompt_tokens: int, steps: int) -> list[R
     for name in rounds:
         row: Round = {"name": name}
         for stage, of in rates.items():
-            baseline = _best(of, DECODER_BASELINES, max)
+            baselines = DECODER_BASELINES_8 if name in _OF_8_BITS else DECODER_BASELINES
+            baseline = _best(of, baselines, max)
             row[f"{stage}_tokens_per_s"] = statistics.median(of[name])
             row[f"{stage}_range"] = [min(of[name]), max(of[name])]
             row[f"{stage}_of_baseline"] = _ratio(of, name, baseline)
