@@ -170,12 +170,16 @@ def test_a_death_in_native_code_is_told_where_memory_is_bounded(
     [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_a_signal_to_a_watched_command_reaches_it(number: signal.Signals, code: int) -> None:
-    bound = 1_000 << 20
+    def prepare() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (1_000 << 20, 1_000 << 20))
+        # A shell starts what it runs in the background with Ctrl-C ignored, and so its children.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     child = subprocess.Popen(
         [sys.executable, "-c", WATCHED, "wait"],
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (bound, bound)),
+        preexec_fn=prepare,
     )
     assert child.stdout is not None
     command = int(child.stdout.readline())
