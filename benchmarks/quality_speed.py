@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,15 +94,11 @@ def summarize(rounds: Rounds) -> dict[str, dict[str, Any]]:
         rates = {name: [count / of[f"{stage}_s"] for of in all_] for name, all_ in rounds.items()}
         for name in [name for name in rates if name.endswith(_FLASH)]:
             flash, plain = rates.pop(name), name.removesuffix(_FLASH)
-            rates[plain] = max(rates[plain], flash, key=_median)
+            rates[plain] = max(rates[plain], flash, key=statistics.median)
         for name, of in rates.items():
             row = rows.setdefault(name, {})
-            row[f"{stage}_tokens_per_s"] = _median(of)
+            row[f"{stage}_tokens_per_s"] = statistics.median(of)
             row[f"{stage}_range"] = [min(of), max(of)]
             if BASELINE in rates:
                 row[f"{stage}_of_q8_0"] = median_ratio(of, rates[BASELINE])
     return rows
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]

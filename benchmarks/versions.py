@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.peers import median_ratio
 from benchmarks.report import command_line, write_result
 from tinygiant.runtime.errors import TinyGiantError
 
@@ -60,18 +61,15 @@ def compare(
     old: Sequence[dict[str, float]], new: Sequence[dict[str, float]]
 ) -> dict[str, dict[str, float]]:
     """Median of each figure on both sides, and of new over old among neighbours."""
-    return {
-        name: {
-            "old": statistics.median(run[name] for run in old),
-            "new": statistics.median(run[name] for run in new),
-            "ratio": statistics.median(
-                after[name] / before[name]
-                for before, after in zip(old, new, strict=True)
-                if before[name]
-            ),
+    figures = {}
+    for name in old[0]:
+        before, after = ([run[name] for run in runs] for runs in (old, new))
+        figures[name] = {
+            "old": statistics.median(before),
+            "new": statistics.median(after),
+            "ratio": median_ratio(after, before),
         }
-        for name in old[0]
-    }
+    return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
