@@ -84,6 +84,10 @@ class GraphPool:
         if not is_small(self._bundle):
             release_free_memory()
 
+    def is_on_cpu(self, name: str) -> bool:
+        """Whether graph ``name`` runs on the CPU alone, where its outputs can be kept."""
+        return self.providers[name] == ("cpu",)
+
     @contextmanager
     def use(self, name: str) -> Iterator[Graph]:
         """Graph ``name`` for the length of a ``with`` block."""
