@@ -191,8 +191,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "clocks: handling time counts",
         "runtime/stages.py",
-        "                    return\n            yield item\n",
-        "                    return\n            with self.stage(name):\n                yield item\n",
+        "return\n            yield item\n",
+        "return\n            with self.stage(name):\n                yield item\n",
         ("tests/test_clocks.py",),
     ),
     Mutant(
