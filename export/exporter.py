@@ -44,7 +44,7 @@ from tinygiant.runtime.tokenizer import Tokenizer
 
 from .bundle import staged_folder
 from .card import graph_table, model_card
-from .decoder import OPSET, DecoderSpec, build_decoder
+from .decoder import OPSET, DecoderSpec, build_decoder, read_tensors
 from .optimum_encoder import export_with_optimum
 from .quality import Gate, Quality
 from .reference import Reference
@@ -237,27 +237,22 @@ class Draft:
         del part
         self.stage(f"{name}: PyTorch")
         self.reference.run_decoder(decoder)
-        spec, tensors = self._decoder_parts(decoder)
-        self._n_weights = sum(tensor.size for tensor in tensors.values())
-        self.stage(f"{name}: graph")
-        build_decoder(spec, tensors, self._fp32(name))
-        self.stage("embed_tokens")
-        self._write_embeddings(tensors["model.embed_tokens.weight"])
-
-    def _decoder_parts(
-        self, decoder: PreTrainedModel
-    ) -> tuple[DecoderSpec, dict[str, NDArray[np.float32]]]:
-        """What the decoder's graph is built from."""
+        self._spec = DecoderSpec.of(self.config.decoder, decoder.config)
         tensors = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
         if decoder.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        return DecoderSpec.of(self.config.decoder, decoder.config), tensors
+        self._n_weights = sum(tensor.size for tensor in tensors.values())
+        self.stage(f"{name}: graph")
+        build_decoder(self._spec, tensors, self._fp32(name))
+        self.stage("embed_tokens")
+        self._write_embeddings(tensors["model.embed_tokens.weight"])
 
-    def _write_rotated_decoder(self, path: Path) -> None:
-        """The decoder's float32 graph in a rotated basis."""
-        spec, tensors = self._decoder_parts(cast(PreTrainedModel, self.source.decoder()))
+    def _write_rotated_decoder(self, source: Path, path: Path) -> None:
+        """The decoder's float32 graph ``source`` in a rotated basis."""
+        spec = self._spec
         rotation = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size)
-        build_decoder(spec, rotated(tensors, spec.n_layers, rotation), path, rotation)
+        tensors = rotated(read_tensors(source), spec.n_layers, rotation)
+        build_decoder(spec, tensors, path, rotation)
 
     def _part(self, graph: str) -> Part:
         self.stage(f"{graph}: load")
@@ -320,7 +315,7 @@ class Draft:
             plain = source
             if scheme.rotated:
                 plain = self._scratch / "rotated.onnx"
-                self._write_rotated_decoder(plain)
+                self._write_rotated_decoder(source, plain)
             report = quantize_graph(plain, target, scheme, peaks, moments)
             quality = gate.judge(target, embeddings, tried)
             missed = quality.missed(tried.quality)
