@@ -20,6 +20,7 @@ import soundfile
 import torch
 
 from benchmarks import latency
+from benchmarks.answering import Question, RuntimeAnswerer
 from tests import public_reference as reference
 from tests.public_stub import KINDS, small_llama, small_mizar, small_tokenizer, state_of
 from tests.serve_stub import live
@@ -387,3 +388,12 @@ def test_a_plots_panels_have_one_time_axis(world: World, model: TinyGiant) -> No
         assert panel.get_xlim() == pytest.approx((0.0, 1.5 * length_s))
     [mel] = [panel for name, panel in panels.items() if name != "waveform"]
     assert mel.images[0].get_extent()[:2] == pytest.approx([0.0, length_s], rel=2e-3)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_mmar_takes_no_answer_for_a_thought(is_open: bool, world: World) -> None:
+    answerer = RuntimeAnswerer(world.bundle, max_new_tokens=4, threads=1)
+    asked = Question(world.clip(1.0), "What is it?", ("a dog", "rain"), is_open)
+    [reply] = answerer.answer([asked])
+    assert reply.answer
+    assert reply.thought == ""
