@@ -53,6 +53,7 @@ from tinygiant.export.quality import log_softmax
 from tinygiant.export.rotation import Rotation, random_rotation, rotated
 from tinygiant.quantize import RECIPES, KvPeaks, Scheme, kv_peaks, quantize_graph, quantize_rows
 from tinygiant.quantize.calibration import input_moments
+from tinygiant.quantize.recipes import with_prompts
 from tinygiant.runtime.cli.options import OneLineParser
 from tinygiant.runtime.config import KvType
 from tinygiant.runtime.decoder import Decoder
@@ -82,9 +83,12 @@ class Variant:
     scheme: Scheme
     kv_cache: KvType = "fp32"
     embeddings_int8: bool = True
+    for_prompts: bool = False
 
 
 _ROWS = RECIPES["int8-rows"].graphs["decoder"]
+_PROMPTS = with_prompts(RECIPES["int8"]).prompts
+assert _PROMPTS is not None
 VARIANTS: Mapping[str, Variant] = {
     name: Variant(recipe.graphs["decoder"], recipe.kv_cache)
     for name, recipe in RECIPES.items()
@@ -99,11 +103,14 @@ VARIANTS: Mapping[str, Variant] = {
     "int8-tensor": Variant(dataclasses.replace(_ROWS, row_scaled=(), rotated=False)),
     "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=())),
     "int8-rows-unrotated": Variant(dataclasses.replace(_ROWS, rotated=False)),
+    "prompts": Variant(_PROMPTS, for_prompts=True),
+    "prompts-8bit": Variant(dataclasses.replace(_PROMPTS, reduce_range=False), for_prompts=True),
 }
 """What is measured, by name: the recipes, and what was tried beside them.
 
 ``int8-tensor`` multiplies 8-bit weights with activations of one scale a tensor, ``int8-rows`` with
-activations of a scale a row, in a rotated decoder.
+activations of a scale a row, in a rotated decoder. ``prompts`` is a second graph for prompts, with
+an LM head, so that it can be compared.
 """
 
 LLAMA_CPP = ("F32", "Q8_0", "Q4_K_M", "Q4_0")
@@ -198,7 +205,11 @@ class Copy:
         if variant.scheme.rotated:
             source = folder / "rotated.onnx"
             spec = self.spec
-            rotation = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size, seed=1)
+            rotation = (
+                Rotation.of_prompts(spec.hidden_size, spec.ffn_size, seed=1)
+                if variant.for_prompts
+                else Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size, seed=1)
+            )
             tensors = rotated(self._tensors, self.spec.n_layers, rotation)
             build_decoder(self.spec, tensors, source, rotation)
         peaks = self._kv_peaks() if variant.kv_cache == "int8" else None

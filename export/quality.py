@@ -146,21 +146,25 @@ class Gate:
         ]
         return input_moments(self._source, texts, self._settings)
 
-    def judge(self, path: Path, embeddings: Lookup, recipe: Recipe) -> Quality:
-        """The loss of the decoder in ``path``, quantized by ``recipe``."""
-        graph = Graph(path, self._settings)
+    def judge(
+        self, path: Path, embeddings: Lookup, recipe: Recipe, prompts: Path | None = None
+    ) -> Quality:
+        """The loss of the decoder in ``path``, and its graph for ``prompts``, by ``recipe``."""
+        graphs = [Graph(file, self._settings) for file in (path, prompts) if file]
         try:
             return measure(
-                graph,
+                graphs[0],
                 embeddings,
                 self._config,
                 self._prompts,
                 self._texts,
                 kv_type=recipe.kv_cache,
+                reader=graphs[1] if prompts else None,
                 judged=self._judged,
             )
         finally:
-            graph.close()
+            for graph in graphs:
+                graph.close()
 
     def _write(self, n_tokens: int, seed: int) -> list[Text]:
         graph = Graph(self._source, self._settings)
@@ -213,15 +217,19 @@ def measure(
     texts: Sequence[Text],
     *,
     kv_type: KvType = "fp32",
+    reader: Graph | None = None,
     judged: bool = True,
 ) -> Quality:
-    """Read ``texts`` behind their ``prompts`` with another decoder of the same model."""
+    """Read ``texts`` behind their ``prompts`` with another decoder of the same model.
+
+    ``reader`` is its graph for prompts, if there is one.
+    """
     lost: list[Array] = []
     same: list[NDArray[np.bool_]] = []
     for index, prompt in enumerate(prompts):
-        reader = _Reader(graph, embeddings, config, prompt, kv_type)
+        decoder = _Reader(graph, embeddings, config, prompt, kv_type, reader)
         for text in (text for text in texts if text.prompt == index):
-            log_probs, best = reader.read(text.token_ids)
+            log_probs, best = decoder.read(text.token_ids)
             lost.append(text.log_probs - log_probs)
             same.append(text.best == best)
     if not lost:
@@ -241,10 +249,13 @@ class _Reader:
         config: DecoderConfig,
         prompt: Array,
         kv_type: KvType,
+        prompts: Graph | None = None,
     ) -> None:
         self._length = prompt.shape[1]
         capacity = self._length + _LONGEST
-        self._decoder = Decoder(graph, embeddings, config, capacity, kv_type=kv_type)
+        self._decoder = Decoder(
+            graph, embeddings, config, capacity, kv_type=kv_type, prompts=prompts
+        )
         self._logits = self._decoder.prefill(prompt)
 
     def write(

@@ -40,7 +40,7 @@ from .grammar import Grammar, Vocabulary, Writer
 from .kv_cache import KvSnapshot
 from .ort.memory import how_many, require_memory
 from .ort.pool import GraphPool, is_small
-from .ort.sessions import SessionSettings
+from .ort.sessions import Graph, SessionSettings
 from .preprocess import chunks_s, preprocess
 from .prompt import Prompt, compose
 from .scope import positions_left, require_positions
@@ -269,7 +269,7 @@ class TinyGiant:
         graph = self.config.decoder.graph
         if size < 2 or not self._pool.keep or self.providers[graph] != ("cpu",):
             return None
-        with self._pool.use(graph) as decoder:
+        with self._pool.use(graph) as decoder, self._prompt_graph() as prompts:
             if not decoder.is_batched:
                 return None
             return Batch(
@@ -278,6 +278,7 @@ class TinyGiant:
                 self.config.decoder,
                 size,
                 kv_type=self.bundle.manifest.kv_cache,
+                prompts=prompts,
                 trials=self._trials,
             )
 
@@ -323,7 +324,7 @@ class TinyGiant:
             finally:
                 batch.leave(member)
             return
-        with self._pool.use(self.config.decoder.graph) as graph:
+        with self._pool.use(self.config.decoder.graph) as graph, self._prompt_graph() as prompts:
             yield make_decoder(
                 graph,
                 self._embeddings,
@@ -331,8 +332,23 @@ class TinyGiant:
                 capacity,
                 drafter,
                 kv_type=self.bundle.manifest.kv_cache,
+                prompts=prompts,
                 speculation=self._speculation,
             )
+
+    @contextmanager
+    def _prompt_graph(self) -> Iterator[Graph | None]:
+        """The second graph of the decoder, if there is one and it is to be used.
+
+        It costs memory beside the first, and has to share keys and values with it.
+        """
+        name = self.bundle.manifest.prompt_graph
+        both = {self.providers[graph] for graph in (name, self.config.decoder.graph) if graph}
+        if not name or not self._pool.keep or both != {("cpu",)}:
+            yield None
+            return
+        with self._pool.use(name) as graph:
+            yield graph
 
     def _ask_many(
         self, queries: Iterator[tuple[int, Query]], batch: Batch | None, workers: int

@@ -53,7 +53,7 @@ class GraphPool:
             UsageError: an unknown provider, or one that this onnxruntime does not have.
         """
         require_onnxruntime(bundle.manifest.min_onnxruntime)
-        self._assigned = assign(provider, bundle.config.graphs)
+        self._assigned = assign(provider, bundle.manifest.roles)
         require_available(self._assigned.values(), available_providers())
         self.providers: dict[str, tuple[str, ...]] = {
             name: (assigned.name,) for name, assigned in self._assigned.items()
