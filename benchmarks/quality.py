@@ -104,7 +104,7 @@ VARIANTS: Mapping[str, Variant] = {
     "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=())),
     "int8-rows-unrotated": Variant(dataclasses.replace(_ROWS, rotated=False)),
     "prompts": Variant(_PROMPTS, for_prompts=True),
-    "prompts-8bit": Variant(dataclasses.replace(_PROMPTS, reduce_range=False), for_prompts=True),
+    "prompts-7bit": Variant(dataclasses.replace(_PROMPTS, reduce_range=True), for_prompts=True),
 }
 """What is measured, by name: the recipes, and what was tried beside them.
 

@@ -216,9 +216,6 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 CLOSER = ("int4", "int4-b32", "int4-gptq", "int8-b128", "int8")
 """Quantized recipes, each closer to float32 than the one before, and slower or larger."""
 
-# Seven bits of a weight are enough for keys and values, and saturate on no processor.
-_PROMPTS = dataclasses.replace(_ROWS, reduce_range=True)
-
 _LARGE_WEIGHTS = 300_000_000
 
 
@@ -242,7 +239,7 @@ def with_prompts(recipe: Recipe) -> Recipe:
         weight_only = (name for name, r in RECIPES.items() if r.graphs["decoder"].kind != "none")
         names = ", ".join(n for n in weight_only if not RECIPES[n].graphs["decoder"].rotated)
         raise UsageError(f"recipe {recipe.name} has no graph for prompts; those that may: {names}")
-    return dataclasses.replace(recipe, prompts=_PROMPTS)
+    return dataclasses.replace(recipe, prompts=_ROWS)
 
 
 def closer(name: str) -> tuple[Recipe, ...]:
