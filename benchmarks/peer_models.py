@@ -7,18 +7,16 @@ Qwen3-0.6B, at true dimensions (:data:`WHISPER`, :data:`QWEN3`) or at tiny ones.
 for a second does not depend on what the weights say. A folder that is there is complete: it gets
 its name at the end. Whisper's text decoder, which nobody runs here, is cut to one layer.
 
-Imports the standard library, and in each maker what that maker needs: a peer's Python need not hold
-the project.
+Imports the standard library and ``gguf_files``, and in each maker what that maker needs: a peer's
+Python need not hold the project.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import importlib
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -27,6 +25,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from benchmarks.gguf_files import quantized, write_gguf
 
 __all__ = [
     "MAKERS",
@@ -307,54 +307,25 @@ def _gguf(size: Qwen3Size, path: Path) -> None:
     """A Qwen3 in float16, in llama.cpp's format."""
     import numpy as np
 
-    gguf: Any = importlib.import_module("gguf")
-    writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_context_length(size.n_positions)
-    writer.add_embedding_length(size.hidden_size)
-    writer.add_block_count(size.n_layers)
-    writer.add_feed_forward_length(size.ffn_size)
-    writer.add_head_count(size.n_heads)
-    writer.add_head_count_kv(size.n_kv_heads)
-    writer.add_key_length(size.head_dim)
-    writer.add_value_length(size.head_dim)
-    writer.add_layer_norm_rms_eps(size.rms_norm_eps)
-    writer.add_rope_freq_base(size.rope_theta)
-    writer.add_vocab_size(size.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([f"t{i}" for i in range(size.vocab_size)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * size.vocab_size)
-    writer.add_token_merges(["t 0"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
     generator = np.random.default_rng(_SEED)
-    for name, shape in qwen3_tensors(size):
-        if len(shape) == 1:
-            writer.add_tensor(name, np.ones(shape, np.float32))
-        else:
-            values = _DEVIATION * generator.standard_normal(shape, np.float32)
-            writer.add_tensor(name, values.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for name, shape in qwen3_tensors(size):
+            if len(shape) == 1:
+                yield name, np.ones(shape, np.float32)
+            else:
+                values = _DEVIATION * generator.standard_normal(shape, np.float32)
+                yield name, values.astype(np.float16)
+
+    tokens = [f"t{i}" for i in range(size.vocab_size)]
+    sizes = vars(size) | {"max_positions": size.n_positions}
+    write_gguf(
+        path, "qwen3", sizes, tensors(), tokenizer="qwen2", tokens=tokens, merges=["t 0"], half=True
+    )
 
 
 def _quantized_gguf(size: Qwen3Size, folder: Path, kind: str, *, pure: bool) -> None:
-    llama_cpp: Any = importlib.import_module("llama_cpp")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as source:
-        plain = Path(source) / "f16.gguf"
-        _gguf(size, plain)
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        parameters.nthread = 1
-        parameters.pure = pure
-        code = llama_cpp.llama_model_quantize(
-            os.fsencode(plain), os.fsencode(folder / "model.gguf"), ctypes.byref(parameters)
-        )
-    if code:
-        raise RuntimeError(f"llama_model_quantize to {kind} failed with {code}")
+    quantized(lambda plain: _gguf(size, plain), folder / "model.gguf", kind, pure=pure)
 
 
 def _qwen3_q4_0(size: Qwen3Size, folder: Path) -> None:

@@ -4,8 +4,8 @@
         [--only encoder decoder ...] [--tiny] [--save NAME] [--plot FILE]
 
 Three tasks, each one interleaved run. Every contender is a process of its own
-(``benchmarks.peer_workers``), loaded and warmed up once; then round after round each does the task
-while the others wait, in an order that is rotated. Figures are medians of the rounds, ratios the
+(``benchmarks.peer_workers``), loaded once; then each does the task by turns, after a round that is
+not counted (``benchmarks.turns``). Figures are medians of the rounds, ratios the
 median of the rounds' ratios. An engine is taken from this Python or from the one that
 ``--peers-python`` names (default: ``.venv-peers``, if it is there); one that neither has is left
 out, and both table and JSON say so. Models have random weights and are made once, in ``--models``.
@@ -28,12 +28,9 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,37 +38,36 @@ from typing import Any
 
 from benchmarks.peer_models import MODULES, QWEN3, WHISPER
 from benchmarks.report import command_line, write_result
+from benchmarks.turns import (
+    ROOT,
+    WorkerError,
+    WorkerProcess,
+    busiest,
+    busy_warning,
+    environment,
+    last_line,
+    median_ratio,
+    race,
+)
 from tinygiant.runtime import TinyGiantError
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
 from tinygiant.runtime.errors import UsageError
 
 __all__ = [
     "CONTENDERS",
-    "SETTLE_S",
     "Contender",
-    "WorkerError",
-    "WorkerProcess",
-    "busy_jiffies",
-    "busy_warning",
     "main",
-    "median_ratio",
-    "others_s",
     "pick_python",
-    "process_jiffies",
-    "rotated",
     "summarize_decoders",
     "summarize_encoders",
     "summarize_question",
 ]
 
-_ROOT = Path(__file__).resolve().parent.parent
-_PEERS_PYTHON = _ROOT / ".venv-peers" / "bin" / "python"
+_PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 _TASKS = ("encoder", "decoder", "question")
 _QUESTION = "What is heard in this recording?"
 _PROMPT_TOKENS, _STEPS = 400, 64
 _QUESTION_STEPS = 128
-SETTLE_S = 0.3  # threads that spin for a moment after their work come to rest
-_BUSY_CORES = 0.2
 
 Round = dict[str, Any]
 Rounds = Mapping[str, Sequence[Round]]
@@ -143,17 +139,6 @@ _OF_8_BITS = ("our-decoder-int8", *DECODER_BASELINES_8)
 
 
 # Figures: pure functions of what the workers wrote.
-
-
-def rotated(items: Sequence[Any], by: int) -> list[Any]:
-    """``items``, beginning with the one at ``by``."""
-    start = by % len(items) if items else 0
-    return [*items[start:], *items[:start]]
-
-
-def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the rounds' ratios."""
-    return statistics.median(a / b for a, b in zip(values, others, strict=True))
 
 
 def summarize_encoders(rounds: Rounds) -> list[Round]:
@@ -233,129 +218,7 @@ def _ratio(values: Mapping[str, Sequence[float]], name: str, to: str | None) -> 
     return None if to not in values else median_ratio(values[name], values[to])
 
 
-def busy_jiffies(stat: str) -> int:
-    """What all processors have computed, idling and waiting aside: of ``/proc/stat`` (proc(5))."""
-    user, nice, system, _idle, _waiting, *others = map(int, stat.splitlines()[0].split()[1:9])
-    return user + nice + system + sum(others)
-
-
-def process_jiffies(stat: str) -> int:
-    """What a process has computed, user and system: of ``/proc/PID/stat`` (proc(5))."""
-    fields = stat.rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
-
-
-def others_s(pid: int) -> float:
-    """Seconds that processors have computed for other processes; 0 where nothing tells."""
-    try:
-        of_all = Path("/proc/stat").read_text(encoding="ascii")
-        own = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux, or it has ended, which a worker's next read tells
-        return 0.0
-    return (busy_jiffies(of_all) - process_jiffies(own)) / os.sysconf("SC_CLK_TCK")
-
-
-def busy_warning(others_cores: float) -> list[str]:
-    """A line for the table if other programs used that many cores, none if they hardly did."""
-    if others_cores <= _BUSY_CORES:
-        return []
-    return [
-        f"NOT A COMPARISON: other programs used up to {others_cores:.1f} cores in a round; run it "
-        "again on a quiet machine"
-    ]
-
-
 # Processes.
-
-
-class WorkerError(Exception):
-    """A worker that cannot be used; the message says why."""
-
-
-class WorkerProcess:
-    """A worker: started, asked for rounds, ended."""
-
-    def __init__(self, command: Sequence[str], log: Path, threads: int, timeout_s: float) -> None:
-        self._log, self._timeout_s = log, timeout_s
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as errors:
-            self._popen = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                cwd=_ROOT,
-                env=_environment(threads),
-                text=True,
-            )
-        self.started: Round = {}
-        self.peak_rss_bytes = 0
-        self.others_cores: list[float] = []
-
-    def wait_until_loaded(self) -> None:
-        """Return when the worker is ready; raises WorkerError if it ends first."""
-        self.started = self._read()
-
-    def ask(self, request: Round) -> Round:
-        """One round and what it took; raises WorkerError if the worker ends or is too slow."""
-        assert self._popen.stdin is not None
-        before_s, start_s = others_s(self._popen.pid), time.perf_counter()
-        try:
-            self._popen.stdin.write(json.dumps(request) + "\n")
-            self._popen.stdin.flush()
-        except OSError as error:
-            raise WorkerError(self._reason()) from error
-        answer = self._read()
-        seconds = time.perf_counter() - start_s
-        used_s = others_s(self._popen.pid) - before_s
-        self.others_cores.append(max(used_s, 0.0) / seconds)
-        return answer
-
-    def _read(self) -> Round:
-        assert self._popen.stdout is not None
-        timer = threading.Timer(self._timeout_s, self._popen.kill)
-        timer.start()
-        try:
-            line = self._popen.stdout.readline()
-        finally:
-            timer.cancel()
-        if not line:
-            raise WorkerError(self._reason())
-        answer: Round = json.loads(line)
-        self.peak_rss_bytes = answer["peak_rss_bytes"]
-        return answer
-
-    def _reason(self) -> str:
-        code = self._popen.wait()
-        if code < 0:  # its last line would be of something else
-            return f"died of {signal.Signals(-code).name}"
-        return _last_line(self._log) or f"ended with {code}"
-
-    def close(self) -> None:
-        """End the worker."""
-        assert self._popen.stdin is not None
-        with contextlib.suppress(OSError):
-            self._popen.stdin.close()
-        try:
-            self._popen.wait(10)
-        except subprocess.TimeoutExpired:
-            self._popen.kill()
-            self._popen.wait()
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Offline, and the repository's root where ``benchmarks`` is found."""
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": str(_ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 def _probe(python: Path) -> dict[str, str]:
@@ -363,7 +226,7 @@ def _probe(python: Path) -> dict[str, str]:
     command = [python, "-m", "benchmarks.peer_workers", "probe"]
     try:
         done = subprocess.run(
-            command, cwd=_ROOT, env=_environment(1), capture_output=True, text=True, check=True
+            command, cwd=ROOT, env=environment(1), capture_output=True, text=True, check=True
         )
     except OSError as error:
         raise UsageError(f"--peers-python {python}: {error.strerror}") from error
@@ -404,28 +267,20 @@ class _Peers:
     def race(self, entries: Sequence[tuple[Contender, Round]]) -> dict[str, list[Round]]:
         """Load the contenders, then run the rounds, each with its request."""
         with contextlib.ExitStack() as stack:
-            running: list[tuple[Contender, WorkerProcess, Round]] = []
-            for contender, request in entries:
+            running: dict[str, WorkerProcess] = {}
+            for contender, _ in entries:
                 with self._told(contender):
                     process = self._start(contender, stack)
                     process.wait_until_loaded()
-                    process.ask(request | {"seed": 0})
-                    process.others_cores.clear()
-                    running.append((contender, process, request))
-            results: dict[str, list[Round]] = {c.name: [] for c, _, _ in running}
-            for number in range(self._options.rounds):
-                _say(f"round {number + 1} of {self._options.rounds}")
-                for contender, process, request in rotated(running, number):
-                    if contender.name in self.skipped:
-                        continue
-                    time.sleep(SETTLE_S)
-                    with self._told(contender):
-                        results[contender.name].append(process.ask(request | {"seed": number + 1}))
-            for contender, process, _ in running:
-                found = self._facts(contender, process)
-                known = self.facts.setdefault(contender.name, found)
-                known["others_cores"] = max(known["others_cores"], found["others_cores"])
-        return {name: of for name, of in results.items() if name not in self.skipped}
+                    running[contender.name] = process
+            requests = {contender.name: request for contender, request in entries}
+            found = race(running, self._options.rounds, requests, tell=_say, lost=self._lost)
+            for contender, _ in entries:
+                if contender.name in found:
+                    facts = self._facts(contender, running[contender.name])
+                    known = self.facts.setdefault(contender.name, facts)
+                    known["others_cores"] = max(known["others_cores"], facts["others_cores"])
+        return found
 
     def first_answer(self, contender: Contender, request: Round) -> Round | None:
         """One uncounted round of a contender that is loaded for it alone."""
@@ -440,8 +295,11 @@ class _Peers:
         try:
             yield
         except WorkerError as error:
-            self.skipped[contender.name] = str(error)
-            _say(f"{contender.name} is left out: {error}")
+            self._lost(contender.name, error)
+
+    def _lost(self, name: str, error: WorkerError) -> None:
+        self.skipped[name] = str(error)
+        _say(f"{name} is left out: {error}")
 
     def _start(self, contender: Contender, stack: contextlib.ExitStack) -> WorkerProcess:
         _say(f"loading {contender.name}")
@@ -484,11 +342,11 @@ class _Peers:
                 command,
                 stdout=output,
                 stderr=output,
-                cwd=_ROOT,
-                env=_environment(self._options.threads),
+                cwd=ROOT,
+                env=environment(self._options.threads),
             )
         if done.returncode:
-            raise WorkerError(f"its model cannot be made: {_last_line(log)}")
+            raise WorkerError(f"its model cannot be made: {last_line(log)}")
         return folder
 
     def _facts(self, contender: Contender, process: WorkerProcess) -> Round:
@@ -498,7 +356,7 @@ class _Peers:
             "load_s": process.started["load_s"],
             "peak_rss_bytes": process.peak_rss_bytes,
             "disk_bytes": self._disk_bytes(contender),
-            "others_cores": max(process.others_cores, default=0.0),
+            "others_cores": busiest([process]),
             "engine": {module: self.pythons[python][module] for module in contender.modules},
             "built_with": process.started.get("built_with"),
         }

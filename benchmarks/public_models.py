@@ -33,15 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.peer_workers import serve
-from benchmarks.peers import (
-    SETTLE_S,
-    WorkerError,
-    WorkerProcess,
-    busy_warning,
-    median_ratio,
-    rotated,
-)
 from benchmarks.report import command_line, write_result
+from benchmarks.turns import WorkerError, WorkerProcess, busiest, busy_warning, median_ratio, race
 from tinygiant.runtime.errors import TinyGiantError, UsageError
 
 if TYPE_CHECKING:
@@ -228,8 +221,6 @@ def summarize(
 
 def _compare(options: argparse.Namespace) -> Round:
     named = {_TORCH: None} | {Path(bundle).name: bundle for bundle in options.bundle}
-    rounds: dict[str, list[Round]] = {name: [] for name in named}
-    others = 0.0
     common = ["--tokenizer", str(options.tokenizer), "--threads", str(options.threads)]
     common += ["--seconds", str(options.seconds), "--new-tokens", str(options.new_tokens)]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
@@ -242,13 +233,7 @@ def _compare(options: argparse.Namespace) -> Round:
             workers[name] = WorkerProcess(command, log, options.threads, timeout_s=600)
             stack.callback(workers[name].close)
             workers[name].wait_until_loaded()
-        for number in range(options.rounds + 1):
-            for name in rotated([*workers], number):
-                time.sleep(SETTLE_S)
-                found = workers[name].ask({"seed": number})
-                if number:  # the first round only warms up
-                    rounds[name].append(found)
-                    others = max(others, workers[name].others_cores[-1])
+        rounds = race(workers, options.rounds)
         memory = {name: worker.peak_rss_bytes for name, worker in workers.items()}
     sizes = {
         Path(bundle).name: sum(f.stat().st_size for f in Path(bundle).rglob("*") if f.is_file())
@@ -263,7 +248,7 @@ def _compare(options: argparse.Namespace) -> Round:
         "threads": options.threads,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
-        "others_cores": others,
+        "others_cores": busiest(workers.values()),
         "rows": rows,
     }
 

@@ -45,9 +45,9 @@ import tokenizers
 from numpy.typing import NDArray
 
 from benchmarks.peer_workers import RuntimeDecoder
-from benchmarks.peers import busy_warning
-from benchmarks.quality_speed import BASELINE, race, summarize
+from benchmarks.quality_speed import BASELINE, race_decoders, summarize
 from benchmarks.report import command_line, write_result
+from benchmarks.turns import busy_warning
 from tinygiant.export.decoder import DecoderSpec, TensorSource, build_decoder
 from tinygiant.export.quality import log_softmax
 from tinygiant.export.rotation import Rotation, random_rotation, rotated
@@ -412,7 +412,9 @@ def _run(options: argparse.Namespace, work: Path) -> Row:
         folders = {variant: work / f"{copy.name}-{variant}" for variant in of_copy}
         ours = {v: copy.runner(VARIANTS[v], f) for v, f in folders.items() if v in VARIANTS}
         peers = {variant: folder for variant, folder in folders.items() if variant not in ours}
-        times, busy = race(ours, peers, peer.python, rounds=options.speed, threads=options.threads)
+        times, busy = race_decoders(
+            ours, peers, peer.python, rounds=options.speed, threads=options.threads
+        )
         for variant, figures in summarize(times).items():
             of_copy[variant] |= figures
     return {

@@ -11,8 +11,8 @@ that llama.cpp knows (``F32``, ``Q8_0``, ``Q4_K_M``). ``score`` lets llama.cpp r
 ``TOKENS (S, T) int32`` and writes its logits ``(S, T, V) float32``; without llama-cpp-python it
 fails.
 
-Imports the standard library and numpy, and in each function the package that it needs: it runs in
-an environment of its own, which need not hold the project.
+Imports the standard library, numpy and ``gguf_files``, and in each function the package that it
+needs: it runs in an environment of its own, which need not hold the project.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks import gguf_files
 
 __all__ = ["extract", "heads_apart", "heads_interleaved", "main", "score", "write_gguf"]
 
@@ -153,58 +154,34 @@ def write_gguf(folder: Path, file: Path, kind: str) -> None:
     if kind == "F32":
         _write_float(folder, file)
         return
-    llama_cpp: Any = importlib.import_module("llama_cpp")
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        plain = Path(scratch) / "f32.gguf"
-        _write_float(folder, plain)
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        parameters.nthread = 1
-        code = llama_cpp.llama_model_quantize(
-            os.fsencode(plain), os.fsencode(file), ctypes.byref(parameters)
-        )
-    if code:
-        raise RuntimeError(f"llama_model_quantize to {kind} failed with {code}")
+    gguf_files.quantized(lambda plain: _write_float(folder, plain), file, kind)
 
 
 def _write_float(folder: Path, file: Path) -> None:
-    gguf: Any = importlib.import_module("gguf")
     size = json.loads((folder / "model.json").read_text(encoding="utf-8"))["size"]
     bpe = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = bpe["model"]["vocab"]
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(size["max_positions"])
-    writer.add_embedding_length(size["hidden_size"])
-    writer.add_block_count(size["n_layers"])
-    writer.add_feed_forward_length(size["ffn_size"])
-    writer.add_head_count(size["n_heads"])
-    writer.add_head_count_kv(size["n_kv_heads"])
-    writer.add_layer_norm_rms_eps(size["rms_norm_eps"])
-    writer.add_rope_freq_base(size["rope_theta"])
-    writer.add_rope_dimension_count(size["head_dim"])
-    writer.add_vocab_size(size["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(sorted(vocab, key=vocab.get))
-    control = {added["id"] for added in bpe["added_tokens"]}
-    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
-    writer.add_token_types([kinds[i in control] for i in range(len(vocab))])
-    writer.add_token_merges([" ".join(pair) for pair in bpe["model"]["merges"]])
-    writer.add_add_bos_token(False)
-    writer.add_bos_token_id(size["eos_token_ids"][0])
-    writer.add_eos_token_id(size["eos_token_ids"][0])
-    for ours, theirs in _names(size["n_layers"]).items():
-        stored = folder / "tensors" / f"{ours}.npy"
-        if stored.exists():
-            weight = np.load(stored)
-            if _is_rotated(ours):
-                weight = heads_interleaved(weight, size["head_dim"])
-            writer.add_tensor(theirs, np.ascontiguousarray(weight))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+    def tensors() -> Iterator[tuple[str, Array]]:
+        for ours, theirs in _names(size["n_layers"]).items():
+            stored = folder / "tensors" / f"{ours}.npy"
+            if stored.exists():
+                weight = np.load(stored)
+                if _is_rotated(ours):
+                    weight = heads_interleaved(weight, size["head_dim"])
+                yield theirs, np.ascontiguousarray(weight)
+
+    gguf_files.write_gguf(
+        file,
+        "llama",
+        size,
+        tensors(),
+        tokenizer="smollm",
+        tokens=sorted(vocab, key=vocab.get),
+        merges=[" ".join(pair) for pair in bpe["model"]["merges"]],
+        control={added["id"] for added in bpe["added_tokens"]},
+        end_id=size["eos_token_ids"][0],
+    )
 
 
 def score(file: Path, tokens: Path, output: Path) -> None:

@@ -8,18 +8,16 @@ the faster one counts, for prompts and for tokens apart. An engine that waits co
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_workers import RuntimeDecoder
-from benchmarks.peers import SETTLE_S, WorkerError, WorkerProcess, median_ratio, others_s, rotated
+from benchmarks.turns import Here, Runner, WorkerError, WorkerProcess, busiest, median_ratio, race
 from tinygiant.runtime.errors import MissingDependencyError
 
-__all__ = ["BASELINE", "race", "summarize"]
+__all__ = ["BASELINE", "race_decoders", "summarize"]
 
 BASELINE = "llama.cpp-Q8_0"
 PROMPT_TOKENS, STEPS = 400, 64
@@ -28,7 +26,7 @@ _FLASH = "-flash"
 Rounds = Mapping[str, Sequence[Mapping[str, float]]]
 
 
-def race(
+def race_decoders(
     ours: Mapping[str, RuntimeDecoder],
     peers: Mapping[str, Path],
     python: Path,
@@ -48,39 +46,22 @@ def race(
     Raises:
         MissingDependencyError: llama.cpp fails.
     """
-    found: dict[str, list[dict[str, float]]] = {}
-    busy = 0.0
-    with contextlib.ExitStack() as stack:
-        workers = {}
-        for name, folder in peers.items():
-            for flash in ("", _FLASH):
-                command = [str(python), "-m", "benchmarks.peer_workers", f"llama.cpp{flash}"]
-                command += ["--model", str(folder), "--threads", str(threads)]
-                log = folder / f"log{flash}.txt"
-                worker = WorkerProcess(command, log, threads, timeout_s=600)
-                stack.callback(worker.close)
-                workers[name + flash] = worker
-        try:
-            for worker in workers.values():
-                worker.wait_until_loaded()
-            for number in range(rounds + 1):
-                request = {"seed": number, "prompt_tokens": PROMPT_TOKENS, "steps": STEPS}
-                for name in rotated([*ours, *workers], number):
-                    time.sleep(SETTLE_S)
-                    if name in ours:
-                        before_s, start_s = others_s(os.getpid()), time.perf_counter()
-                        times = ours[name].round(request)
-                        seconds = time.perf_counter() - start_s
-                        others = (others_s(os.getpid()) - before_s) / seconds
-                    else:
-                        times = workers[name].ask(request)
-                        others = workers[name].others_cores[-1]
-                    if number:
-                        found.setdefault(name, []).append(times)
-                        busy = max(busy, others)
-        except WorkerError as error:
-            raise MissingDependencyError(f"llama.cpp: {error}") from error
-    return found, busy
+    request = {"prompt_tokens": PROMPT_TOKENS, "steps": STEPS}
+    runners: dict[str, Runner] = {name: Here(of.round) for name, of in ours.items()}
+    try:
+        with contextlib.ExitStack() as stack:
+            for name, folder in peers.items():
+                for flash in ("", _FLASH):
+                    command = [str(python), "-m", "benchmarks.peer_workers", f"llama.cpp{flash}"]
+                    command += ["--model", str(folder), "--threads", str(threads)]
+                    worker = WorkerProcess(command, folder / f"log{flash}.txt", threads, 600)
+                    stack.callback(worker.close)
+                    worker.wait_until_loaded()
+                    runners[name + flash] = worker
+            found = race(runners, rounds, dict.fromkeys(runners, request))
+    except WorkerError as error:
+        raise MissingDependencyError(f"llama.cpp: {error}") from error
+    return found, busiest(runners.values())
 
 
 def summarize(rounds: Rounds) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -47,10 +46,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.answering import RuntimeAnswerer
 from benchmarks.mmar import MAX_NEW_TOKENS, answer_items
-from benchmarks.peers import SETTLE_S, busy_warning, median_ratio, others_s, rotated
 from benchmarks.predictions import RunLog, meta_file, read_items
 from benchmarks.report import command_line, write_result
 from benchmarks.scoring import Item, compare, tally
+from benchmarks.turns import Here, busiest, busy_warning, median_ratio, race
 from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.export.exporter import export_bundle
 from tinygiant.export.reference import Reference
@@ -268,21 +267,17 @@ def measure(
         rows[name] = {"name": name, "graph": name_of_graph, "scheme": report.scheme}
         rows[name]["size_bytes"] = report.size_after_bytes
         rows[name] |= trial.errors(graph, variant.kv_cache)
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    others_cores = 0.0
-    for number in range(rounds + 1):
-        _say(f"{name_of_graph}: round {number} of {rounds}")
-        start_s, before_s = time.perf_counter(), others_s(os.getpid())
-        for name in rotated([*variants], number):
-            time.sleep(SETTLE_S)
-            done = trial.round(graphs[name], variants[name].kv_cache, number)
-            seconds[name] += [done] if number > 0 else []
-        used = (others_s(os.getpid()) - before_s) / (time.perf_counter() - start_s)
-        others_cores = max(others_cores, used)
+
+    def engine(name: str) -> Here:
+        graph, kv_cache = graphs[name], variants[name].kv_cache
+        return Here(lambda request: trial.round(graph, kv_cache, request["seed"]))
+
+    engines = {name: engine(name) for name in variants}
+    seconds = race(engines, rounds, tell=lambda line: _say(f"{name_of_graph}: {line}"))
     for graph in graphs.values():
         graph.close()
     found = summarize(seconds, today)
-    return [row | found[name] for name, row in rows.items()], others_cores
+    return [row | found[name] for name, row in rows.items()], busiest(engines.values())
 
 
 def summarize(rounds: Mapping[str, Sequence[Mapping[str, float]]], today: str) -> dict[str, Row]:

@@ -20,8 +20,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.peers import median_ratio
 from benchmarks.report import command_line, write_result
+from benchmarks.turns import median_ratio
 from tinygiant.runtime.errors import TinyGiantError
 
 __all__ = ["compare", "main"]

@@ -22,9 +22,10 @@ from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import TinyGiantError, VerificationError
+from tinygiant.runtime.loading import load
 from tinygiant.runtime.ort.pool import GraphPool
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
-from tinygiant.runtime.pipeline import Memory, TinyGiant, load
+from tinygiant.runtime.pipeline import TinyGiant
 from tinygiant.runtime.text import one_line
 from tinygiant.runtime.tokenizer import Tokenizer
 

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
         Timings,
         TokenCounts,
     )
-    from .pipeline import TinyGiant, load
+    from .loading import load
+    from .pipeline import TinyGiant
 
 __all__ = [
     "Answer",
@@ -72,7 +73,7 @@ _MODULE_OF = (
     {name: "asking" for name in ("AskOptions", "Query")}
     | {name: "audio" for name in ("Audio", "read_audio", "read_pcm")}
     | {name: "bundle" for name in ("Bundle",)}
-    | {name: "pipeline" for name in ("TinyGiant", "load")}
+    | {"load": "loading", "TinyGiant": "pipeline"}
     | {name: "errors" for name in __all__ if name.endswith("Error")}
 )
 

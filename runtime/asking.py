@@ -6,14 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .audio import MAX_AUDIO_S, Audio, AudioSource
 from .choices import ChoiceTrie
 from .config import ModelConfig
-from .errors import UsageError
+from .encode import Projection
+from .errors import QuestionError, UsageError
 from .prompt import Prompt, build_prompt
 from .tokenizer import Tokenizer
 
-__all__ = ["MAX_NEW_TOKENS", "AskKeywords", "AskOptions", "Asked", "Clips", "Query", "check"]
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "AskKeywords",
+    "AskOptions",
+    "Asked",
+    "Clips",
+    "Prepared",
+    "Query",
+    "check",
+    "clips_of",
+]
 
 MAX_NEW_TOKENS = 512
 
@@ -99,12 +113,34 @@ class Asked:
         return self.trie is not None and not self.thinks
 
     @property
+    def is_drafted(self) -> bool:
+        """Whether its text is long enough that guessing at it may pay."""
+        return self.options.think and not self.is_scored
+
+    @property
     def max_written(self) -> int:
         """Tokens that may follow the prompt where ``raw``: the thought's end and choice on top."""
         free = self.options.max_new_tokens
         if self.trie is None:
             return free
         return self.trie.max_tokens + (free + 1 if self.thinks else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A question about a clip as the decoder reads it.
+
+    Attributes:
+        embeds: ``(1, T, D)``.
+        asked: the question.
+        projections: what the projector gave, one a chunk.
+        encode_cached: whether the encoders did not have to run.
+    """
+
+    embeds: NDArray[np.float32]
+    asked: Asked
+    projections: tuple[Projection, ...]
+    encode_cached: bool
 
 
 def check(
@@ -132,3 +168,19 @@ def check(
         prompt = prompt.followed_by(tokenizer.encode_markup(text))
     thinks = form.thought is not None and options.think
     return Asked(question, prompt, choices, trie, thinks, prefilled, options)
+
+
+def clips_of(audio: Clips, config: ModelConfig) -> list[AudioSource | Audio]:
+    """The clips of a question.
+
+    Raises:
+        QuestionError: the model does not hear so many.
+    """
+    clips = audio if isinstance(audio, list) else [audio]
+    n_heard = config.n_clips
+    if len(clips) not in (1, n_heard):
+        raise QuestionError(
+            f"{len(clips)} clips given, {config.name} hears "
+            f"{'one' if n_heard == 1 else f'one or {n_heard}'} at a time"
+        )
+    return clips

@@ -34,7 +34,7 @@ from .encoded import (
 from .errors import AudioError, UsageError
 from .signal import Mixdown, mend
 
-__all__ = ["MAX_AUDIO_S", "Audio", "AudioSource", "read_audio", "read_pcm", "resample"]
+__all__ = ["MAX_AUDIO_S", "Audio", "AudioSource", "as_audio", "read_audio", "read_pcm", "resample"]
 
 MAX_AUDIO_S = 300.0
 # 40 dB above full scale: not loud but mis-scaled (16-bit values kept in a float file).
@@ -80,6 +80,11 @@ class Audio:
     dropped_s: float
     channels: int = 1
     notes: tuple[str, ...] = ()
+
+
+def as_audio(source: AudioSource | Audio, max_audio_s: float) -> Audio:
+    """The sound of ``source``, read by :func:`read_audio` unless the caller has read it already."""
+    return source if isinstance(source, Audio) else read_audio(source, max_audio_s=max_audio_s)
 
 
 def read_audio(source: AudioSource, *, max_audio_s: float = MAX_AUDIO_S) -> Audio:

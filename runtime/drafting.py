@@ -16,12 +16,14 @@ from collections.abc import Collection, Generator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import DecoderConfig, KvType
+from .asking import Asked
+from .config import DecoderConfig, KvType, ModelConfig
 from .decoder import BindableGraph, Decoder, EmbeddingRows
+from .generate import end_ids
 from .masks import ALL, Guide, Mask
 from .speculation import MAX_DRAFT_TOKENS, Drafter, Speculation
 
-__all__ = ["DraftingDecoder", "make_decoder"]
+__all__ = ["DraftingDecoder", "make_decoder", "remember", "start_drafts"]
 
 
 def make_decoder(
@@ -54,6 +56,27 @@ def make_decoder(
         kv_type=kv_type,
         prompts=prompts,
     )
+
+
+def start_drafts(
+    speculation: Speculation | None, asked: Asked, config: ModelConfig
+) -> Drafter | None:
+    """What guesses the next tokens of an answer; None if nothing is to be guessed."""
+    if speculation is None or not asked.is_drafted or not speculation.is_worth_it():
+        return None
+    return speculation.start([asked.prompt.instruction_ids], end_ids(asked, config))
+
+
+def remember(
+    speculation: Speculation | None,
+    asked: Asked,
+    token_ids: Sequence[int],
+    decode_s: float,
+    drafter: Drafter | None,
+) -> None:
+    """Keep an answer, written with ``drafter`` if there was one, for the drafts of later ones."""
+    if speculation is not None and asked.is_drafted:
+        speculation.remember(token_ids, decode_s, drafted=drafter is not None)
 
 
 class DraftingDecoder(Decoder):

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-__all__ = ["Clock", "Returning"]
+__all__ = ["Clock", "Returning", "without_waits"]
 
 _T = TypeVar("_T")
 
@@ -57,3 +57,10 @@ class Returning(Generic[_T]):
 
     def __iter__(self) -> Iterator[int | None]:
         self.value = yield from self._tokens
+
+
+def without_waits(items: Iterable[_T | None]) -> Iterator[_T]:
+    """The items but None, for answers that wait for nobody."""
+    for item in items:
+        if item is not None:
+            yield item

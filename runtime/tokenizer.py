@@ -16,11 +16,15 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
 
 from .errors import BundleError
 from .text import one_line, printable
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
 
 __all__ = ["StreamingDetokenizer", "Tokenizer"]
 
@@ -80,6 +84,31 @@ class Tokenizer:
             BaseException
         ) as error:  # on some damaged files the package panics instead of raising
             raise BundleError(f"{printable(path)}: not a tokenizer: {one_line(error)}") from error
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Tokenizer:
+        """Read the tokenizer of ``bundle``.
+
+        Raises:
+            BundleError: it is damaged, or does not belong to the bundle's decoder.
+        """
+        tokenizer = cls.from_file(bundle.file(bundle.manifest.tokenizer))
+        decoder, thought = bundle.config.decoder, bundle.config.answer.thought
+        problems = []
+        if tokenizer.max_id >= decoder.vocab_size:
+            problems.append(
+                f"it has ids up to {tokenizer.max_id}, the decoder {decoder.vocab_size}"
+            )
+        if unknown := sorted(set(decoder.stop_token_ids) - tokenizer.control_ids):
+            problems.append(f"it has no control tokens {unknown}, which end the decoder's text")
+        if thought is not None and tokenizer.token_id(thought.close) != thought.close_id:
+            problems.append(f"{thought.close} is not the decoder's {thought.close_id}")
+        if problems:
+            raise BundleError(
+                f"the tokenizer does not belong to this decoder: {'; '.join(problems)}; "
+                "export the bundle again"
+            )
+        return tokenizer
 
     @property
     def max_id(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .answer import AnswerParser, Section, TextPiece
 from .asking import Asked
@@ -26,10 +28,19 @@ from .generate import Ending
 from .grammar import Writer
 from .preprocess import n_chunks
 from .scope import scope_notes
+from .speculation import Drafter
 from .stages import Clock
 from .tokenizer import StreamingDetokenizer, Tokenizer
 
-__all__ = ["Transcript", "account", "assemble", "nothing_heard", "prompt_read"]
+__all__ = [
+    "Transcript",
+    "account",
+    "assemble",
+    "noted",
+    "nothing_heard",
+    "prompt_read",
+    "token_counts",
+]
 
 
 class Transcript:
@@ -130,6 +141,11 @@ def account(audio: Audio, asked: Asked, config: ModelConfig) -> AudioAccount:
     )
 
 
+def noted(audio: AudioAccount, note: str) -> AudioAccount:
+    """The account with one note more."""
+    return dataclasses.replace(audio, notes=(*audio.notes, note))
+
+
 def prompt_read(n_tokens: int, projections: Sequence[Projection]) -> PromptRead:
     """The event, with what there is to see of all chunks."""
     attention = [p.intent_attention[0] for p in projections if p.intent_attention is not None]
@@ -138,6 +154,23 @@ def prompt_read(n_tokens: int, projections: Sequence[Projection]) -> PromptRead:
         n_tokens=n_tokens,
         intent_attention=np.concatenate(attention) if attention else None,
         gate=np.concatenate(gates) if gates else None,
+    )
+
+
+def token_counts(
+    asked: Asked,
+    parts: Sequence[NDArray[np.float32]],
+    transcript: Transcript,
+    drafter: Drafter | None,
+) -> TokenCounts:
+    """The tokens of an answer; ``parts (1, n, D)`` are those of its prompt."""
+    audio = [rows for ids, rows in zip(asked.prompt.parts, parts, strict=True) if ids is None]
+    return TokenCounts(
+        prompt=sum(part.shape[1] for part in parts),
+        audio=sum(rows.shape[1] for rows in audio),
+        generated=len(transcript.token_ids),
+        drafted=0 if drafter is None else drafter.n_drafted,
+        accepted=0 if drafter is None else drafter.n_accepted,
     )
 
 

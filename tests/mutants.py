@@ -340,9 +340,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "pipeline: the prefix of another prompt is used",
-        "runtime/pipeline.py",
-        "if self._prefix is not None and self._prefix[0] == key:",
-        "if self._prefix is not None:",
+        "runtime/prefix.py",
+        "if self.kept is not None and self.kept[0] == key:",
+        "if self.kept is not None:",
         ("tests/test_public_bundle.py::test_another_clip_is_not_taken_for_the_one_before",),
     ),
     Mutant(
@@ -431,7 +431,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "prompts: a slot that moves leaves the second graph behind",
         "runtime/batch.py",
         "self.cache.move(buffers)\n        self._bind()",
-        "self.cache.move(buffers)\n        self._binding = bind_kv(self._graph, self.cache.buffers())",
+        "self.cache.move(buffers)\n        self._binding = bind_kv(self._graph, [*self.cache.buffers()])",
         ("tests/test_prompt_graph.py",),
     ),
     Mutant(

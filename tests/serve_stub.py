@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +157,21 @@ class Live:
     wyoming_port: int | None
     stop: Callable[[], None]
 
+    @property
+    def n_waiting(self) -> int:
+        """Requests whose bodies are read and that the worker has not taken."""
+        return len(self.engine._pending)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the worker from its next request until the block ends."""
+        end = threading.Event()
+        self.engine._executor.submit(end.wait, 60)
+        try:
+            yield
+        finally:
+            end.set()
+
     def post(self, body: Any = None, **options: Any) -> httpx.Response:
         """Ask once; ``body`` is JSON-ready, or use ``content``."""
         headers = {"Content-Type": "application/json"} | options.pop("headers", {})
@@ -167,6 +183,19 @@ class Live:
             timeout=60,
             **options,
         )
+
+    @contextmanager
+    def client(self, body: Any) -> Iterator[None]:
+        """A client that has sent ``body``, reads nothing, and leaves when the block ends."""
+        content = json.dumps(body).encode()
+        host, port = self.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content)
+            )
+            raw.sendall(content)
+            yield
 
 
 @contextmanager
@@ -207,8 +236,8 @@ def live(
         assert engine.stop(10)
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Wait until something is so."""
+def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Wait until something is so; a slow machine may take its time."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -13,7 +13,7 @@ import pytest
 import soundfile as sf
 from onnx import helper, numpy_helper
 
-from benchmarks import recipes
+from benchmarks import recipes, turns
 from benchmarks.report import read_results, write_result
 from benchmarks.scoring import wilson_interval
 from tests.model_stub import use_traced_graphs
@@ -65,7 +65,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
     """Runs the command on the tiny checkpoint; gives what it printed, and its last line."""
-    monkeypatch.setattr(recipes, "SETTLE_S", 0)
+    monkeypatch.setattr(turns, "SETTLE_S", 0)
     monkeypatch.setattr(recipes, "_TOKENS", {"prefill": 40, "decode": 8})
 
     def measure(task: str, *options: str) -> tuple[str, dict[str, Any]]:

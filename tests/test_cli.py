@@ -307,7 +307,7 @@ def test_unforeseen_failures_are_one_line(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("something\nbroke")
 
-    monkeypatch.setattr("tinygiant.runtime.pipeline.load", fail)
+    monkeypatch.setattr("tinygiant.runtime.loading.load", fail)
     line = failed(run(clip, "What?"), 1)
     assert "unforeseen RuntimeError: something broke" in line
     assert "TINYGIANT_DEBUG=1" in line
@@ -322,7 +322,7 @@ def test_memory_that_runs_out_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("tinygiant.runtime.pipeline.load", fail)
+    monkeypatch.setattr("tinygiant.runtime.loading.load", fail)
     assert "MemoryError" in failed(run(clip, "What?"), 1)
 
 
@@ -412,8 +412,8 @@ def test_help_and_version(run: Run) -> None:
 
 
 def test_defaults_are_the_librarys() -> None:
+    from tinygiant.runtime.asking import MAX_NEW_TOKENS
     from tinygiant.runtime.audio import MAX_AUDIO_S
-    from tinygiant.runtime.pipeline import MAX_NEW_TOKENS
 
     options = parse(["clip.wav", "What?"])
     assert (options.max_audio, options.max_new_tokens) == (MAX_AUDIO_S, MAX_NEW_TOKENS)

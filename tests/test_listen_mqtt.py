@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -209,10 +210,11 @@ def test_beyond_the_buffer_the_oldest_are_dropped_and_counted(
 ) -> None:
     broker.stop()
     outlet = make(settings(broker.port), [], 3)
-    for number in range(1, 11):
+    outlet.put(sound(1))
+    wait_for(lambda: len(outlet) == 1 and not outlet._records)  # in hand
+    for number in range(2, 11):
         outlet.put(sound(number))
-        time.sleep(0.01)
-    assert outlet.n_dropped == 6  # one is in hand, three wait
+    assert outlet.n_dropped == 6  # three wait
     broker.start()
     reader = Reader(broker.port)
     wait_for(lambda: len(outlet) == 0, 30)
@@ -292,16 +294,16 @@ def test_tls_with_a_certificate_that_is_trusted_and_one_that_is_not(
 def test_a_process_that_dies_is_offline_by_its_last_will(broker: Mosquitto) -> None:
     reader = Reader(broker.port)
     code = (
-        "import sys, os, threading; sys.path[:0] = [];"
+        "import os, sys;"
         "from tinygiant.runtime.listen.mqtt import Broker;"
         "from tinygiant.runtime.listen.settings import settings_of;"
         f"b = Broker(settings_of({{'mqtt': {{'host': 'localhost', 'port': {broker.port},"
         " 'topic': 'home/sensor'}}, 't'), print); b.begin();"
-        "b._connected.wait(20); import time; time.sleep(0.5); os._exit(1)"
+        "sys.stdin.read(); os._exit(1)"
     )
-    import sys
-
-    subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as dying:
+        wait_for(lambda: reader.last("home/sensor/status") == "online", 60)
+        dying.communicate()
     wait_for(lambda: reader.last("home/sensor/status") == "offline")
     assert [text for topic, text, _ in reader.messages if topic == "home/sensor/status"] == [
         "online",

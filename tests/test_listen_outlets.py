@@ -174,10 +174,9 @@ def test_a_slow_outlet_holds_up_nobody_and_its_losses_are_counted() -> None:
     outlet.begin()
     outlet.put(record(1))
     wait_for(lambda: len(outlet) == 1 and not outlet._records)  # in hand
-    start = time.monotonic()
     for number in range(2, 11):
         outlet.put(record(number))
-    assert time.monotonic() - start < 1.0
+    assert carrier.carried == []  # nobody waited for it
     carrier.gate.set()
     assert outlet.close(10.0) == 0
     assert carrier.carried == [1, 8, 9, 10]

@@ -62,6 +62,10 @@ class Run:
         self.service = Service(self.settings(), read_again=self.settings, quiet=True)
         return self.service.run(model)
 
+    def listener_of(self, name: str) -> listener.Listener:
+        assert self.service is not None
+        return self.service._listeners[name]
+
     def records(self, event: str | None = None) -> list[dict[str, Any]]:
         found = [json.loads(line) for line in self.file.read_text().splitlines()]
         for record in found:
@@ -133,11 +137,11 @@ def test_what_the_queue_has_no_room_for_is_told(
 
     def think() -> None:
         started.set()
-        gate.wait(20)
+        gate.wait(60)
 
     samples = bursts(*np.arange(2.0, 22.0, 2.0), seconds=24.0)
     first, rest = samples[: 4 * RATE_HZ - RATE_HZ // 4], samples[4 * RATE_HZ - RATE_HZ // 4 :]
-    run.source("hall", first, lambda: started.wait(20), rest, gate.set)
+    run.source("hall", first, lambda: started.wait(60), rest, gate.set)
     if when_full == "wait":
         gate.set()
     run.tables["queue"] = {"size": 2, "when_full": when_full}
@@ -300,8 +304,8 @@ def test_a_full_disk_keeps_lines_and_they_are_written_when_there_is_room(
 
 def test_a_reload_changes_questions_and_sources_and_a_wrong_one_nothing(run: Run) -> None:
     steps = threading.Event(), threading.Event()
-    run.source("hall", bursts(2.0, seconds=4.5), lambda: steps[0].wait(20),
-               bursts(2.0, seconds=4.5), lambda: steps[1].wait(20),
+    run.source("hall", bursts(2.0, seconds=4.5), lambda: steps[0].wait(60),
+               bursts(2.0, seconds=4.5), lambda: steps[1].wait(60),
                bursts(2.0, seconds=4.5))  # fmt: skip
     run.tables["question"] = [{"ask": "One?"}]
     model = FakeModel()
@@ -330,16 +334,19 @@ def test_a_reload_changes_questions_and_sources_and_a_wrong_one_nothing(run: Run
 
 
 def test_a_source_taken_away_while_it_sounds_hands_its_sound_on(run: Run) -> None:
-    done = threading.Event()
-    run.source("hall", bursts(2.0, seconds=2.5), lambda: done.wait(20), pcm(room(0.1)))
-    run.source("garden", lambda: done.wait(20), pcm(room(0.1)))
+    sounding, done = threading.Event(), threading.Event()
+    run.source("hall", bursts(2.0, seconds=2.5), sounding.set, lambda: done.wait(60),
+               pcm(room(0.1)))  # fmt: skip
+    run.source("garden", lambda: done.wait(60), pcm(room(0.1)))
 
     def operate() -> None:
         wait_for(lambda: run.service is not None and run.service.counts is not None
                  and run.file.exists() and "started" in run.file.read_text())  # fmt: skip
+        assert sounding.wait(60)
         del run.tables["source"]["hall"]
+        hall = run.listener_of("hall")
         os.kill(os.getpid(), signal.SIGHUP)
-        time.sleep(0.5)
+        wait_for(hall._stop.is_set)
         done.set()
 
     later(operate)
@@ -352,19 +359,23 @@ def test_a_source_taken_away_while_it_sounds_hands_its_sound_on(run: Run) -> Non
 def test_a_signal_ends_it_in_order_and_what_waits_is_told(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, third_is_on = threading.Event(), threading.Event()
-    model = FakeModel(before=lambda: gate.wait(20))
+    gate, started, third_is_on = threading.Event(), threading.Event(), threading.Event()
+
+    def think() -> None:
+        started.set()
+        gate.wait(60)
 
     def end() -> None:
-        assert third_is_on.wait(20)
+        assert started.wait(60) and third_is_on.wait(60)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
+        wait_for(lambda: run.listener_of("hall")._stop.is_set())
         gate.set()
 
     run.source("hall", bursts(2.0, 6.0, seconds=9.0), bursts(1.0, seconds=1.5), third_is_on.set,
-               lambda: time.sleep(1.5), pcm(room(0.1)))  # fmt: skip
+               lambda: wait_for(lambda: run.listener_of("hall")._stop.is_set()),
+               pcm(room(0.1)))  # fmt: skip
     later(end)
-    assert run.go(model) == 0
+    assert run.go(FakeModel(before=think)) == 0
     sounds = {r["number"]: r["unanswered"] for r in run.records("sound")}
     assert sounds == {1: None, 2: "stopped", 3: "stopped"}  # the third was still on
 
@@ -391,9 +402,14 @@ def received(manager: socket.socket) -> list[str]:
 
 
 def test_the_manager_hears_of_ready_life_and_end(run: Run, manager: socket.socket) -> None:
-    run.source("hall", pcm(room(1.0)), lambda: time.sleep(0.6), pcm(room(0.1)))
+    told: list[str] = []
+
+    def until_alive() -> None:
+        wait_for(lambda: told.extend(received(manager)) or "WATCHDOG=1" in "".join(told))
+
+    run.source("hall", pcm(room(1.0)), until_alive, pcm(room(0.1)))
     run.go(FakeModel())
-    told = received(manager)
+    told += received(manager)
     assert told[0].startswith("READY=1\nSTATUS=0 sounds")
     assert any(message.startswith("WATCHDOG=1\n") for message in told)
     assert told[-1] == "STOPPING=1" or "STOPPING=1" in told
@@ -404,46 +420,65 @@ def test_a_hang_silences_the_watchdog(
     run: Run, manager: socket.socket, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Native code that never returns, in the device or in the model: systemd has to restart us."""
-    monkeypatch.setattr(listener, "_STUCK_S", 0.3)
-    monkeypatch.setattr(service, "_STUCK_S", 0.3)
     monkeypatch.setattr(service, "_TICK_S", 0.02)
-    hang, seen = threading.Event(), []
+    hang, looks, seen = threading.Event(), list[bool](), list[list[str]]()
+    is_alive = Service._is_alive
+
+    def looked(self: Service) -> bool:
+        looks.append(is_alive(self))
+        return looks[-1]
+
+    monkeypatch.setattr(Service, "_is_alive", looked)
 
     def stuck() -> None:
-        hang.wait(20)
+        """Hang, for longer than anything may take as soon as it begins."""
+        assert run.service is not None
+        if what == "source":
+            run.listener_of("hall")._beat -= listener._STUCK_S + 1
+        else:
+            run.service._busy_since = time.monotonic() - service._STUCK_S - 1
+        hang.wait(60)
 
     def look() -> None:
-        time.sleep(1.2)
+        wait_for(lambda: looks and not looks[-1])
         received(manager)
-        time.sleep(0.5)
-        seen.extend(received(manager))
+        n_looks = len(looks)
+        wait_for(lambda: len(looks) >= n_looks + 10)
+        seen.append(received(manager))
         hang.set()
 
-    if what == "source":
-        run.source("hall", pcm(room(1.0)), stuck, pcm(room(0.1)))
-    else:
-        beats = [act for _ in range(40) for act in (lambda: time.sleep(0.05), pcm(room(0.1)))]
-        run.source("hall", bursts(2.0, seconds=5.0), *beats)
+    def beats() -> Iterator[Any]:
+        while not hang.is_set():
+            yield pcm(room(0.1))
+            yield lambda: time.sleep(0.05)
+
+    acts = (pcm(room(1.0)), stuck) if what == "source" else (bursts(2.0, seconds=5.0),)
+    run.source("hall", *acts, pcm(room(0.1)))
+    run.source("garden")
+    run.sources["garden"].acts = beats()  # else nothing would be left to listen to
     later(look)
     run.go(FakeModel(before=stuck if what == "model" else lambda: None))
-    assert not [message for message in seen if "WATCHDOG" in message]
+    [during] = seen
+    assert not [message for message in during if "WATCHDOG" in message]
 
 
-def test_a_source_that_hangs_is_told_and_ends_what_has_no_other(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_hangs_is_told_and_ends_what_has_no_other(run: Run) -> None:
     """PulseAudio's library, when its daemon is killed, waits in itself for ever: without a service
     manager nobody was told that nothing is heard any more.
     """
-    monkeypatch.setattr(listener, "_STUCK_S", 0.5)
     hang = threading.Event()
-    run.source("hall", bursts(2.0, seconds=5.0), lambda: hang.wait(30))
+
+    def stuck() -> None:
+        run.listener_of("hall")._beat -= listener._STUCK_S + 1
+        hang.wait(60)
+
+    run.source("hall", bursts(2.0, seconds=5.0), stuck)
     assert run.go(FakeModel()) == AudioError.exit_code
     assert run.service is not None and run.service.is_abandoned
     hang.set()
     assert len(run.records("sound")) == 1
     [lost] = [r for r in run.records("status") if r["what"] == "source_lost"]
-    assert "gives no sign of life for 0.5 s" in lost["message"]
+    assert "gives no sign of life for 30 s" in lost["message"]
     counts = run.records("report")[-1]["counts"]
     assert counts["source_up"] == {"hall": 0.0}
 
@@ -452,18 +487,20 @@ def test_a_process_that_was_stopped_takes_no_source_for_hanging(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGSTOP, a debugger: the main thread wakes first and sees that nobody moved."""
-    monkeypatch.setattr(listener, "_STUCK_S", 0.3)
-    monkeypatch.setattr(service, "_LATE_S", 0.4)
-    sleep, stopped = time.sleep, threading.Event()
+    sleep, clock, waits, went_on = time.sleep, time.monotonic, list[float](), threading.Event()
 
     def stop_once(seconds: float) -> None:
         sleep(seconds)
-        if threading.current_thread() is threading.main_thread() and not stopped.is_set():
-            sleep(0.5)  # the source's thread is stopped as well
-            stopped.set()
+        if threading.current_thread() is threading.main_thread():
+            waits.append(seconds)
+            if len(waits) == 2:  # the main thread has seen it all, and now the others wake
+                went_on.set()
 
     monkeypatch.setattr(service.time, "sleep", stop_once)
-    run.source("hall", pcm(room(1.0)), lambda: stopped.wait(20), bursts(2.0, seconds=5.0))
+    monkeypatch.setattr(
+        service.time, "monotonic", lambda: clock() + (listener._STUCK_S + 1 if waits else 0)
+    )
+    run.source("hall", pcm(room(1.0)), lambda: went_on.wait(60), bursts(2.0, seconds=5.0))
     assert run.go(FakeModel()) == 0
     assert [r["what"] for r in run.records("status")] == ["started", "source_ended", "stopped"]
 
@@ -583,13 +620,13 @@ def test_a_pipe_at_the_pace_of_sound_and_at_twenty_times(
         cwd=ROOT,
     )
     assert process.stdin is not None and process.stdout is not None
-    sounds: list[tuple[float, dict[str, Any]]] = []
+    sounds: list[dict[str, Any]] = []
 
     def read() -> None:
         for line in process.stdout or ():
             record = json.loads(line)
             if record["event"] == "sound":
-                sounds.append((time.monotonic(), record))
+                sounds.append(record)
             started.set()
 
     started = threading.Event()
@@ -604,13 +641,13 @@ def test_a_pipe_at_the_pace_of_sound_and_at_twenty_times(
         process.stdin.write(samples[start : start + size].tobytes())
         process.stdin.flush()
         time.sleep(max(0.0, begin + (start + size) / RATE_HZ / speed - time.monotonic()))
+    if speed == 1:  # told after the second of silence that ends it, not at the pipe's end
+        wait_for(lambda: sounds)
     process.stdin.close()
     assert process.wait(60) == 0
     reader.join()
-    found = [record for _, record in sorted(sounds, key=lambda sound: sound[1]["number"])]
+    found = sorted(sounds, key=lambda record: int(record["number"]))
     assert [record["start_s"] - 0.1 for record in found] == pytest.approx(at_s, abs=0.05)
     assert {record["unanswered"] for record in found} <= (
         {None} if speed == 1 else {None, "queue_full"}
     )
-    if speed == 1:  # told a moment after the second of silence that ends it, not at the pipe's end
-        assert sounds[0][0] - begin < seconds

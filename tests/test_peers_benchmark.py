@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import sys
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import peer_models, peer_workers, peers, roofline
+from benchmarks import gguf_files, peer_models, peer_workers, peers, roofline, turns
 from benchmarks.peer_models import QWEN3, TINY_QWEN3, TINY_WHISPER, WHISPER
 
 # Figures.
@@ -24,14 +25,14 @@ from benchmarks.peer_models import QWEN3, TINY_QWEN3, TINY_WHISPER, WHISPER
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
     # The machine was twice as slow in the second round: each round's ratio is 0.5.
-    assert peers.median_ratio([1, 2, 1], [2, 4, 2]) == 0.5
-    assert peers.median_ratio([1, 9, 3], [1, 3, 2]) == 1.5
+    assert turns.median_ratio([1, 2, 1], [2, 4, 2]) == 0.5
+    assert turns.median_ratio([1, 9, 3], [1, 3, 2]) == 1.5
 
 
 def test_every_contender_begins_a_round() -> None:
-    assert [peers.rotated("abc", by)[0] for by in range(4)] == ["a", "b", "c", "a"]
-    assert peers.rotated("abc", 2) == ["c", "a", "b"]
-    assert peers.rotated([], 3) == []
+    assert [turns.rotated("abc", by)[0] for by in range(4)] == ["a", "b", "c", "a"]
+    assert turns.rotated("abc", 2) == ["c", "a", "b"]
+    assert turns.rotated([], 3) == []
 
 
 def test_encoders_are_compared_with_the_baseline_and_with_ours() -> None:
@@ -88,9 +89,9 @@ def test_a_question_is_compared_with_the_sum_of_the_peers_parts() -> None:
 def test_what_others_compute_is_read_from_proc() -> None:
     #      user nice system idle iowait irq softirq steal guest guest_nice
     stat = "cpu  100 20 3 5000 600 7 8 9 100 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
-    assert peers.busy_jiffies(stat) == 100 + 20 + 3 + 7 + 8 + 9
+    assert turns.busy_jiffies(stat) == 100 + 20 + 3 + 7 + 8 + 9
     process = "42 (a name) with) spaces) S 1 42 42 0 -1 4194304 99 0 0 0 170 30 5 6 20 0 3 0 1"
-    assert peers.process_jiffies(process) == 200
+    assert turns.process_jiffies(process) == 200
 
 
 # What is there to run.
@@ -116,7 +117,7 @@ def test_contenders_workers_models_and_modules_know_each_other() -> None:
     assert {*peers.ENCODER_BASELINES, *peers.DECODER_BASELINES} <= set(names)
 
 
-@pytest.mark.parametrize("module", [peer_models, peer_workers])
+@pytest.mark.parametrize("module", [gguf_files, peer_models, peer_workers])
 def test_what_peers_run_imports_only_numpy_at_once(module: Any) -> None:
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     found = set()
@@ -126,7 +127,50 @@ def test_what_peers_run_imports_only_numpy_at_once(module: Any) -> None:
         elif isinstance(node, ast.ImportFrom):
             found.add(str(node.module))
     foreign = {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
-    assert foreign <= {"numpy", "numpy.typing", "benchmarks.peer_models"}
+    ours = {"benchmarks.gguf_files", "benchmarks.peer_models"}
+    assert foreign <= {"numpy", "numpy.typing", *ours}
+
+
+# Turns.
+
+
+def test_engines_take_turns_after_a_round_that_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "SETTLE_S", 0)
+    asked: list[str] = []
+
+    def engine(name: str) -> turns.Here:
+        def answer(request: dict[str, Any]) -> dict[str, Any]:
+            asked.append(f"{name}{request['seed']}")
+            return {"of": request["of"], "round": request["seed"]}
+
+        return turns.Here(answer)
+
+    engines = {name: engine(name) for name in "abc"}
+    found = turns.race(engines, 2, {name: {"of": name} for name in "abc"})
+    assert asked == ["a0", "b0", "c0", "b1", "c1", "a1", "c2", "a2", "b2"]
+    assert found == {name: [{"of": name, "round": n} for n in (1, 2)] for name in "abc"}
+    assert [len(one.others_cores) for one in engines.values()] == [2, 2, 2]
+    engines["b"].others_cores[1] = 0.75
+    assert turns.busiest(engines.values()) >= 0.75 and turns.busiest([]) == 0.0
+
+
+def test_an_engine_that_fails_is_left_out_or_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "SETTLE_S", 0)
+
+    def fails(request: dict[str, Any]) -> dict[str, Any]:
+        if request["seed"] == 1:
+            raise turns.WorkerError("no luck")
+        return request
+
+    engines = {"bad": turns.Here(fails), "good": turns.Here(lambda request: request)}
+    lost: dict[str, str] = {}
+    found = turns.race(engines, 2, lost=lambda name, error: lost.update({name: str(error)}))
+    assert found == {"good": [{"seed": 1}, {"seed": 2}]}
+    assert lost == {"bad": "no luck"}
+    with pytest.raises(turns.WorkerError, match="no luck"):
+        turns.race(engines, 2)
 
 
 # Lines.
@@ -181,9 +225,9 @@ def test_nan_is_no_answer() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
     code = "import sys; print('{\"peak_rss_bytes\": 1}', flush=True); input(); sys.exit('no luck')"
-    process = peers.WorkerProcess([sys.executable, "-c", code], tmp_path / "log.txt", 1, 30)
+    process = turns.WorkerProcess([sys.executable, "-c", code], tmp_path / "log.txt", 1, 30)
     process.wait_until_loaded()
-    with pytest.raises(peers.WorkerError, match="no luck"):
+    with pytest.raises(turns.WorkerError, match="no luck"):
         process.ask({"seed": 1})
     process.close()
 
@@ -192,8 +236,8 @@ def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
 def test_a_worker_that_a_signal_ends_is_not_blamed_with_its_last_line(tmp_path: Path) -> None:
     """llama.cpp built for AMX died of it, and the table said: left out, load_tensors."""
     code = "import os, sys; print('loaded', file=sys.stderr, flush=True); os.kill(os.getpid(), 4)"
-    process = peers.WorkerProcess([sys.executable, "-c", code], tmp_path / "log.txt", 1, 30)
-    with pytest.raises(peers.WorkerError, match="SIGILL"):
+    process = turns.WorkerProcess([sys.executable, "-c", code], tmp_path / "log.txt", 1, 30)
+    with pytest.raises(turns.WorkerError, match="SIGILL"):
         process.wait_until_loaded()
     process.close()
 
@@ -263,6 +307,41 @@ def test_whisper_cpp_s_file_is_as_long_as_its_header_says(tmp_path: Path) -> Non
     assert names == [name for name, _, _ in peer_models.whisper_cpp_tensors(TINY_WHISPER)]
     assert json.loads((target / "made.json").read_text())["size"]["d_model"] == 64
     assert [path.name for path in target.parent.iterdir()] == ["whisper"]
+
+
+def test_a_gguf_file_says_what_its_decoder_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both writers, as the package gguf is told; llama.cpp was shown the files by hand."""
+    told: dict[str, Any] = {}
+
+    class Writer:
+        def __init__(self, path: Path, architecture: str) -> None:
+            told["architecture"] = architecture
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *values: told.setdefault(name, []).extend(values)
+
+    kinds = types.SimpleNamespace(NORMAL=1, CONTROL=3)
+    module = types.SimpleNamespace(GGUFWriter=Writer, TokenType=kinds)
+    monkeypatch.setitem(sys.modules, "gguf", module)
+    peer_models._gguf(TINY_QWEN3, Path("f16.gguf"))
+    assert told["architecture"] == "qwen3"
+    assert told["add_head_count"] == [4] and told["add_head_count_kv"] == [2]
+    assert told["add_key_length"] == told["add_rope_dimension_count"] == [64]
+    assert told["add_context_length"] == [4_096] and told["add_vocab_size"] == [2_048]
+    assert told["add_file_type"] == [1]
+    names, arrays = told["add_tensor"][::2], told["add_tensor"][1::2]
+    found = [(name, array.shape) for name, array in zip(names, arrays, strict=True)]
+    assert found == [*peer_models.qwen3_tensors(TINY_QWEN3)]
+    assert {array.dtype.name for array in arrays if array.ndim == 2} == {"float16"}
+    told.clear()
+    size = {"max_positions": 8, "hidden_size": 4, "n_layers": 0, "ffn_size": 4, "n_heads": 2}
+    size |= {"n_kv_heads": 1, "head_dim": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    gguf_files.write_gguf(
+        Path("f32.gguf"), "llama", size, [], tokenizer="smollm", tokens=["a", "<e>"], merges=[],
+        control={1}, end_id=1,
+    )  # fmt: skip
+    assert told["add_token_types"] == [[1, 3]] and told["add_eos_token_id"] == [1]
+    assert told["add_file_type"] == [0] and told["add_tokenizer_pre"] == ["smollm"]
 
 
 def test_rows_of_a_tiny_decoder_fill_blocks_of_256() -> None:

@@ -31,9 +31,9 @@ from tinygiant.runtime.bundle import Bundle, Manifest
 from tinygiant.runtime.decoder import LEAST_PROMPT, PREFILL_TOKENS, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import BundleError, UsageError
+from tinygiant.runtime.loading import load
 from tinygiant.runtime.ort.memory import least_bytes
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
-from tinygiant.runtime.pipeline import load
 
 Array = NDArray[np.float32]
 SETTINGS = SessionSettings(threads=1, spin=False)

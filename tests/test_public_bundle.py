@@ -197,7 +197,7 @@ def test_a_second_question_reads_the_sound_no_more(world: World, model: TinyGian
         parts = model._compose(asked, [prepared.projections])
         from tinygiant.runtime.audio import read_audio
 
-        logits = model._prefill(decoder, parts, asked, [read_audio(clip)])
+        logits = model._prefix.prefill(decoder, parts, asked, [read_audio(clip)], keep=True)
         assert fed == []  # the audio rows' keys and values were kept
         whole = decoder.cache.length
         decoder.truncate(0)

@@ -490,8 +490,8 @@ def test_what_all_prompts_begin_with_is_read_once(
     n_first, read[:] = sum(read), []
     second = model.ask(sound, "What?", max_new_tokens=1, raw=True)
     assert n_first == first.tokens.prompt == second.tokens.prompt
-    assert model._prefix is not None
-    [fixed, _], _ = model._prefix  # type: ignore[misc]
+    assert model._prefix.kept is not None
+    [fixed, _], _ = model._prefix.kept  # type: ignore[misc]
     assert sum(read) == first.tokens.prompt - sum(map(len, fixed))
     assert (
         second.raw_text

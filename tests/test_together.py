@@ -37,6 +37,7 @@ from tinygiant.runtime import (
 from tinygiant.runtime.batch import Batch, BatchedDecoder, Trials
 from tinygiant.runtime.decoder import BindableGraph, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.many import PARALLEL
 from tinygiant.runtime.ort import pool
 from tinygiant.runtime.ort.machine import Machine
 from tinygiant.runtime.ort.memory import how_many
@@ -397,7 +398,7 @@ def test_where_there_are_no_batches(
     assert tiny.batch(2) is not None
     assert tiny.batch(1) is None
     default = tiny.batch()
-    assert default is not None and default.size == pipeline.PARALLEL
+    assert default is not None and default.size == PARALLEL
     wanted = [one_at_a_time(tiny, query) for query in queries[:4]]
     low = load(tiny_bundle, threads=1, memory="low")
     assert low.batch(4) is None

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from ..asking import AskOptions
+    from ..asking import AskOptions, Clips
     from ..audio import Audio
-    from ..pipeline import Clips, TinyGiant
+    from ..pipeline import TinyGiant
     from .terminal import Progress, Style
 
 __all__ = ["main"]
@@ -179,7 +179,7 @@ def _style(options: argparse.Namespace) -> Style:
 
 
 def _load(options: argparse.Namespace, progress: Progress) -> TinyGiant:
-    from ..pipeline import load
+    from ..loading import load
 
     model = load(
         options.bundle,

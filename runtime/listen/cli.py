@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
 
     # Imported here, so that --help and wrong settings need no model.
-    from ..pipeline import load
+    from ..loading import load
     from .listener import voice_of
     from .service import Service
 

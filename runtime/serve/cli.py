@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
             )
 
     # Imported here: these need the extra, and --help does not.
-    from ..pipeline import load
+    from ..loading import load
     from .app import HttpOptions
     from .server import serve
     from .service import Limits
