@@ -22,7 +22,7 @@ from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import TinyGiantError, VerificationError
-from tinygiant.runtime.loading import load
+from tinygiant.runtime.loading import Memory, load
 from tinygiant.runtime.ort.pool import GraphPool
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.pipeline import TinyGiant

@@ -431,7 +431,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "prompts: a slot that moves leaves the second graph behind",
         "runtime/batch.py",
         "self.cache.move(buffers)\n        self._bind()",
-        "self.cache.move(buffers)\n        self._binding = bind_kv(self._graph, [*self.cache.buffers()])",
+        "self.cache.move(buffers)\n        self._prompts = None",
         ("tests/test_prompt_graph.py",),
     ),
     Mutant(
