@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 # Families whose published checkpoint has an option of its own.
-_PUBLISHED = {"mizar": "Mizar-159M", "mellow": "Mellow"}
+_PUBLISHED = {"mizar": "Mizar-159M", "mellow": "Mellow", "ultravox": "Ultravox v0.5 1B"}
+_OPTIONS = ", ".join(f"--{name}" for name in _PUBLISHED)
 
 DEBUG_VARIABLE = "TINYGIANT_DEBUG"
 
@@ -48,6 +49,7 @@ examples:
     --clap larger_clap_general --qwen3 Qwen3-0.6B --projector projector.safetensors -o bundles/full
   tg-export --mizar stage3_q4_seed20260905.ckpt --tokenizer SmolLM2-135M -o bundles/mizar
   tg-export --mellow soham97/mellow --allow-download -o bundles/mellow
+  tg-export --ultravox model.safetensors --llama Llama-3.2-1B-Instruct -o bundles/ultravox
 
 recipes: fp32 (exact), int8 (8-bit weights), int8-b128 (in larger blocks: faster), int8-rows (8-bit
   weights and activations: reads prompts fastest; needs VNNI, or Arm's dot product), int4 (4-bit
@@ -145,22 +147,26 @@ def _source(options: argparse.Namespace) -> Model:
     )
     if sum(ways) != 1:
         raise UsageError(
-            "no model is given, or several; give one: a CHECKPOINT, or --mizar or --mellow, or "
+            f"no model is given, or several; give one: a CHECKPOINT, or one of {_OPTIONS}, or "
             "--preset with --random-weights, or the parts --whisper, --htsat and --qwen3; see "
             "tg-export --help"
         )
     if options.allow_download and not published:
-        raise UsageError("--allow-download goes with --mizar or --mellow; leave it out")
+        raise UsageError(f"--allow-download goes with one of {_OPTIONS}; leave it out")
+    if options.llama is not None and published != ["ultravox"]:
+        raise UsageError("--llama goes with --ultravox; leave it out")
     tokenizer = None if options.tokenizer is None else Path(options.tokenizer)
     if published:
         if options.audio_context is not None:
             raise UsageError("--audio-context is fixed in a published model; leave it out")
         from tinygiant.models.family import family
 
+        llama = {} if options.llama is None else {"language_model": Path(options.llama)}
         return family(published[0]).open(
             Path(getattr(options, published[0])),
             tokenizer=tokenizer,
             allow_download=options.allow_download,
+            **llama,
         )
     if options.checkpoint is not None:
         if options.audio_context is not None:
@@ -224,9 +230,13 @@ def _parser() -> argparse.ArgumentParser:
         help="allow downloads of missing files from the Hugging Face Hub; else nothing is fetched",
     )  # fmt: skip
     add(
+        "--llama", metavar="DIR",
+        help="folder of Llama-3.2-1B-Instruct from Hugging Face, for --ultravox",
+    )  # fmt: skip
+    add(
         "--tokenizer", metavar="PATH",
-        help="tokenizer.json or its folder: SmolLM2-135M's for --mizar and --mellow; for random "
-        "weights any (default: bytes)",
+        help="tokenizer.json or its folder: SmolLM2-135M's for --mizar, --mellow; --ultravox has "
+        "that of --llama; for random weights any (default: bytes)",
     )  # fmt: skip
     add("--whisper", metavar="DIR", help="Whisper folder from Hugging Face")
     add("--htsat", metavar="PATH", help="CLAP folder, or an original HTS-AT .ckpt")

@@ -37,6 +37,7 @@ __all__ = [
     "PROMPT_BLOCKS",
     "ROTATION",
     "DecoderSpec",
+    "RopeScaling",
     "TensorSource",
     "build_decoder",
 ]
@@ -56,10 +57,46 @@ _CONTRIB = "com.microsoft"
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretched rotary positions, under transformers' names (``rope_type: llama3``).
+
+    The model was first trained on ``original_max_position_embeddings`` positions. Frequencies that
+    turn less than ``low_freq_factor`` times in them are divided by ``factor``, those that turn more
+    than ``high_freq_factor`` times are kept; in between the two are mixed.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    @classmethod
+    def of(cls, rotary: Mapping[str, Any]) -> RopeScaling | None:
+        """The scaling in a configuration's rotary parameters; None if it is not of this kind."""
+        if _rope_type(rotary) != "llama3":
+            return None
+        return cls(**{item.name: rotary[item.name] for item in dataclasses.fields(cls)})
+
+    def applied(self, frequencies: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Radians a position, ``(n,)`` -> ``(n,)``."""
+        turns = frequencies * np.float32(self.original_max_position_embeddings / (2 * np.pi))
+        width = self.high_freq_factor - self.low_freq_factor
+        kept = np.clip((turns - np.float32(self.low_freq_factor)) / np.float32(width), 0, 1)
+        stretched = frequencies / np.float32(self.factor)
+        scaled: npt.NDArray[np.float32] = (1 - kept) * stretched + kept * frequencies
+        return scaled
+
+
+def _rope_type(rotary: Mapping[str, Any]) -> str:
+    return str(rotary.get("rope_type", rotary.get("type", "default")))
+
+
+@dataclass(frozen=True)
 class DecoderSpec(DecoderConfig):
     """The sizes that the graph is built from: the runtime's, and those inside of it.
 
     ``qk_norm``: queries and keys are normalised head by head, as in Qwen3; Llama has no such norms.
+    ``rope_scaling``: how Llama 3.1 and later stretch rotary positions; None: not at all.
     """
 
     n_heads: int = field(kw_only=True)
@@ -67,6 +104,7 @@ class DecoderSpec(DecoderConfig):
     rms_norm_eps: float = field(kw_only=True)
     rope_theta: float = field(kw_only=True)
     qk_norm: bool = field(kw_only=True)
+    rope_scaling: RopeScaling | None = field(kw_only=True, default=None)
 
     @classmethod
     def of(cls, config: DecoderConfig, upstream: PretrainedConfig) -> DecoderSpec:
@@ -74,7 +112,8 @@ class DecoderSpec(DecoderConfig):
 
         Raises:
             CheckpointError: it has something that the graph lacks: biases, another activation,
-                scaled rotary positions, a family that is neither Qwen3 nor Llama.
+                rotary positions scaled in another way than Llama 3's, a family that is neither
+                Qwen3 nor Llama.
         """
         kind = upstream.model_type
         if kind not in _QK_NORM:
@@ -91,8 +130,8 @@ class DecoderSpec(DecoderConfig):
                 (f"its activation is {upstream.hidden_act}", upstream.hidden_act != "silu"),
                 (f"its heads have {config.head_dim} features", config.head_dim % 16 != 0),
                 (
-                    "rotary positions are scaled",
-                    rotary.get("rope_type", rotary.get("type", "default")) != "default",
+                    f"rotary positions are scaled the way {_rope_type(rotary)}",
+                    _rope_type(rotary) not in ("default", "llama3"),
                 ),
             )
             if wrong
@@ -109,6 +148,7 @@ class DecoderSpec(DecoderConfig):
             rms_norm_eps=upstream.rms_norm_eps,
             rope_theta=rope_theta(upstream),
             qk_norm=_QK_NORM[kind],
+            rope_scaling=RopeScaling.of(rotary),
         )
 
 
@@ -210,6 +250,8 @@ def _rotary_caches(
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponents
+    if config.rope_scaling is not None:
+        frequencies = config.rope_scaling.applied(frequencies)
     angles = np.outer(np.arange(config.max_positions, dtype=np.float32), frequencies)
     return np.cos(angles), np.sin(angles)
 

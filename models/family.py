@@ -120,6 +120,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "tinygiant.models.mellow",
                 "v0.ckpt or v0_s.ckpt of soham97/mellow, and SmolLM2-135M's tokenizer.json",
             ),
+            Family(
+                "ultravox",
+                "tinygiant.models.ultravox",
+                "the .safetensors of fixie-ai/ultravox-v0_5-llama-3_2-1b, and the folder of "
+                "Llama-3.2-1B-Instruct",
+            ),
         )
     }
 )

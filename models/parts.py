@@ -34,7 +34,14 @@ from .features import ClapFeatures
 from .tensors import PrefixedTensors, load_into, open_tensors, read_json, undrawn_weights
 from .tinygiant import COMPONENTS, TinyGiantALM, build_component
 
-__all__ = ["PROJECTOR_CONFIG_KEY", "Parts", "assemble", "load_part", "parts_config"]
+__all__ = [
+    "PROJECTOR_CONFIG_KEY",
+    "Parts",
+    "assemble",
+    "config_fields",
+    "load_part",
+    "parts_config",
+]
 
 # Where a projector file keeps its configuration: the header's metadata, as JSON.
 PROJECTOR_CONFIG_KEY = "projector_config"
@@ -76,7 +83,7 @@ def parts_config(parts: Parts) -> TinyGiantConfig:
     clap, anchor_features = (None, event_features)
     if parts.clap is not None:
         clap, anchor_features = _tower_config(parts.clap)
-    qwen3 = Qwen3Config(**_config_fields(parts.qwen3, "qwen3"))
+    qwen3 = Qwen3Config(**config_fields(parts.qwen3, "qwen3"))
     tokenizer = read_json(parts.qwen3 / "tokenizer.json")
     ids = {
         token["content"]: token["id"]
@@ -95,7 +102,7 @@ def parts_config(parts: Parts) -> TinyGiantConfig:
     config = dataclasses.replace(
         full,
         name=f"tinygiant-{parts.qwen3.resolve().name}",
-        whisper=upstream_fields(WhisperConfig(**_config_fields(parts.whisper, "whisper"))),
+        whisper=upstream_fields(WhisperConfig(**config_fields(parts.whisper, "whisper"))),
         htsat=upstream_fields(htsat),
         clap=None if clap is None else upstream_fields(clap),
         decoder=upstream_fields(qwen3),
@@ -226,7 +233,7 @@ def _tower_config(path: Path) -> tuple[ClapAudioConfig, ClapFeatures]:
         tensors = PrefixedTensors(open_tensors(path), "sed_model.")
         return htsat_config(tensors, str(path)), _HTSAT_FEATURES
     folder = path if path.is_dir() else path.parent
-    fields = _config_fields(folder, "clap", "clap_audio_model")
+    fields = config_fields(folder, "clap", "clap_audio_model")
     config = ClapAudioConfig(**fields.get("audio_config", fields))
     if config.enable_fusion:
         raise CheckpointError(
@@ -257,7 +264,12 @@ def _part_of(
     )
 
 
-def _config_fields(folder: Path, *model_types: str) -> dict[str, Any]:
+def config_fields(folder: Path, *model_types: str) -> dict[str, Any]:
+    """The ``config.json`` of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: there is none, or it is of none of ``model_types``.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a Hugging Face checkpoint")
     fields = read_json(folder / "config.json")

@@ -42,6 +42,7 @@ __all__ = [
     "TinyGiantSource",
     "byte_tokenizer",
     "open_checkpoint",
+    "weight_files",
 ]
 
 # In a checkpoint's folder, optional: the training data of the model, and its limits.
@@ -151,7 +152,7 @@ class PartsSource(TinyGiantSource):
         """See :class:`TinyGiantSource`; reads every weights file."""
         parts = self._parts
         paths = (parts.whisper, parts.htsat, parts.clap, parts.qwen3, parts.projector)
-        digest = sha256([file for path in paths if path for file in _weight_files(path)])
+        digest = sha256([file for path in paths if path for file in weight_files(path)])
         if parts.projector is None:
             return SourceEntry(self.details.name, digest, "seeded-random", self._seed)
         return SourceEntry(self.details.name, digest, "trained", None)
@@ -267,7 +268,8 @@ def _read_text(path: Path) -> str:
         raise CheckpointError(f"{path}: not readable as text ({error})") from error
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The files with weights in a folder, sorted; a file is its own."""
     if path.is_file():
         return [path]
     kinds = ("*.safetensors", "*.bin", "*.pt", "*.ckpt")

@@ -27,7 +27,7 @@ from tinygiant.runtime.preprocess import Chunk
 from .config import CLAP, EVENT, TEMPORAL, TinyGiantConfig
 from .projector import Projector
 
-__all__ = ["COMPONENTS", "TinyGiantALM", "build", "build_component"]
+__all__ = ["COMPONENTS", "TinyGiantALM", "build", "build_component", "whisper_steps"]
 
 
 class TinyGiantALM(nn.Module):
@@ -105,18 +105,26 @@ def encode_temporal(
 ) -> Tensor:
     """Whisper's encoder on any number of frames, average-pooled to audio tokens.
 
+    ``(B, n_mels, F)`` -> ``(B, F / 2 / steps_per_token, hidden)``.
+    """
+    hidden = whisper_steps(whisper, input_features)
+    pooled: Tensor = hidden.unflatten(1, (-1, steps_per_token)).mean(2)
+    return pooled
+
+
+def whisper_steps(whisper: WhisperEncoder, input_features: Tensor) -> Tensor:
+    """Whisper's encoder on any number of frames: ``(B, n_mels, F)`` -> ``(B, ceil(F / 2), D)``.
+
     ``WhisperEncoder.forward`` insists on whole 30 s windows; a shorter input is the same
     computation with fewer positions.
-    ``(B, n_mels, F)`` -> ``(B, F / 2 / steps_per_token, hidden)``.
     """
     hidden = F.gelu(whisper.conv1(input_features))
     hidden = F.gelu(whisper.conv2(hidden)).transpose(1, 2)
     hidden = hidden + whisper.embed_positions.weight[: hidden.shape[1]]
     for layer in whisper.layers:
         hidden = _whisper_layer(layer, hidden)
-    hidden = whisper.layer_norm(hidden)
-    pooled: Tensor = hidden.unflatten(1, (-1, steps_per_token)).mean(2)
-    return pooled
+    out: Tensor = whisper.layer_norm(hidden)
+    return out
 
 
 def _whisper_layer(layer: Any, hidden: Tensor) -> Tensor:

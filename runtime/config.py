@@ -102,6 +102,11 @@ class LogMel:
         """Frames of ``duration_s`` seconds."""
         return round(duration_s * self.sampling_rate_hz) // self.hop_length + self.last_frame
 
+    def frames_that_hold(self, duration_s: float) -> int:
+        """The fewest whole frames with all of ``duration_s`` seconds, and enough to transform."""
+        fewest = self.n_fft // 2 // self.hop_length + 1  # so many let the edges be mirrored
+        return max(_ceil(duration_s * self.sampling_rate_hz / self.hop_length), fewest)
+
 
 @dataclass(frozen=True)
 class Waveform:
@@ -155,7 +160,8 @@ class EncoderConfig:
     """One encoder: a graph from the features of a window of sound to ``outputs``.
 
     Windows of ``window_s`` seconds tile a chunk; those without sound are not run. Where
-    ``variable_length``, the graph takes fewer frames too and gives as many rows as they hold.
+    ``variable_length``, the graph takes fewer frames too and gives as many rows as they hold; with
+    ``partial_rows`` it takes any number, and its last row stands for the frames that are left.
     """
 
     graph: str
@@ -164,6 +170,7 @@ class EncoderConfig:
     outputs: tuple[EncoderOutput, ...]
     variable_length: bool = False
     input: str = "input_features"
+    partial_rows: bool = False
 
     @property
     def n_frames(self) -> int:
@@ -351,9 +358,9 @@ class ModelConfig:
     Its clock: ``rows_per_chunk`` rows of the decoder's input stand for ``chunk_s`` seconds. What a
     clip has beyond them becomes further ``chunks``, or is ``dropped`` and reported. With
     ``audio_context`` ``full``, every chunk has all its rows; with ``clip``, encoders of variable
-    length see the clip plus ``clip_margin_s`` of silence, and only rows that hold sound reach the
-    decoder. Log-likelihoods of choices are divided by ``choice_temperature``, fitted so that their
-    probabilities are as often right as they say.
+    length see the clip plus ``clip_margin_s`` of silence (those of partial rows the clip alone),
+    and only rows that hold sound reach the decoder. Log-likelihoods of choices are divided by
+    ``choice_temperature``, fitted so that their probabilities are as often right as they say.
     """
 
     name: str
@@ -405,7 +412,11 @@ class ModelConfig:
 
     @property
     def row_s(self) -> float:
-        """Seconds of sound that one audio row stands for."""
+        """Seconds of sound that one audio row stands for; the last row of a chunk may hold less."""
+        for encoder in self.encoders:
+            if encoder.partial_rows:
+                frame_s = encoder.window_s / encoder.n_frames
+                return self._frames_per_row(encoder) * frame_s
         return self.chunk_s / self.rows_per_chunk
 
     def audio_rows(self, duration_s: float) -> int:
@@ -418,13 +429,23 @@ class ModelConfig:
         """Feature frames that ``encoder`` sees of a window in a chunk of ``duration_s`` seconds."""
         if self.audio_context == "full" or not encoder.variable_length:
             return encoder.n_frames
+        if encoder.partial_rows:
+            assert isinstance(encoder.features, LogMel)
+            return min(encoder.features.frames_that_hold(duration_s), encoder.n_frames)
         n_rows = self.audio_rows(duration_s) + self._rows_above(self.clip_margin_s)
         return min(n_rows, self.rows_per_chunk) * (encoder.n_frames // self.rows_per_chunk)
 
     def _rows_above(self, duration_s: float) -> int:
-        # Rounded first: a chunk's remainder in floating point, 30.1 - 30 = 0.1000000000000014,
-        # would have a row too many.
-        return math.ceil(round(duration_s / self.row_s, 6))
+        return _ceil(duration_s / self.row_s)
+
+    def _frames_per_row(self, encoder: EncoderConfig) -> int:
+        return -(-encoder.n_frames // self.rows_per_chunk)
+
+
+def _ceil(count: float) -> int:
+    # Rounded first: a chunk's remainder in floating point, 30.1 - 30 = 0.1000000000000014,
+    # would have a row too many.
+    return math.ceil(round(count, 6))
 
 
 def _composition_problems(config: ModelConfig) -> Iterator[str]:
@@ -442,7 +463,9 @@ def _composition_problems(config: ModelConfig) -> Iterator[str]:
                 yield f"{encoder.graph}.{output.name}: rows have a number, vectors have none"
             elif encoder.variable_length and output.rows not in (None, config.rows_per_chunk):
                 yield f"{encoder.graph}.{output.name}: variable length needs one row an audio row"
-        if encoder.variable_length and (
+        if encoder.partial_rows:
+            yield from _partial_row_problems(encoder, config.rows_per_chunk, windows)
+        elif encoder.variable_length and (
             windows != 1
             or encoder.n_frames % config.rows_per_chunk
             or (isinstance(encoder.features, LogMel) and encoder.features.last_frame)
@@ -469,6 +492,17 @@ def _composition_problems(config: ModelConfig) -> Iterator[str]:
             yield f"{text!r:.40} has no {{choice}}"
     if not config.decoder.stop_token_ids:
         yield "the decoder has no stop token"
+
+
+def _partial_row_problems(encoder: EncoderConfig, n_rows: int, windows: float) -> Iterator[str]:
+    """``n_rows`` are those of a whole window; ``windows`` those of a chunk."""
+    if not encoder.variable_length or windows != 1:
+        yield f"{encoder.graph}: partial rows need variable length and one window a chunk"
+    if not isinstance(encoder.features, LogMel) or encoder.features.last_frame:
+        yield f"{encoder.graph}: partial rows need log-mel features without a last frame"
+    per_row = -(-encoder.n_frames // n_rows)
+    if -(-encoder.n_frames // per_row) != n_rows:
+        yield f"{encoder.n_frames} frames of {encoder.graph} do not fill {n_rows} audio rows"
 
 
 _TOKENS = ("stop_token_ids", "token_ids", "close_id", "padding_id", "hidden_token_ids")

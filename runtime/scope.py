@@ -102,13 +102,13 @@ def longest_clip_s(config: ModelConfig, n_others: int) -> float:
 
     Infinite where the model does not hear what lies beyond its first chunk.
     """
-    n_rows = (config.decoder.max_positions - n_others) // config.n_clips
+    n_rows = max((config.decoder.max_positions - n_others) // config.n_clips, 0)
+    n_chunks, n_rest = divmod(n_rows, config.rows_per_chunk)
     if config.audio_context == "full":
-        n_chunks = max(n_rows, 0) // config.rows_per_chunk
         if n_chunks and config.beyond_chunk == "dropped":
             return math.inf
         return n_chunks * config.chunk_s
-    return max(n_rows, 0) * config.row_s
+    return n_chunks * config.chunk_s + n_rest * config.row_s
 
 
 def _is_latin(text: str) -> bool:
