@@ -276,12 +276,14 @@ class _Builder:
         if config.qk_norm:
             # 0 keeps a dimension of the input: (B, T, heads * head_dim) <-> (B, T, heads, head_dim)
             self._heads = self._constant("shape.heads", np.array([0, 0, -1, config.head_dim]))
-        if config.qk_norm or rotation is not None:
             self._flat = self._constant("shape.flat", np.array([0, 0, -1]))
         if rotation is not None:
             block = rotation.gated.astype(np.float32)
             self._block = self._constant(f"{ROTATION}.gated", block)
-            self._blocks = self._constant("shape.blocks", np.array([0, 0, -1, len(block)]))
+            # All sizes are named: of no rows none can be inferred.
+            blocks = np.array([0, 0, config.ffn_size // len(block), len(block)])
+            self._blocks = self._constant("shape.blocks", blocks)
+            self._rows = self._constant("shape.rows", np.array([0, 0, config.ffn_size]))
 
     def decoder(self) -> list[ir.Value]:
         """Layers, the last one for the asked-for rows, norm, LM head: ``logits``, the presents."""
@@ -450,7 +452,7 @@ class _Builder:
         """``(B, S, F)``, each block of channels multiplied with the rotation's."""
         (blocks,) = self._node("Reshape", f"{name}.blocks", [rows, self._blocks])
         (product,) = self._node("MatMul", name, [blocks, self._block])
-        (result,) = self._node("Reshape", f"{name}.flat", [product, self._flat])
+        (result,) = self._node("Reshape", f"{name}.flat", [product, self._rows])
         return result
 
     def _norm(
