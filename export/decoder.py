@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "RopeScaling",
     "TensorSource",
     "build_decoder",
+    "read_tensors",
 ]
 
 LM_HEAD = "lm_head"
@@ -193,6 +195,24 @@ def build_decoder(
     )
     model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="tinygiant")
     save_graph(model, path)
+
+
+def read_tensors(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a graph that :func:`build_decoder` wrote: one is in memory at a time.
+
+    Names and shapes are again transformers'; a head that was tied to the embeddings is there by
+    itself, and the embeddings are not.
+    """
+
+    found: dict[str, TensorSource] = {}
+    for name, value in ir.load(path).graph.initializers.items():
+        if name.endswith(".weight") and value.const_value is not None:
+            found[name] = partial(_stored, value.const_value)
+    return found
+
+
+def _stored(tensor: ir.TensorProtocol) -> npt.NDArray[np.float32]:
+    return tensor.numpy().T  # products are stored as (in, out)
 
 
 def _layer_shapes(config: DecoderSpec) -> dict[str, tuple[int, ...]]:

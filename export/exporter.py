@@ -45,7 +45,7 @@ from tinygiant.runtime.tokenizer import Tokenizer
 
 from .bundle import staged_folder
 from .card import graph_table, model_card
-from .decoder import OPSET, PROMPT_BLOCKS, DecoderSpec, build_decoder
+from .decoder import OPSET, PROMPT_BLOCKS, DecoderSpec, build_decoder, read_tensors
 from .optimum_encoder import export_with_optimum
 from .quality import Gate, Quality
 from .reference import Reference
@@ -247,48 +247,44 @@ class Draft:
         del part
         self.stage(f"{name}: PyTorch")
         self.reference.run_decoder(decoder)
-        spec, tensors = self._decoder_parts(decoder)
-        self._n_weights = sum(tensor.size for tensor in tensors.values())
-        self.stage(f"{name}: graph")
-        build_decoder(spec, tensors, self._fp32(name))
-        self.stage("embed_tokens")
-        self._write_embeddings(tensors["model.embed_tokens.weight"])
-
-    def _decoder_parts(
-        self, decoder: PreTrainedModel
-    ) -> tuple[DecoderSpec, dict[str, NDArray[np.float32]]]:
-        """What the decoder's graph is built from."""
+        self._spec = DecoderSpec.of(self.config.decoder, decoder.config)
         tensors = {key: tensor.numpy() for key, tensor in decoder.state_dict().items()}
         if decoder.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        return DecoderSpec.of(self.config.decoder, decoder.config), tensors
+        self._n_weights = sum(tensor.size for tensor in tensors.values())
+        self.stage(f"{name}: graph")
+        build_decoder(self._spec, tensors, self._fp32(name))
+        self.stage("embed_tokens")
+        self._write_embeddings(tensors["model.embed_tokens.weight"])
 
-    def _write_rotated_decoder(self, path: Path, prompt_blocks: int = 0) -> None:
-        """The decoder's float32 graph in a rotated basis.
+    def _write_rotated_decoder(self, source: Path, path: Path, prompt_blocks: int = 0) -> None:
+        """The decoder's float32 graph ``source`` in a rotated basis.
 
         With ``prompt_blocks`` the one that reads prompts, so; its keys and values are as they were.
         """
-        spec, tensors = self._decoder_parts(cast(PreTrainedModel, self.source.decoder()))
+        spec = self._spec
         if prompt_blocks:
             rotation = Rotation.of_prompts(spec.hidden_size, spec.ffn_size)
         else:
             rotation = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size)
-        turned = rotated(tensors, spec.n_layers, rotation)
-        build_decoder(spec, turned, path, rotation, prompt_blocks=prompt_blocks)
+        tensors = rotated(read_tensors(source), spec.n_layers, rotation)
+        build_decoder(spec, tensors, path, rotation, prompt_blocks=prompt_blocks)
 
     @property
     def _prompt_graph(self) -> str:
         return f"{self.config.decoder.graph}_prompts"
 
-    def _write_prompt_graph(self, tried: Recipe, peaks: Sequence[KvPeaks] | None) -> GraphReport:
-        """The decoder's graph for prompts."""
+    def _write_prompt_graph(
+        self, source: Path, tried: Recipe, peaks: Sequence[KvPeaks] | None
+    ) -> GraphReport:
+        """The decoder's graph for prompts, from its float32 graph ``source``."""
         assert tried.prompts is not None
-        source = self._fp32(self._prompt_graph)
+        plain = self._fp32(self._prompt_graph)
         self.stage(f"{self._prompt_graph}: {tried.prompts.label}")
         # Over int8 attention goes through a float32 copy, of which every block would be another.
-        self._write_rotated_decoder(source, 1 if peaks else PROMPT_BLOCKS)
+        self._write_rotated_decoder(source, plain, 1 if peaks else PROMPT_BLOCKS)
         target = self._graph_file(self._prompt_graph)
-        return quantize_graph(source, target, tried.prompts, peaks, only_prompts=True)
+        return quantize_graph(plain, target, tried.prompts, peaks, only_prompts=True)
 
     def _part(self, graph: str) -> Part:
         self.stage(f"{graph}: load")
@@ -353,10 +349,10 @@ class Draft:
             plain = source
             if scheme.rotated:
                 plain = self._scratch / "rotated.onnx"
-                self._write_rotated_decoder(plain)
+                self._write_rotated_decoder(source, plain)
             reports = [quantize_graph(plain, target, scheme, peaks, moments)]
             if tried.prompts:
-                reports.append(self._write_prompt_graph(tried, peaks))
+                reports.append(self._write_prompt_graph(source, tried, peaks))
             prompts = self._graph_file(self._prompt_graph) if tried.prompts else None
             quality = gate.judge(target, embeddings, tried, prompts)
             missed = quality.missed(tried.quality)

@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.model_stub import small_qwen3
 from tests.test_decoder_graph import CONFIG, Runner
-from tinygiant.export.decoder import build_decoder
+from tinygiant.export.decoder import build_decoder, read_tensors
 from tinygiant.export.rotation import Rotation, block_rotation, random_rotation, rotated
 from tinygiant.quantize import Scheme, quantize_graph
 from tinygiant.quantize.calibration import input_moments
@@ -137,6 +137,24 @@ def test_a_rotated_decoder_is_the_same_function(tmp_path: Path) -> None:
         wanted = model(inputs_embeds=torch.from_numpy(embeds), use_cache=False).logits.numpy()
     found = Runner(path).step(embeds, list(range(9)))
     assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
+
+
+def test_a_graph_gives_its_tensors_back(tmp_path: Path) -> None:
+    """To the bit, so that a decoder rotated from its graph is the one rotated from its source."""
+    model, path = decoder_graph(tmp_path, rotate=False)
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    found = read_tensors(path)
+    assert found.keys() == state.keys() - {"model.embed_tokens.weight"}
+    for name, source in found.items():
+        assert callable(source)
+        np.testing.assert_array_equal(source(), state[name])
+    rotation = Rotation.random(CONFIG.hidden_size, CONFIG.head_dim, CONFIG.ffn_size)
+    for name, tensors in (("a", found), ("b", state)):
+        (tmp_path / name).mkdir()
+        target = tmp_path / name / "decoder_model.onnx"
+        build_decoder(CONFIG, rotated(tensors, CONFIG.n_layers, rotation), target, rotation)
+    for one, other in zip(*(sorted((tmp_path / n).iterdir()) for n in "ab"), strict=True):
+        assert one.name == other.name and one.read_bytes() == other.read_bytes()
 
 
 def test_rotations_are_orthogonal_and_spread_a_channel() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import MUTANTS
 from tinygiant import runtime
 from tinygiant.runtime import errors
 
@@ -372,6 +373,17 @@ def test_every_module_of_the_runtime_loads_without_the_heavy_libraries() -> None
 def test_an_answer_loads_no_heavy_library(tiny_bundle: Path) -> None:
     ask = f"load({str(tiny_bundle)!r}).ask({str(CLIP)!r}, 'What is heard?', max_new_tokens=4)"
     assert blocked(f"from tinygiant.runtime import load\nassert {ask}.raw_text") == "[] []"
+
+
+# --- mutants -----------------------------------------------------------------------------------
+
+
+def test_every_mutant_fits_the_code_and_names_tests_that_exist() -> None:
+    """``make mutants`` takes an hour; that one has rotted is to be known at once."""
+    assert [problem for mutant in MUTANTS if (problem := mutant.problem(ROOT))] == []
+    for name in {test for mutant in MUTANTS for test in mutant.tests}:
+        file, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / file).read_text(encoding="utf-8")
 
 
 # --- documents ---------------------------------------------------------------------------------
