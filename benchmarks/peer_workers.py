@@ -299,12 +299,18 @@ class OurDecoder(RuntimeDecoder):
 
         bundle = Bundle.open(settings.model, verify=False)
         self._pool = GraphPool(bundle, SessionSettings(threads=settings.threads))
-        config = bundle.config.decoder
+        config, prompt_graph = bundle.config.decoder, bundle.manifest.prompt_graph
         with self._pool.use(config.graph) as graph:
             pass
+        prompts = None
+        if prompt_graph:
+            with self._pool.use(prompt_graph) as prompts:
+                pass
         embeddings, kv_type = TokenEmbeddings.open(bundle), bundle.manifest.kv_cache
         super().__init__(
-            lambda capacity: Decoder(graph, embeddings, config, capacity, kv_type=kv_type),
+            lambda capacity: Decoder(
+                graph, embeddings, config, capacity, kv_type=kv_type, prompts=prompts
+            ),
             config.vocab_size,
         )
 

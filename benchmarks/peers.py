@@ -102,6 +102,7 @@ CONTENDERS = (
     Contender("torch-fp32-encoder", "encoder", "torch-encoder", _TORCH),
     Contender("our-decoder", "decoder", "our-decoder", _OURS),
     Contender("our-decoder-int8", "decoder", "our-decoder", _OURS),
+    Contender("our-decoder-prompts", "decoder", "our-decoder", _OURS),
     Contender("llama.cpp-q8_0", "decoder", "llama.cpp", ("llama_cpp",), "qwen3-q8_0"),
     Contender("llama.cpp-q8_0-flash", "decoder", "llama.cpp-flash", ("llama_cpp",), "qwen3-q8_0"),
     Contender("llama.cpp-q4_0", "decoder", "llama.cpp", ("llama_cpp",), "qwen3-q4_0"),
@@ -129,13 +130,20 @@ CONTENDERS = (
     Contender("our-question-clip", "question", "our-question", _OURS),
 )
 # Which option gives the bundle, where it is not --bundle.
-_OTHER_BUNDLES = {"our-question-clip": "clip-bundle", "our-decoder-int8": "int8-bundle"}
+_OTHER_BUNDLES = {
+    "our-question-clip": "clip-bundle",
+    "our-decoder-int8": "int8-bundle",
+    "our-decoder-prompts": "prompts-bundle",
+}
 _NAMES = [contender.name for contender in CONTENDERS]
 ENCODER_BASELINES = ("ctranslate2-int8",)
 DECODER_BASELINES = ("llama.cpp-q4_0", "llama.cpp-q4_0-flash")
-# What decoders of 8 bits are compared with.
-DECODER_BASELINES_8 = ("llama.cpp-q8_0", "llama.cpp-q8_0-flash")
-_OF_8_BITS = ("our-decoder-int8", *DECODER_BASELINES_8)
+# What other decoders are compared with: those of 8 bits, and those of int4-gptq's quality.
+_OTHER_BASELINES = {
+    "our-decoder-int8": ("llama.cpp-q8_0", "llama.cpp-q8_0-flash"),
+    "our-decoder-prompts": ("llama.cpp-q4_k_m", "llama.cpp-q4_k_m-flash"),
+}
+BASELINES_OF = {name: peers for ours, peers in _OTHER_BASELINES.items() for name in (ours, *peers)}
 
 
 # Figures: pure functions of what the workers wrote.
@@ -162,8 +170,8 @@ def summarize_encoders(rounds: Rounds) -> list[Round]:
 def summarize_decoders(rounds: Rounds, prompt_tokens: int, steps: int) -> list[Round]:
     """A row a decoder: tokens a second, and their ratios to the baseline's and to ours.
 
-    Of the baselines the faster one counts, for prefill and decode separately. Decoders of 8 bits
-    have baselines of 8 bits.
+    Of the baselines the faster one counts, for prefill and decode separately. Which they are is a
+    matter of quality: :data:`BASELINES_OF`.
     """
     rates = {
         "prefill": {n: [prompt_tokens / r["prefill_s"] for r in of] for n, of in rounds.items()},
@@ -173,8 +181,7 @@ def summarize_decoders(rounds: Rounds, prompt_tokens: int, steps: int) -> list[R
     for name in rounds:
         row: Round = {"name": name}
         for stage, of in rates.items():
-            baselines = DECODER_BASELINES_8 if name in _OF_8_BITS else DECODER_BASELINES
-            baseline = _best(of, baselines, max)
+            baseline = _best(of, BASELINES_OF.get(name, DECODER_BASELINES), max)
             row[f"{stage}_tokens_per_s"] = statistics.median(of[name])
             row[f"{stage}_range"] = [min(of[name]), max(of[name])]
             row[f"{stage}_of_baseline"] = _ratio(of, name, baseline)
@@ -441,6 +448,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", metavar="DIR", help="a full-size one; with --tiny any")
     parser.add_argument("--clip-bundle", metavar="DIR", help="another, of audio context clip")
     parser.add_argument("--int8-bundle", metavar="DIR", help="another, of an 8-bit recipe")
+    parser.add_argument(
+        "--prompts-bundle", metavar="DIR", help="another: int4-gptq with a graph for prompts"
+    )
     parser.add_argument("--peers-python", type=Path, metavar="PATH")
     parser.add_argument("--models", type=Path, default=Path(".cache/peers"), metavar="DIR")
     parser.add_argument("--rounds", type=int, default=5)

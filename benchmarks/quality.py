@@ -48,7 +48,7 @@ from benchmarks.peer_workers import RuntimeDecoder
 from benchmarks.quality_speed import BASELINE, race_decoders, summarize
 from benchmarks.report import command_line, write_result
 from benchmarks.turns import busy_warning
-from tinygiant.export.decoder import DecoderSpec, TensorSource, build_decoder
+from tinygiant.export.decoder import PROMPT_BLOCKS, DecoderSpec, TensorSource, build_decoder
 from tinygiant.export.quality import log_softmax
 from tinygiant.export.rotation import Rotation, random_rotation, rotated
 from tinygiant.quantize import RECIPES, KvPeaks, Scheme, kv_peaks, quantize_graph, quantize_rows
@@ -72,38 +72,56 @@ _QUESTION = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assis
 _GREEDY_TOKENS = 48
 _N_CALIBRATION, _CALIBRATION_LENGTH = 8, 256
 _COPIES = ("original", "rotated")
-_QUANTIZED = "quantized.onnx"
+_QUANTIZED, _PROMPTS = "quantized.onnx", "prompts.onnx"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantize a decoder, and what is around it."""
+    """A way to quantize a decoder, and what is around it.
+
+    ``for_prompts``: rotated as a graph for prompts is. ``prompts``: the scheme of such a graph
+    beside the decoder.
+    """
 
     scheme: Scheme
     kv_cache: KvType = "fp32"
     embeddings_int8: bool = True
+    for_prompts: bool = False
+    prompts: Scheme | None = None
 
 
 _ROWS = RECIPES["int8-rows"].graphs["decoder"]
-VARIANTS: Mapping[str, Variant] = {
-    name: Variant(recipe.graphs["decoder"], recipe.kv_cache)
-    for name, recipe in RECIPES.items()
-    if name != "fp32"
-} | {
-    "int8-b128-gptq": Variant(
-        Scheme("weight_only", bits=8, block_size=128, calibrated=True), "fp32"
-    ),
-    "int4-b32-gptq": Variant(
-        dataclasses.replace(RECIPES["int4-b32"].graphs["decoder"], calibrated=True), "int8"
-    ),
-    "int8-tensor": Variant(dataclasses.replace(_ROWS, row_scaled=(), rotated=False)),
-    "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=())),
-    "int8-rows-unrotated": Variant(dataclasses.replace(_ROWS, rotated=False)),
-}
+VARIANTS: Mapping[str, Variant] = (
+    {
+        name: Variant(recipe.graphs["decoder"], recipe.kv_cache)
+        for name, recipe in RECIPES.items()
+        if name != "fp32"
+    }
+    | {
+        f"{name}+prompts": Variant(recipe.graphs["decoder"], recipe.kv_cache, prompts=_ROWS)
+        for name, recipe in RECIPES.items()
+        if recipe.graphs["decoder"].kind == "weight_only"
+    }
+    | {
+        "int8-b128-gptq": Variant(
+            Scheme("weight_only", bits=8, block_size=128, calibrated=True), "fp32"
+        ),
+        "int4-b32-gptq": Variant(
+            dataclasses.replace(RECIPES["int4-b32"].graphs["decoder"], calibrated=True), "int8"
+        ),
+        "int8-tensor": Variant(dataclasses.replace(_ROWS, row_scaled=(), rotated=False)),
+        "int8-tensor-rotated": Variant(dataclasses.replace(_ROWS, row_scaled=())),
+        "int8-rows-unrotated": Variant(dataclasses.replace(_ROWS, rotated=False)),
+        "prompts": Variant(_ROWS, for_prompts=True),
+        "prompts-7bit": Variant(dataclasses.replace(_ROWS, reduce_range=True), for_prompts=True),
+    }
+)
 """What is measured, by name: the recipes, and what was tried beside them.
 
 ``int8-tensor`` multiplies 8-bit weights with activations of one scale a tensor, ``int8-rows`` with
-activations of a scale a row, in a rotated decoder.
+activations of a scale a row, in a rotated decoder. ``RECIPE+prompts`` has a second graph, which
+reads prompts: only the steps behind them are compared. ``prompts`` is that graph by itself, with an
+LM head.
 """
 
 LLAMA_CPP = ("F32", "Q8_0", "Q4_K_M", "Q4_0")
@@ -125,7 +143,10 @@ def pages(encode: Callable[[str], list[int]], n_texts: int) -> NDArray[np.int32]
 def compare(
     texts: NDArray[np.int32], wanted: Iterable[Array], found: Iterable[Array], n_prompt: int
 ) -> Row:
-    """Figures of logits ``(T, V)`` of each text against float32's."""
+    """Figures of logits ``(T, V)`` of each text against float32's; rows of NaN are left out.
+
+    A part of which nothing is known is None.
+    """
     parts: dict[str, list[NDArray[np.float64]]] = {"all": [], "prompt": [], "steps": []}
     for text, ours, theirs in zip(texts, wanted, found, strict=True):
         a, b = log_softmax(ours[:-1]), log_softmax(theirs[:-1])
@@ -137,12 +158,17 @@ def compare(
             (np.exp(a) * (a - b)).sum(-1),
         )
         table = np.stack(columns, axis=1).astype(np.float64)
-        parts["all"].append(table)
-        parts["prompt"].append(table[:n_prompt])
-        parts["steps"].append(table[n_prompt:])
+        known = ~np.isnan(theirs[:-1, 0])
+        parts["all"].append(table[known])
+        parts["prompt"].append(table[:n_prompt][known[:n_prompt]])
+        parts["steps"].append(table[n_prompt:][known[n_prompt:]])
     row: Row = {}
     for part, tables in parts.items():
-        ours_nll, theirs_nll, same, divergence = np.concatenate(tables).mean(axis=0)
+        every = np.concatenate(tables)
+        if not len(every):
+            row[part] = None
+            continue
+        ours_nll, theirs_nll, same, divergence = every.mean(axis=0)
         row[part] = {
             "perplexity": float(np.exp(theirs_nll)),
             "loss_percent": float(100 * np.expm1(theirs_nll - ours_nll)),
@@ -198,37 +224,66 @@ class Copy:
         if variant.scheme.rotated:
             source = folder / "rotated.onnx"
             spec = self.spec
-            rotation = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size, seed=1)
+            rotation = (
+                Rotation.of_prompts(spec.hidden_size, spec.ffn_size, seed=1)
+                if variant.for_prompts
+                else Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size, seed=1)
+            )
             tensors = rotated(self._tensors, self.spec.n_layers, rotation)
             build_decoder(self.spec, tensors, source, rotation)
         peaks = self._kv_peaks() if variant.kv_cache == "int8" else None
         moments = self._input_moments() if variant.scheme.calibrated else {}
         report = quantize_graph(source, target, variant.scheme, peaks, moments)
+        size_bytes = report.size_after_bytes
+        if variant.prompts is not None:
+            size_bytes += self._write_prompt_graph(variant.prompts, peaks, folder)
         graph, rows = Graph(target, self._settings), self._rows(variant)
-        found = self._read(graph, rows, variant.kv_cache)
+        prompts = self._prompt_graph(folder)
+        found = self._read(graph, rows, variant.kv_cache, prompts)
         row = compare(self.texts, self.wanted, found, _PROMPT)
         ids = self._write(graph, rows, variant.kv_cache)
-        graph.close()
+        for opened in filter(None, (graph, prompts)):
+            opened.close()
         same = common_prefix(ids, self.greedy_ids)
-        size = {"size_bytes": report.size_after_bytes, "scheme": report.scheme}
+        size = {"size_bytes": size_bytes, "scheme": report.scheme}
         return size | row | {"greedy_same_tokens": same, "greedy_text": self._decode(ids)}
 
     def runner(self, variant: Variant, folder: Path) -> RuntimeDecoder:
         """What :meth:`measure` left in ``folder``, ready to be timed."""
         graph, rows = Graph(folder / _QUANTIZED, self._settings), self._rows(variant)
+        settings = {"kv_type": variant.kv_cache, "prompts": self._prompt_graph(folder)}
         return RuntimeDecoder(
-            lambda capacity: Decoder(graph, rows, self.spec, capacity, kv_type=variant.kv_cache),
+            lambda capacity: Decoder(graph, rows, self.spec, capacity, **settings),
             self.spec.vocab_size,
         )
+
+    def _write_prompt_graph(self, scheme: Scheme, peaks: list[KvPeaks] | None, folder: Path) -> int:
+        """A graph for prompts, in ``folder``; returns its bytes."""
+        source, blocks = folder / "prompts.fp32.onnx", 1 if peaks else PROMPT_BLOCKS
+        rotation = Rotation.of_prompts(self.spec.hidden_size, self.spec.ffn_size, seed=1)
+        tensors = rotated(self._tensors, self.spec.n_layers, rotation)
+        build_decoder(self.spec, tensors, source, rotation, prompt_blocks=blocks)
+        target = folder / _PROMPTS
+        return quantize_graph(source, target, scheme, peaks, only_prompts=True).size_after_bytes
+
+    def _prompt_graph(self, folder: Path) -> Graph | None:
+        path = folder / _PROMPTS
+        return Graph(path, self._settings) if path.exists() else None
 
     def _rows(self, variant: Variant) -> TokenEmbeddings:
         return TokenEmbeddings(*self._int8_rows) if variant.embeddings_int8 else self._float_rows
 
-    def _read(self, graph: Graph, rows: TokenEmbeddings, kv_type: KvType) -> Iterator[Array]:
-        """Logits ``(T, V)`` of one text after another."""
+    def _read(
+        self, graph: Graph, rows: TokenEmbeddings, kv_type: KvType, prompts: Graph | None = None
+    ) -> Iterator[Array]:
+        """Logits ``(T, V)`` of one text after another; those of ``prompts`` are NaN."""
         for text in self.texts.tolist():
-            decoder = Decoder(graph, rows, self.spec, len(text), kv_type=kv_type)
-            logits = [decoder.step(text[:_PROMPT])]
+            decoder = Decoder(graph, rows, self.spec, len(text), kv_type=kv_type, prompts=prompts)
+            if prompts is None:
+                logits = [decoder.step(text[:_PROMPT])]
+            else:
+                decoder.read(text[:_PROMPT])
+                logits = [np.full((_PROMPT, self.spec.vocab_size), np.nan, np.float32)]
             logits += [decoder.step([token]) for token in text[_PROMPT:]]
             yield np.concatenate(logits)
 
@@ -438,7 +493,8 @@ def _table(data: Row) -> str:
         every = row["all"]
         cells = [row["copy"], row["name"], f"{row['size_bytes'] / 1e6:.0f}"]
         cells += [f"{every['perplexity']:.2f}", f"{every['loss_percent']:+.2f}"]
-        cells += [f"{row[part]['loss_percent']:+.2f}" for part in ("prompt", "steps")]
+        parts = (row["prompt"], row["steps"])
+        cells += [f"{part['loss_percent']:+.2f}" if part else "–" for part in parts]
         cells += [f"{every['same_choice']:.1%}", f"{every['divergence']:.4f}"]
         cells.append(str(row.get("greedy_same_tokens", "–")))
         if data["speed_rounds"]:

@@ -35,6 +35,7 @@ from .rotation import Rotation, TensorSource
 __all__ = [
     "LM_HEAD",
     "OPSET",
+    "PROMPT_BLOCKS",
     "ROTATION",
     "DecoderSpec",
     "RopeScaling",
@@ -48,6 +49,9 @@ LM_HEAD = "lm_head"
 
 ROTATION = "rotation"
 """Name, or the end of the name, of the nodes that rotate rows, in a rotated decoder."""
+
+PROMPT_BLOCKS = 4
+"""Blocks of rows in which a graph for prompts attends: with more, little more is gained."""
 
 OPSET = 21
 _IR_VERSION = 10
@@ -158,6 +162,8 @@ def build_decoder(
     tensors: Mapping[str, TensorSource],
     path: Path,
     rotation: Rotation | None = None,
+    *,
+    prompt_blocks: int = 0,
 ) -> None:
     """Write the decoder graph to ``path`` and its weights next to it.
 
@@ -166,15 +172,22 @@ def build_decoder(
     converted to float32 and dropped again. ``rotation`` is that of
     :func:`tinygiant.export.rotation.rotated`, which ``tensors`` then come from.
 
+    With ``prompt_blocks`` the graph only reads: it leaves keys and values behind and has no logits,
+    so the last layer ends with its keys and values. Attention computes each query's products with
+    all keys, those behind it too, and so takes the rows in so many blocks: of four, a block's keys
+    are on average five eighths of all. The caches of the blocks are outputs too,
+    ``present.LAYER.KIND.BLOCK``, to be bound to the one buffer: then nothing is copied. Of ``n``
+    blocks none is empty if there are ``n * (n - 1)`` rows.
+
     Raises:
         CheckpointError: missing, unknown or wrongly shaped tensors.
     """
     _check_names(config, tensors)
-    builder = _Builder(config, tensors, rotation)
-    logits, presents = builder.decoder()
+    builder = _Builder(config, tensors, rotation, prompt_blocks)
+    outputs = builder.reader() if prompt_blocks else builder.decoder()
     graph = ir.Graph(
         inputs=builder.inputs,
-        outputs=[logits, *presents],
+        outputs=outputs,
         nodes=builder.nodes,
         initializers=builder.weights,
         opset_imports={"": OPSET, _CONTRIB: 1},
@@ -267,9 +280,14 @@ class _Builder:
     """Collects inputs, weights and nodes; every value has the name of the module it comes from."""
 
     def __init__(
-        self, config: DecoderSpec, tensors: Mapping[str, TensorSource], rotation: Rotation | None
+        self,
+        config: DecoderSpec,
+        tensors: Mapping[str, TensorSource],
+        rotation: Rotation | None,
+        n_blocks: int = 0,
     ) -> None:
         self._config = config
+        self._n_blocks = n_blocks
         self._tensors = tensors
         self._rotation = rotation
         self.inputs: list[ir.Value] = []
@@ -278,39 +296,32 @@ class _Builder:
         if config.qk_norm:
             # 0 keeps a dimension of the input: (B, T, heads * head_dim) <-> (B, T, heads, head_dim)
             self._heads = self._constant("shape.heads", np.array([0, 0, -1, config.head_dim]))
-        if config.qk_norm or rotation is not None:
             self._flat = self._constant("shape.flat", np.array([0, 0, -1]))
         if rotation is not None:
             block = rotation.gated.astype(np.float32)
             self._block = self._constant(f"{ROTATION}.gated", block)
-            self._blocks = self._constant("shape.blocks", np.array([0, 0, -1, len(block)]))
+            # All sizes are named: of no rows none can be inferred.
+            blocks = np.array([0, 0, config.ffn_size // len(block), len(block)])
+            self._blocks = self._constant("shape.blocks", blocks)
+            self._rows = self._constant("shape.rows", np.array([0, 0, config.ffn_size]))
 
-    def decoder(self) -> tuple[ir.Value, list[ir.Value]]:
-        """Layers, final norm, the asked-for rows, LM head: ``logits`` and the presents."""
+    def decoder(self) -> list[ir.Value]:
+        """Layers, the last one for the asked-for rows, norm, LM head: ``logits``, the presents."""
         config = self._config
-        embeds_shape = ["batch", "sequence", config.hidden_size]
-        embeds = self._input("inputs_embeds", ir.DataType.FLOAT, embeds_shape)
-        seqlens = self._input("seqlens_k", ir.DataType.INT32, ["batch"])
-        total = self._input("total_sequence_length", ir.DataType.INT32, [])
+        attention_inputs = self._shared_inputs()
         positions = self._input("logits_positions", ir.DataType.INT64, ["n_logits"])
-        cos, sin = _rotary_caches(config)
-        attention_inputs = [
-            seqlens,
-            total,
-            self._constant("rotary.cos_cache", cos),
-            self._constant("rotary.sin_cache", sin),
-        ]
-        residual: ir.Value = embeds
-        if self._rotation is not None:
-            stream = self._constant(f"{ROTATION}.stream", self._rotation.stream.astype(np.float32))
-            (residual,) = self._node("MatMul", ROTATION, [embeds, stream])
-        branch: ir.Value | None = None
+        residual, branch = self._stream(), None
         presents: list[ir.Value] = []
         for index in range(config.n_layers):
-            residual, branch, present = self._layer(index, residual, branch, attention_inputs)
+            residual, attended, present = self._attention(index, residual, branch, attention_inputs)
             presents += present
-        _, hidden = self._norm("model.norm", residual, branch, last=True)
-        (rows,) = self._node("Gather", "logits_rows", [hidden, positions], axis=1)
+            if index + 1 == config.n_layers:  # of the others, only keys and values are wanted
+                residual, attended = (
+                    self._node("Gather", f"{what}_rows", [rows, positions], axis=1)[0]
+                    for what, rows in (("residual", residual), ("attended", attended))
+                )
+            residual, branch = self._mlp(index, residual, attended)
+        _, rows = self._norm("model.norm", residual, branch, last=True)
         weight = self._weight(
             f"{LM_HEAD}.weight",
             _head_name(self._tensors),
@@ -319,18 +330,80 @@ class _Builder:
         )
         (logits,) = self._node("MatMul", LM_HEAD, [rows, weight], ["logits"])
         _declare(logits, ["batch", "n_logits", config.vocab_size])
-        return logits, presents
+        return [logits, *presents]
 
-    def _layer(
+    def reader(self) -> list[ir.Value]:
+        """Layers as far as their keys and values: the presents, of each block."""
+        blocks = self._blocks_of(*self._shared_inputs())
+        residual, branch = self._stream(), None
+        presents: list[ir.Value] = []
+        for index in range(self._config.n_layers):
+            residual, attended, present = self._attention(index, residual, branch, *blocks)
+            presents += present
+            if index + 1 < self._config.n_layers:
+                residual, branch = self._mlp(index, residual, attended)
+        return presents
+
+    def _shared_inputs(self) -> list[ir.Value]:
+        """What attention takes in every layer."""
+        self._embeds = self._input(
+            "inputs_embeds", ir.DataType.FLOAT, ["batch", "sequence", self._config.hidden_size]
+        )
+        seqlens = self._input("seqlens_k", ir.DataType.INT32, ["batch"])
+        total = self._input("total_sequence_length", ir.DataType.INT32, [])
+        cos, sin = _rotary_caches(self._config)
+        return [
+            seqlens,
+            total,
+            self._constant("rotary.cos_cache", cos),
+            self._constant("rotary.sin_cache", sin),
+        ]
+
+    def _stream(self) -> ir.Value:
+        """The residual stream before the first layer."""
+        if self._rotation is None:
+            return self._embeds
+        matrix = self._constant(f"{ROTATION}.stream", self._rotation.stream.astype(np.float32))
+        return self._node("MatMul", ROTATION, [self._embeds, matrix])[0]
+
+    def _blocks_of(
+        self, seqlens: ir.Value, total: ir.Value, *others: ir.Value
+    ) -> list[list[ir.Value]]:
+        """What attention takes in every layer, for each block of rows.
+
+        ``Split`` gives each block but the last as many rows, rounded up.
+        """
+        n_blocks = self._n_blocks
+        (n_rows,) = self._node("Shape", "blocks.n_rows", [self._embeds], start=1, end=2)
+        (n_rows,) = self._node("Cast", "blocks.n_rows.int32", [n_rows], to=ir.DataType.INT32)
+        more = self._constant("blocks.more", np.array([n_blocks - 1], np.int32))
+        (size,) = self._node("Add", "blocks.more.rows", [n_rows, more])
+        divisor = self._constant("blocks.n", np.array([n_blocks], np.int32))
+        (size,) = self._node("Div", "blocks.size", [size, divisor])
+        (before,) = self._node("Sub", "blocks.before", [seqlens, n_rows])
+        one = self._constant("blocks.one", np.array(1, np.int32))
+        scalar = self._constant("shape.scalar", np.array([], np.int64))
+        blocks = []
+        for block in range(1, n_blocks):
+            name = f"blocks.{block}"
+            count = self._constant(f"{name}.count", np.array([block], np.int32))
+            (rows,) = self._node("Mul", f"{name}.rows", [size, count])
+            (last,) = self._node("Add", f"{name}.seqlens_k", [before, rows])
+            (end,) = self._node("Reshape", f"{name}.last", [last, scalar])
+            (end,) = self._node("Add", f"{name}.total_sequence_length", [end, one])
+            blocks.append([last, end, *others])
+        return [*blocks, [seqlens, total, *others]]
+
+    def _attention(
         self,
         index: int,
         residual: ir.Value,
         branch: ir.Value | None,
-        attention_inputs: list[ir.Value],
+        *blocks: list[ir.Value],
     ) -> tuple[ir.Value, ir.Value, list[ir.Value]]:
-        """One transformer layer: the residual, the branch not yet added to it, the presents."""
+        """Half a layer: the residual, what attention found, the presents of each block of rows."""
         config, name = self._config, f"model.layers.{index}"
-        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        attention = f"{name}.self_attn"
         cache_shape = ["batch", config.n_kv_heads, "capacity", config.head_dim]
 
         residual, hidden = self._norm(f"{name}.input_layernorm", residual, branch)
@@ -338,26 +411,53 @@ class _Builder:
         if config.qk_norm:
             query = self._head_norm(f"{attention}.q_norm", query)
             key = self._head_norm(f"{attention}.k_norm", key)
-        pasts = [
+        caches = [
             self._input(f"past_key_values.{index}.{kind}", ir.DataType.FLOAT, cache_shape)
             for kind in ("key", "value")
         ]
-        attended, *presents = self._node(
-            "GroupQueryAttention",
-            attention,
-            [query, key, value, *pasts, *attention_inputs],
-            [f"{attention}.out", f"present.{index}.key", f"present.{index}.value"],
-            domain=_CONTRIB,
-            num_heads=config.n_heads,
-            kv_num_heads=config.n_kv_heads,
-            do_rotary=1,
-            rotary_interleaved=0,
-            scale=float(config.head_dim**-0.5),
-        )
-        for present in presents:
-            _declare(present, cache_shape)
-        attended = self._linear(f"{attention}.o_proj", attended)
+        rows = list(zip(*(self._split(x, len(blocks)) for x in (query, key, value)), strict=True))
+        attended: list[ir.Value] = []
+        presents: list[ir.Value] = []
+        for block, others in enumerate(blocks):
+            part = "" if block == len(blocks) - 1 else f".{block}"
+            found, *caches = self._node(
+                "GroupQueryAttention",
+                f"{attention}{part}",
+                [*rows[block], *caches, *others],
+                [
+                    f"{attention}.out{part}",
+                    f"present.{index}.key{part}",
+                    f"present.{index}.value{part}",
+                ],
+                domain=_CONTRIB,
+                num_heads=config.n_heads,
+                kv_num_heads=config.n_kv_heads,
+                do_rotary=1,
+                rotary_interleaved=0,
+                scale=float(config.head_dim**-0.5),
+            )
+            for present in caches:
+                _declare(present, cache_shape)
+            attended.append(found)
+            presents += caches
+        if len(attended) > 1:
+            attended = self._node("Concat", f"{attention}.blocks", attended, axis=1)
+        return residual, attended[0], presents
 
+    def _split(self, rows: ir.Value, n_blocks: int) -> list[ir.Value]:
+        """``(B, S, F)`` in blocks of rows."""
+        if n_blocks == 1:
+            return [rows]
+        outputs = [f"{rows.name}.{block}" for block in range(n_blocks)]
+        return self._node(
+            "Split", f"{rows.name}.blocks", [rows], outputs, axis=1, num_outputs=n_blocks
+        )
+
+    def _mlp(self, index: int, residual: ir.Value, attended: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The rest of a layer: the residual, and the branch not yet added to it."""
+        name = f"model.layers.{index}"
+        mlp = f"{name}.mlp"
+        attended = self._linear(f"{name}.self_attn.o_proj", attended)
         residual, hidden = self._norm(f"{name}.post_attention_layernorm", residual, attended)
         gate = self._linear(f"{mlp}.gate_proj", hidden)
         # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one node.
@@ -366,13 +466,13 @@ class _Builder:
         (gated,) = self._node("Mul", f"{mlp}.gated", [gate, up])
         if self._rotation is not None:
             gated = self._rotated_blocks(f"{mlp}.{ROTATION}", gated)
-        return residual, self._linear(f"{mlp}.down_proj", gated), presents
+        return residual, self._linear(f"{mlp}.down_proj", gated)
 
     def _rotated_blocks(self, name: str, rows: ir.Value) -> ir.Value:
         """``(B, S, F)``, each block of channels multiplied with the rotation's."""
         (blocks,) = self._node("Reshape", f"{name}.blocks", [rows, self._blocks])
         (product,) = self._node("MatMul", name, [blocks, self._block])
-        (result,) = self._node("Reshape", f"{name}.flat", [product, self._flat])
+        (result,) = self._node("Reshape", f"{name}.flat", [product, self._rows])
         return result
 
     def _norm(

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from tinygiant.models.family import Model, Part
 from tinygiant.quantize.embeddings import quantize_rows
 from tinygiant.quantize.graph import save_graph, weights_path
+from tinygiant.quantize.kv_cache import KvPeaks
 from tinygiant.quantize.quantizer import quantize_graph
-from tinygiant.quantize.recipes import RECIPES, Recipe, candidates, closer
+from tinygiant.quantize.recipes import RECIPES, Recipe, candidates, closer, with_prompts
 from tinygiant.quantize.report import GraphReport
 from tinygiant.runtime.bundle import (
     MANIFEST_NAME,
@@ -44,7 +45,7 @@ from tinygiant.runtime.tokenizer import Tokenizer
 
 from .bundle import staged_folder
 from .card import graph_table, model_card
-from .decoder import OPSET, DecoderSpec, build_decoder, read_tensors
+from .decoder import OPSET, PROMPT_BLOCKS, DecoderSpec, build_decoder, read_tensors
 from .optimum_encoder import export_with_optimum
 from .quality import Gate, Quality
 from .reference import Reference
@@ -83,6 +84,7 @@ def export_bundle(
     target: Path,
     recipe: Recipe | None,
     *,
+    prompts: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress = lambda line: None,
@@ -94,6 +96,7 @@ def export_bundle(
         target: the folder to make.
         recipe: how to quantize it, and how good the result must be; None: the first of
             ``quantize.candidates`` that passes.
+        prompts: write a second graph of the decoder, which reads prompts with 8-bit products.
         force: replace an existing bundle.
         threads: threads of the verification; the physical cores if None.
         progress: called with a line when a stage begins, and with the lines of the table of errors
@@ -101,13 +104,17 @@ def export_bundle(
 
     Raises:
         CheckpointError: the source's tensors do not fit.
-        UsageError: the target exists.
+        UsageError: the target exists; the recipe takes no second graph.
         StorageError: the target cannot be written.
         VerificationError: the bundle does not reproduce the model, or its decoder loses too much
             quality; every limit missed is named, and a recipe that would pass.
     """
+    if prompts and recipe is not None:
+        with_prompts(recipe)  # refused before anything is done
     with staged_folder(target, force=force) as root:
-        job = write_bundle(source, root, recipe, threads=threads, progress=progress)
+        job = write_bundle(
+            source, root, recipe, prompts=prompts, threads=threads, progress=progress
+        )
         job.stage("verification")
         verification = verify_bundle(root, job.reference, job.recipe, threads=threads)
         verification.quality = job.quality
@@ -124,6 +131,7 @@ def write_bundle(
     root: Path,
     recipe: Recipe | None,
     *,
+    prompts: bool = False,
     threads: int | None = None,
     progress: Progress = lambda line: None,
 ) -> Draft:
@@ -133,7 +141,7 @@ def write_bundle(
         VerificationError: the decoder loses too much quality.
     """
     # Quantized recipes differ in the decoder only, which is the last graph to be written.
-    job = Draft(source, root, recipe or RECIPES["int8"], progress, recipe is None, threads)
+    job = Draft(source, root, recipe or RECIPES["int8"], progress, recipe is None, prompts, threads)
     job.write_components()
     (root / MANIFEST_NAME).write_text(job.manifest({}).to_json(), encoding="utf-8")
     return job
@@ -148,6 +156,7 @@ class Draft:
     recipe: Recipe
     progress: Progress
     auto: bool = False
+    prompts: bool = False
     threads: int | None = None
     reports: list[GraphReport] = field(default_factory=list)
     quality: Quality | None = None
@@ -198,6 +207,7 @@ class Draft:
             verification=verification,
             files=tuple(describe_file(self.root, file) for file in files),
             kv_cache=self.recipe.kv_cache,
+            prompt_graph=self._prompt_graph if self.recipe.prompts else "",
         )
 
     def finish(self, verification: Verification) -> Manifest:
@@ -247,12 +257,34 @@ class Draft:
         self.stage("embed_tokens")
         self._write_embeddings(tensors["model.embed_tokens.weight"])
 
-    def _write_rotated_decoder(self, source: Path, path: Path) -> None:
-        """The decoder's float32 graph ``source`` in a rotated basis."""
+    def _write_rotated_decoder(self, source: Path, path: Path, prompt_blocks: int = 0) -> None:
+        """The decoder's float32 graph ``source`` in a rotated basis.
+
+        With ``prompt_blocks`` the one that reads prompts, so; its keys and values are as they were.
+        """
         spec = self._spec
-        rotation = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size)
+        if prompt_blocks:
+            rotation = Rotation.of_prompts(spec.hidden_size, spec.ffn_size)
+        else:
+            rotation = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size)
         tensors = rotated(read_tensors(source), spec.n_layers, rotation)
-        build_decoder(spec, tensors, path, rotation)
+        build_decoder(spec, tensors, path, rotation, prompt_blocks=prompt_blocks)
+
+    @property
+    def _prompt_graph(self) -> str:
+        return f"{self.config.decoder.graph}_prompts"
+
+    def _write_prompt_graph(
+        self, source: Path, tried: Recipe, peaks: Sequence[KvPeaks] | None
+    ) -> GraphReport:
+        """The decoder's graph for prompts, from its float32 graph ``source``."""
+        assert tried.prompts is not None
+        plain = self._fp32(self._prompt_graph)
+        self.stage(f"{self._prompt_graph}: {tried.prompts.label}")
+        # Over int8 attention goes through a float32 copy, of which every block would be another.
+        self._write_rotated_decoder(source, plain, 1 if peaks else PROMPT_BLOCKS)
+        target = self._graph_file(self._prompt_graph)
+        return quantize_graph(plain, target, tried.prompts, peaks, only_prompts=True)
 
     def _part(self, graph: str) -> Part:
         self.stage(f"{graph}: load")
@@ -307,6 +339,8 @@ class Draft:
         refused: dict[str, str] = {}
         # Recipes behind the one that was asked for are tried to name one that passes.
         for tried in candidates(self._n_weights) if self.auto else (asked, *closer(asked.name)):
+            if self.prompts:
+                tried = with_prompts(tried)
             scheme = tried.graphs["decoder"]
             self.stage(f"{name}: {scheme.label}")
             if scheme.calibrated and not moments:
@@ -316,8 +350,11 @@ class Draft:
             if scheme.rotated:
                 plain = self._scratch / "rotated.onnx"
                 self._write_rotated_decoder(source, plain)
-            report = quantize_graph(plain, target, scheme, peaks, moments)
-            quality = gate.judge(target, embeddings, tried)
+            reports = [quantize_graph(plain, target, scheme, peaks, moments)]
+            if tried.prompts:
+                reports.append(self._write_prompt_graph(source, tried, peaks))
+            prompts = self._graph_file(self._prompt_graph) if tried.prompts else None
+            quality = gate.judge(target, embeddings, tried, prompts)
             missed = quality.missed(tried.quality)
             if missed is None:
                 if refused and not self.auto:
@@ -327,7 +364,7 @@ class Draft:
                     )
                 self.recipe = tried
                 self.quality = dataclasses.replace(quality, refused=refused)
-                self.reports.append(report)
+                self.reports += reports
                 if self.auto:
                     self.stage(f"{name}: recipe {tried.name}: {quality.line}")
                 return

@@ -22,7 +22,7 @@ from tinygiant.runtime.bundle import Bundle
 from tinygiant.runtime.decoder import Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import TinyGiantError, VerificationError
-from tinygiant.runtime.loading import load
+from tinygiant.runtime.loading import Memory, load
 from tinygiant.runtime.ort.pool import GraphPool
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 from tinygiant.runtime.pipeline import TinyGiant
@@ -157,13 +157,16 @@ def verify_bundle(
     result = Verification(recipe)
     bundle = Bundle.open(path)
     pool = GraphPool(bundle, SessionSettings(threads=threads, arena=False), keep=False)
-    for name in bundle.manifest.graphs:
+    for name, role in bundle.manifest.roles.items():
         with _gathering(result, name), pool.use(name) as graph:
             if name == bundle.config.decoder.graph:
                 errors = _decoder_errors(graph, reference.dialogues, bundle)
+            elif role == "decoder":
+                with pool.use(bundle.config.decoder.graph) as writer:
+                    errors = _decoder_errors(writer, reference.dialogues, bundle, graph)
             else:
                 errors = _graph_errors(graph, reference.cases[name])
-            _record(result, name, errors, bundle.config.graphs[name])
+            _record(result, name, errors, role)
     with _gathering(result, EMBEDDINGS):
         rows = TokenEmbeddings.open(bundle).lookup(reference.token_ids)
         error = output_error([(rows, reference.embedding_rows)])
@@ -234,22 +237,21 @@ class _KnownRows:
 
 
 def _decoder_errors(
-    graph: Graph, dialogues: Sequence[Dialogue], bundle: Bundle
+    graph: Graph, dialogues: Sequence[Dialogue], bundle: Bundle, prompts: Graph | None = None
 ) -> dict[str, OutputError]:
     """Errors of the logits, over prefill, steps of one token and a step of many."""
     pairs = []
     for dialogue in dialogues:
-        capacity = dialogue.embeds.shape[1] + NEW_TOKENS
-        decoder = _decoder(graph, _KnownRows(dialogue), bundle, capacity)
+        decoder = Decoder(
+            graph,
+            _KnownRows(dialogue),
+            bundle.config.decoder,
+            dialogue.embeds.shape[1] + NEW_TOKENS,
+            kv_type=bundle.manifest.kv_cache,
+            prompts=prompts,
+        )
         pairs.append((_teacher_forced(decoder, dialogue.embeds, dialogue), dialogue.logits))
     return {"logits": output_error(pairs)}
-
-
-def _decoder(
-    graph: Graph, embeddings: TokenEmbeddings | _KnownRows, bundle: Bundle, capacity: int
-) -> Decoder:
-    kv_type = bundle.manifest.kv_cache
-    return Decoder(graph, embeddings, bundle.config.decoder, capacity, kv_type=kv_type)
 
 
 def _teacher_forced(decoder: Decoder, embeds: Array, dialogue: Dialogue) -> Array:
@@ -264,7 +266,9 @@ def _teacher_forced(decoder: Decoder, embeds: Array, dialogue: Dialogue) -> Arra
 
 def _end_to_end(path: Path, reference: Reference, recipe: Recipe, threads: int | None) -> Agreement:
     """Tokens of the whole chain, through the model as users load it."""
-    model = load(path, threads=threads, memory="low", verify=False)
+    # A graph for prompts is only used beside the other.
+    memory: Memory = "default" if recipe.prompts else "low"
+    model = load(path, threads=threads, memory=memory, verify=False)
     logits = []
     for dialogue in reference.dialogues:
         clip = reference.clips[dialogue.clip]

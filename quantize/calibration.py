@@ -28,7 +28,7 @@ def input_moments(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Second moments ``(K, K)`` of the inputs of a decoder's products, by the input's name.
 
-    The LM head is left out: it has one row a text here.
+    The LM head is left out.
 
     Args:
         source: the float32 graph; a file next to it is written and removed.
@@ -57,11 +57,19 @@ def input_moments(
 
 
 def _add_outputs(graph: ir.Graph) -> list[str]:
-    """Make the input of every product of a layer an output of the graph."""
+    """Make the input of every product of a layer an output of the graph, which ends before logits.
+
+    Returns the names of the inputs.
+    """
     found: dict[str, ir.Value] = {}
-    for node in graph:
+    for node in list(graph):
         source = node.inputs[0] if node.op_type == "MatMul" else None
-        if source is not None and source.shape is None and node.outputs[0] not in graph.outputs:
+        if source is None or source.shape is not None:
+            continue
+        if node.outputs[0] in graph.outputs:
+            graph.outputs.remove(node.outputs[0])
+            graph.remove(node)
+        else:
             found[str(source.name)] = source
     for source in found.values():
         source.type = ir.TensorType(ir.DataType.FLOAT)
@@ -72,7 +80,10 @@ def _add_outputs(graph: ir.Graph) -> list[str]:
 def _inputs(
     graph: ir.Graph, text: npt.NDArray[np.float32]
 ) -> dict[str, npt.NDArray[np.float32] | npt.NDArray[np.int32] | npt.NDArray[np.int64]]:
-    """A run that begins with an empty cache and computes no logits."""
+    """A run that begins with an empty cache.
+
+    Logits are asked for at every position: the last layer goes on with no others.
+    """
     length = len(text)
     pasts = {}
     for value in graph.inputs:
@@ -84,5 +95,5 @@ def _inputs(
         "inputs_embeds": text[None],
         "seqlens_k": np.array([length - 1], np.int32),
         "total_sequence_length": np.array(length, np.int32),
-        "logits_positions": np.zeros(0, np.int64),
+        "logits_positions": np.arange(length, dtype=np.int64),
     }

@@ -86,12 +86,15 @@ def kv_scales(peaks: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return scales[None, :, None, :].astype(np.float32)
 
 
-def quantize_kv_cache(graph: ir.Graph, peaks: Sequence[KvPeaks]) -> None:
+def quantize_kv_cache(
+    graph: ir.Graph, peaks: Sequence[KvPeaks], *, only_long: bool = False
+) -> None:
     """Keep the keys and values of every layer of a decoder ``graph`` in int8.
 
     Args:
         graph: one whose attention takes a past and gives a present in float32.
         peaks: of each layer, in order.
+        only_long: it only reads prompts: the long branch alone, without an ``If``.
 
     Raises:
         ValueError: another number of peaks than of layers, or layers with different numbers of
@@ -110,15 +113,16 @@ def quantize_kv_cache(graph: ir.Graph, peaks: Sequence[KvPeaks]) -> None:
         for past in node.inputs[_PASTS]:
             assert past is not None
             past.type = ir.TensorType(ir.DataType.INT8)
-        branches = {
-            "then_branch": _long(node, scales, reading),
-            "else_branch": _short(node, scales),
-        }
-        choice = ir.node("If", [reading.is_long], branches, num_outputs=3, name=node.name)
-        ir.convenience.replace_nodes_and_values(
-            graph, node, [node], [choice], node.outputs, choice.outputs
-        )
-        for present in choice.outputs[1:]:
+        nodes, outputs = _long(node, scales, reading)
+        if not only_long:
+            branches = {
+                "then_branch": _branch(f"{node.name}.long", nodes, outputs),
+                "else_branch": _branch(f"{node.name}.short", *_short(node, scales)),
+            }
+            choice = ir.node("If", [reading.is_long], branches, num_outputs=3, name=node.name)
+            nodes, outputs = [choice], choice.outputs
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, outputs)
+        for present in outputs[1:]:
             present.type = ir.TensorType(ir.DataType.INT8)
 
 
@@ -183,16 +187,17 @@ def _reading(graph: ir.Graph, nodes: Sequence[ir.Node], head_dim: int) -> _Readi
     return reading
 
 
-def _short(node: ir.Node, scales: Sequence[ir.Value]) -> ir.Graph:
+def _short(node: ir.Node, scales: Sequence[ir.Value]) -> tuple[list[ir.Node], Sequence[ir.Value]]:
     """Attention over the int8 cache, which onnxruntime also writes."""
     nodes = _Nodes(f"{node.name}.short")
     empty = [None] * (_K_SCALE - len(node.inputs))
     attributes = {**_attributes(node), **_ATTRIBUTES}
-    attended, *presents = nodes.attention([*node.inputs, *empty, *scales], attributes)
-    return nodes.branch(attended, presents)
+    return nodes.nodes, nodes.attention([*node.inputs, *empty, *scales], attributes)
 
 
-def _long(node: ir.Node, scales: Sequence[ir.Value], reading: _Reading) -> ir.Graph:
+def _long(
+    node: ir.Node, scales: Sequence[ir.Value], reading: _Reading
+) -> tuple[list[ir.Node], Sequence[ir.Value]]:
     """Attention in float32 over the past times its scale; new rows are written behind it."""
     nodes = _Nodes(f"{node.name}.long")
     inputs = list(node.inputs)
@@ -206,7 +211,16 @@ def _long(node: ir.Node, scales: Sequence[ir.Value], reading: _Reading) -> ir.Gr
         nodes.written(kind, past, whole, scale, reading)
         for kind, past, whole, scale in zip(_KINDS, pasts, wholes, scales, strict=True)
     ]
-    return nodes.branch(attended, presents)
+    return nodes.nodes, [attended, *presents]
+
+
+def _branch(name: str, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> ir.Graph:
+    """Nodes and what they give, attention first, as a branch of an ``If``."""
+    attended, *presents = outputs
+    attended.type = ir.TensorType(ir.DataType.FLOAT)
+    for present in presents:
+        present.type = ir.TensorType(ir.DataType.INT8)
+    return ir.Graph([], outputs, nodes=nodes, name=name)
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
@@ -273,10 +287,3 @@ class _Nodes:
         steps = self.add("Cast", f"{kind}.int8", [steps], to=ir.DataType.INT8)
         # In place: onnxruntime copies the past only if the present is another buffer.
         return self.add("ScatterND", f"{kind}.present", [past, reading.rows, steps])
-
-    def branch(self, attended: ir.Value, presents: Sequence[ir.Value]) -> ir.Graph:
-        """All of it as a branch of an ``If``."""
-        attended.type = ir.TensorType(ir.DataType.FLOAT)
-        for present in presents:
-            present.type = ir.TensorType(ir.DataType.INT8)
-        return ir.Graph([], [attended, *presents], nodes=self.nodes, name=self._name)

@@ -30,6 +30,8 @@ def quantize_graph(
     scheme: Scheme,
     kv_peaks: Sequence[KvPeaks] | None = None,
     moments: Mapping[str, npt.NDArray[np.float32]] = _NONE,
+    *,
+    only_prompts: bool = False,
 ) -> GraphReport:
     """Write to ``target`` the float32 graph ``source``, quantized; report on every product.
 
@@ -40,6 +42,7 @@ def quantize_graph(
         kv_peaks: keep keys and values in int8, with room for these, layer by layer.
         moments: second moments of the inputs of products, by the input's name, for schemes that
             are ``calibrated``; weights of other products are rounded to the nearest.
+        only_prompts: the graph is a decoder that reads prompts and nothing else.
     """
     model = load_graph(source)
     chosen, kept = _choose(model.graph, scheme)
@@ -53,7 +56,7 @@ def quantize_graph(
     if scheme.kind == "weight_only":
         model.opset_imports.setdefault("com.microsoft", 1)
     if kv_peaks is not None:
-        quantize_kv_cache(model.graph, kv_peaks)
+        quantize_kv_cache(model.graph, kv_peaks, only_long=only_prompts)
     save_graph(model, target)
     return GraphReport(
         graph=target.stem,

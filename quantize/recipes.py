@@ -33,6 +33,7 @@ __all__ = [
     "closer",
     "matches",
     "recipe",
+    "with_prompts",
 ]
 
 
@@ -118,7 +119,8 @@ class Recipe:
     ||b||`` over the output, the largest of all checks. Steps at
     which PyTorch's two best logits lie within ``tie_margin`` standard deviations of the logits do
     not count: there, rounding decides. ``kv_cache`` is how keys and values are kept: in ``int8``, a
-    quarter of the memory and faster to read a token; prompts attend in float32.
+    quarter of the memory and faster to read a token; prompts attend in float32. ``prompts`` is the
+    scheme of a second decoder graph that only reads prompts, if there is one.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Recipe:
     token_agreement: float
     tie_margin: float
     kv_cache: KvType = "fp32"
+    prompts: Scheme | None = None
 
 
 _DYNAMIC = Scheme("dynamic_int8")
@@ -224,6 +227,19 @@ def candidates(n_weights: int) -> tuple[Recipe, ...]:
     """
     names = CLOSER[2:] if n_weights >= _LARGE_WEIGHTS else CLOSER[3:]
     return tuple(RECIPES[name] for name in names)
+
+
+def with_prompts(recipe: Recipe) -> Recipe:
+    """``recipe``, and a second decoder graph that reads prompts with 8-bit products.
+
+    Raises:
+        UsageError: the recipe's decoder does so by itself, or is not quantized.
+    """
+    if recipe.graphs["decoder"].kind != "weight_only":
+        weight_only = (name for name, r in RECIPES.items() if r.graphs["decoder"].kind != "none")
+        names = ", ".join(n for n in weight_only if not RECIPES[n].graphs["decoder"].rotated)
+        raise UsageError(f"recipe {recipe.name} has no graph for prompts; those that may: {names}")
+    return dataclasses.replace(recipe, prompts=_ROWS)
 
 
 def closer(name: str) -> tuple[Recipe, ...]:

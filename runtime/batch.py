@@ -64,6 +64,7 @@ class Batch:
         size: int,
         *,
         kv_type: KvType = "fp32",
+        prompts: BindableGraph | None = None,
         trials: Trials | None = None,
     ) -> None:
         """Begin without any sequence; the arguments are those of :class:`Decoder`.
@@ -72,7 +73,7 @@ class Batch:
         """
         self.size = size
         self.trials = trials or Trials()
-        self._graph = graph
+        self._graph, self._prompts = graph, prompts
         self._embeddings = embeddings
         self._config = config
         self._kv_type: KvType = kv_type
@@ -93,7 +94,14 @@ class Batch:
         """
         slot = self._room(capacity).slot(len(self._members))
         cache = KvCache(self._config, capacity, self._kv_type, slot)
-        decoder = BatchedDecoder(self._graph, self._embeddings, self._config, cache)
+        decoder = BatchedDecoder(
+            self._graph,
+            self._embeddings,
+            self._config,
+            capacity,
+            cache=cache,
+            prompts=self._prompts,
+        )
         self._members.append(decoder)
         return decoder
 
@@ -158,18 +166,8 @@ class BatchedDecoder(Decoder):
         unread: what the next step reads, ``(1, 1, D)``; None while the sequence does not wait.
     """
 
-    def __init__(
-        self,
-        graph: BindableGraph,
-        embeddings: EmbeddingRows,
-        config: DecoderConfig,
-        cache: KvCache,
-    ) -> None:
-        """See :meth:`Batch.join`."""
-        super().__init__(graph, embeddings, config, cache.capacity, cache=cache)
-        self.unread: NDArray[np.float32] | None = None
-        self._graph = graph
-        self._logits = np.zeros(0, np.float32)
+    unread: NDArray[np.float32] | None = None
+    _logits = np.zeros(0, np.float32)
 
     def step_alone(self) -> NDArray[np.float32]:
         """Read what is unread without the others; returns the logits after it, ``(V,)``."""
@@ -185,7 +183,7 @@ class BatchedDecoder(Decoder):
     def move(self, buffers: KvSnapshot) -> None:
         """Go on in another slot."""
         self.cache.move(buffers)
-        self._binding = bind_kv(self._graph, self.cache.buffers())
+        self._bind()
 
     def _advance(self, token_ids: Sequence[int]) -> Generator[None, None, NDArray[np.float32]]:
         """See :meth:`Decoder._advance`; yields None for each token, which a step then reads."""

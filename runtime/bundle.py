@@ -21,6 +21,7 @@ constant from the manifest. The exporter builds a :class:`Manifest` and writes
                      "scale_file": null},    int8: (vocab_size,) float32, one scale a row
       "tokenizer": "tokenizer.json",
       "kv_cache": "int8",                    how the decoder keeps keys and values, or "fp32"
+      "prompt_graph": "",                    name of a second decoder graph, which reads prompts
       "recipe": {"name": "int4", "details": {...}},
       "opset": 21,
       "min_onnxruntime": "1.20.0",
@@ -53,7 +54,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import format1
-from .config import KvType, ModelConfig, config_from_dict, config_to_dict
+from .config import KvType, ModelConfig, Role, config_from_dict, config_to_dict
 from .errors import BundleError
 from .files import LFS_SIGNATURE, sha256
 from .operators import (
@@ -149,7 +150,11 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``; the module's docstring shows it."""
+    """``manifest.json``; the module's docstring shows it.
+
+    ``prompt_graph`` is a second graph of the decoder, if there is one: it reads prompts faster, and
+    leaves the same keys and values behind for the first, which a runtime may do without it.
+    """
 
     model: ModelConfig
     graphs: dict[str, GraphEntry]
@@ -163,11 +168,18 @@ class Manifest:
     verification: dict[str, Any]
     files: tuple[FileEntry, ...]
     kv_cache: KvType = "fp32"
+    prompt_graph: str = ""
 
     def __post_init__(self) -> None:
         problems = _manifest_problems(self)
         if problems:
             raise BundleError("manifest: " + "; ".join(problems))
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """The role of every graph, by its name."""
+        prompts: dict[str, Role] = {self.prompt_graph: "decoder"} if self.prompt_graph else {}
+        return self.model.graphs | prompts
 
     def to_json(self) -> str:
         """The manifest as it is written to disk: sorted keys, so that it is reproducible."""
@@ -318,9 +330,11 @@ def _manifest_problems(manifest: Manifest) -> list[str]:
     for entry in manifest.files:
         if not _SHA256.fullmatch(entry.sha256) or entry.size_bytes < 0:
             problems.append(f"file {entry.path!r:.80} has no valid sha256 or size")
-    if missing := sorted(set(manifest.model.graphs) - set(manifest.graphs)):
+    if manifest.prompt_graph in manifest.model.graphs:
+        problems.append(f"prompt_graph {manifest.prompt_graph!r:.80} is a graph of the model")
+    if missing := sorted(set(manifest.roles) - set(manifest.graphs)):
         problems.append(f"graphs {missing!r:.80} are missing")
-    if unknown := sorted(set(manifest.graphs) - set(manifest.model.graphs)):
+    if unknown := sorted(set(manifest.graphs) - set(manifest.roles)):
         problems.append(f"graphs {unknown!r:.80} are unknown")
     for name, graph in sorted(manifest.graphs.items()):
         strange = [op for op in graph.operators if not OPERATOR.fullmatch(op) or op in CONTROL_FLOW]

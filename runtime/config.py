@@ -222,6 +222,10 @@ class DecoderConfig:
     where the bundle's ``kv_cache`` says so; the graph then holds their scales. More than one
     sequence (B) is for T = 1.
 
+    A graph that reads prompts takes the same but ``logits_positions``, and gives no logits. Where
+    it reads rows in blocks, ``present.{i}.{key,value}.{block}`` share the past's buffers too. It
+    reads :data:`LEAST_PROMPT` positions or more.
+
     ``stop_token_ids`` end a text; the first is the one that a whole text ends with.
     """
 

@@ -30,6 +30,7 @@ from .masks import ALL, Guide, Mask, greedy
 
 __all__ = [
     "FIRST",
+    "LEAST_PROMPT",
     "PREFILL_TOKENS",
     "BindableGraph",
     "Binding",
@@ -43,6 +44,9 @@ __all__ = [
 # Positions of one prefill run: bounds the activations (full size: about 40 KB a position and
 # layer width) while the matrix products stay large enough to be efficient.
 PREFILL_TOKENS = 512
+
+LEAST_PROMPT = 32
+"""So many positions, or more, are read by the graph for prompts, where there is one."""
 
 FIRST = np.zeros(1, np.int64)
 """The only position of a step of one token."""
@@ -90,11 +94,13 @@ class Decoder:
         *,
         kv_type: KvType = "fp32",
         cache: KvCache | None = None,
+        prompts: BindableGraph | None = None,
     ) -> None:
         """Start an empty sequence of at most ``capacity`` tokens.
 
         ``kv_type`` is how the graph keeps keys and values: the manifest's ``kv_cache``. An empty
-        ``cache`` that there is already is used instead of a new one.
+        ``cache`` that there is already is used instead of a new one. ``prompts`` is a second graph,
+        for prompts: all but the last position of at least :data:`LEAST_PROMPT` are read by it.
 
         Raises:
             UsageError: more positions than the decoder has.
@@ -102,7 +108,14 @@ class Decoder:
         self.cache = KvCache(config, capacity, kv_type) if cache is None else cache
         self._embeddings = embeddings
         self._config = config
-        self._binding = bind_kv(graph, self.cache.buffers())
+        self._graph, self._prompts = graph, prompts
+        self._bind()
+
+    def _bind(self) -> None:
+        """Let the graphs read and write the cache's buffers."""
+        self._binding = bind_kv(self._graph, self.cache.buffers())
+        if self._prompts is not None:
+            self._prompt_binding = bind_kv(self._prompts, self.cache.buffers())
 
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Read ``embeds (1, T, D)``; returns the last position's logits ``(V,)``.
@@ -223,7 +236,10 @@ class Decoder:
         self, embeds: NDArray[np.float32], *, with_logits: bool = True
     ) -> NDArray[np.float32]:
         """Read any number of positions: the logits of the last, ``(1, V)``, or none, ``(0, V)``."""
+        n_read = self._read_prompt(embeds, embeds.shape[1] - 1 if with_logits else embeds.shape[1])
+        embeds = embeds[:, n_read:]
         n_tokens = embeds.shape[1]
+        logits = np.empty((0, self._config.vocab_size), np.float32)
         for start in range(0, n_tokens, PREFILL_TOKENS):
             part = np.ascontiguousarray(embeds[:, start : start + PREFILL_TOKENS], np.float32)
             end = start + part.shape[1]
@@ -231,6 +247,19 @@ class Decoder:
             wanted = [part.shape[1] - 1] if with_logits and end == n_tokens else []
             logits = self._run(part, np.array(wanted, np.int64))
         return logits
+
+    def _read_prompt(self, embeds: NDArray[np.float32], n_tokens: int) -> int:
+        """Let the graph for prompts read the first ``n_tokens``; returns how many it has read."""
+        if self._prompts is None or n_tokens < LEAST_PROMPT:
+            return 0
+        # In parts of about the same size: none is too short.
+        n_parts = -(-n_tokens // PREFILL_TOKENS)
+        for part in np.array_split(embeds[:, :n_tokens], n_parts, axis=1):
+            length = self.cache.length + part.shape[1]
+            part = np.ascontiguousarray(part, np.float32)
+            run_reader(self._prompt_binding, part, [length])
+            self.cache.advance(part.shape[1])
+        return n_tokens
 
     def _run(
         self, embeds: NDArray[np.float32], positions: NDArray[np.int64]
@@ -268,10 +297,15 @@ def run_graph(
     """
     # A fresh buffer each time: the caller may keep the logits.
     logits = np.empty((len(lengths), positions.size, config.vocab_size), np.float32)
+    binding.input("logits_positions", positions)
+    binding.output("logits", logits)
+    run_reader(binding, embeds, lengths)
+    return logits
+
+
+def run_reader(binding: Binding, embeds: NDArray[np.float32], lengths: Sequence[int]) -> None:
+    """Read ``embeds (B, T, D)``, after which the sequences have these ``lengths (B,)``."""
     binding.input("inputs_embeds", embeds)
     binding.input("seqlens_k", np.array(lengths, np.int32) - np.int32(1))
     binding.input("total_sequence_length", np.array(max(lengths), np.int32))
-    binding.input("logits_positions", positions)
-    binding.output("logits", logits)
     binding.run()
-    return logits

@@ -34,6 +34,7 @@ def make_decoder(
     drafter: Drafter | None = None,
     *,
     kv_type: KvType = "fp32",
+    prompts: BindableGraph | None = None,
     speculation: Speculation | None = None,
 ) -> Decoder:
     """A plain decoder; one that reads several tokens in a step if there is ``speculation``.
@@ -44,9 +45,16 @@ def make_decoder(
     if drafter is not None:
         speculation = drafter.speculation
     if speculation is None:
-        return Decoder(graph, embeddings, config, capacity, kv_type=kv_type)
+        return Decoder(graph, embeddings, config, capacity, kv_type=kv_type, prompts=prompts)
     return DraftingDecoder(
-        graph, embeddings, config, capacity, speculation, drafter, kv_type=kv_type
+        graph,
+        embeddings,
+        config,
+        capacity,
+        speculation,
+        drafter,
+        kv_type=kv_type,
+        prompts=prompts,
     )
 
 
@@ -84,9 +92,10 @@ class DraftingDecoder(Decoder):
         drafter: Drafter | None = None,
         *,
         kv_type: KvType = "fp32",
+        prompts: BindableGraph | None = None,
     ) -> None:
         """See :func:`make_decoder`."""
-        super().__init__(graph, embeddings, config, capacity, kv_type=kv_type)
+        super().__init__(graph, embeddings, config, capacity, kv_type=kv_type, prompts=prompts)
         self._speculation = speculation
         self._drafter = drafter
         # What single steps would have read since the last exact position; empty while all is exact.

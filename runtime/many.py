@@ -40,10 +40,12 @@ def make_batch(
         raise UsageError(f"{size} answers at a time, expected at least 1")
     if size < 2 or not pool.keep or not pool.is_on_cpu(config.graph):
         return None
-    with pool.use(config.graph) as graph:
+    with pool.use(config.graph) as graph, pool.prompts() as prompts:
         if not graph.is_batched:
             return None
-        return Batch(graph, embeddings, config, size, kv_type=kv_type, trials=trials)
+        return Batch(
+            graph, embeddings, config, size, kv_type=kv_type, prompts=prompts, trials=trials
+        )
 
 
 def answers(

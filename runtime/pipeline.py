@@ -221,7 +221,7 @@ class TinyGiant:
             finally:
                 batch.leave(member)
             return
-        with self._pool.use(self.config.decoder.graph) as graph:
+        with self._pool.use(self.config.decoder.graph) as graph, self._pool.prompts() as prompts:
             yield make_decoder(
                 graph,
                 self._embeddings,
@@ -229,6 +229,7 @@ class TinyGiant:
                 capacity,
                 drafter,
                 kv_type=self.bundle.manifest.kv_cache,
+                prompts=prompts,
                 speculation=self._speculation,
             )
 

@@ -242,7 +242,7 @@ def test_a_worker_that_a_signal_ends_is_not_blamed_with_its_last_line(tmp_path: 
     process.close()
 
 
-def test_eight_bits_are_compared_with_eight_bits() -> None:
+def test_decoders_are_compared_with_those_of_their_quality() -> None:
     def rounds(*prefill_s: float) -> list[dict[str, float]]:
         return [{"prefill_s": s, "decode_s": 1.0} for s in prefill_s]
 
@@ -252,6 +252,9 @@ def test_eight_bits_are_compared_with_eight_bits() -> None:
             "llama.cpp-q8_0": rounds(4.0, 4.0, 5.0),
             "llama.cpp-q8_0-flash": rounds(3.0, 4.0, 3.0),
             "llama.cpp-q4_0": rounds(1.0, 1.0, 1.0),
+            "our-decoder-prompts": rounds(1.0, 1.0, 1.0),
+            "llama.cpp-q4_k_m": rounds(7.0, 7.0, 7.0),
+            "llama.cpp-q4_k_m-flash": rounds(8.0, 8.0, 8.0),
         },
         400,
         64,
@@ -260,6 +263,7 @@ def test_eight_bits_are_compared_with_eight_bits() -> None:
     assert rows["our-decoder-int8"]["prefill_of_baseline"] == 3.0  # of 3, 2 and 3
     assert rows["llama.cpp-q8_0-flash"]["prefill_baseline"]
     assert rows["llama.cpp-q4_0"]["prefill_of_baseline"] == 1.0
+    assert rows["our-decoder-prompts"]["prefill_of_baseline"] == 7.0
 
 
 def test_a_small_bundle_is_not_compared_with_large_peers(

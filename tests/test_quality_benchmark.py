@@ -55,6 +55,18 @@ def test_figures_are_pytorchs() -> None:
         assert found["same_choice"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
 
 
+def test_positions_without_logits_are_left_out() -> None:
+    """A graph for prompts gives none; what is compared is what was written behind them."""
+    rng = np.random.default_rng(1)
+    texts = rng.integers(0, 50, (3, 20)).astype(np.int32)
+    ours = rng.standard_normal((3, 20, 50)).astype(np.float32)
+    theirs = ours + 0.3 * rng.standard_normal((3, 20, 50)).astype(np.float32)
+    wanted = quality.compare(texts, ours, iter(theirs), 15)
+    theirs[:, :15] = np.nan
+    row = quality.compare(texts, ours, iter(theirs), 15)
+    assert row == {"all": wanted["steps"], "prompt": None, "steps": wanted["steps"]}
+
+
 def test_pages_are_long_enough_and_always_the_same() -> None:
     texts = quality.pages(lambda page: [*page.encode()], 5)
     assert texts.shape == (5, 512)

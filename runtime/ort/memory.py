@@ -36,10 +36,9 @@ def estimated_bytes(bundle: Bundle) -> tuple[int, int]:
     """Estimated peak memory of a question in default and in low-memory mode."""
     token_bytes = bundle.config.decoder.kv_token_bytes(bundle.manifest.kv_cache)
     fixed = _BASE_BYTES + _TYPICAL_TOKENS * token_bytes
-    graphs = _graph_bytes(bundle)
     return (
-        round(fixed + _BYTES_PER_GRAPH_BYTE * sum(graphs)),
-        round(fixed + _BYTES_PER_GRAPH_BYTE * max(graphs)),
+        round(fixed + _BYTES_PER_GRAPH_BYTE * sum(_graph_bytes(bundle, keep=True))),
+        round(fixed + _BYTES_PER_GRAPH_BYTE * max(_graph_bytes(bundle, keep=False))),
     )
 
 
@@ -48,7 +47,7 @@ def least_bytes(bundle: Bundle, *, keep: bool) -> tuple[int, int]:
 
     Every weight is at some time either mapped or copied. ``keep``: all graphs at once.
     """
-    graphs = _graph_bytes(bundle)
+    graphs = _graph_bytes(bundle, keep=keep)
     weights = sum(graphs) if keep else max(graphs)
     return weights, round(_LEAST_RESIDENT * weights)
 
@@ -90,12 +89,13 @@ def how_many(most: int, token_bytes: int, machine: Machine | None = None) -> int
     return max(1, min(most, left // _SHARE // (_TYPICAL_TOKENS * token_bytes)))
 
 
-def _graph_bytes(bundle: Bundle) -> list[int]:
-    """Bytes of each graph with its weights."""
+def _graph_bytes(bundle: Bundle, *, keep: bool) -> list[int]:
+    """Bytes of each graph with its weights; without ``keep``, one for prompts is not used."""
     size = {entry.path: entry.size_bytes for entry in bundle.manifest.files}
     return [
         sum(size[path] for path in (graph.file, *graph.external_data))
-        for graph in bundle.manifest.graphs.values()
+        for name, graph in bundle.manifest.graphs.items()
+        if keep or name != bundle.manifest.prompt_graph
     ]
 
 

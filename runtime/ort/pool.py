@@ -53,12 +53,13 @@ class GraphPool:
             UsageError: an unknown provider, or one that this onnxruntime does not have.
         """
         require_onnxruntime(bundle.manifest.min_onnxruntime)
-        self._assigned = assign(provider, bundle.config.graphs)
+        self._assigned = assign(provider, bundle.manifest.roles)
         require_available(self._assigned.values(), available_providers())
         self.providers: dict[str, tuple[str, ...]] = {
             name: (assigned.name,) for name, assigned in self._assigned.items()
         }
         self._bundle = bundle
+        self._prompt_graph = bundle.manifest.prompt_graph
         self._settings = settings
         self.keep = keep
         self._not_packed = not_packed(bundle.config)
@@ -71,7 +72,11 @@ class GraphPool:
         """
         if not self.keep:
             return
-        missing = [name for name in self._bundle.manifest.graphs if name not in self._graphs]
+        missing = [
+            name
+            for name in self._bundle.manifest.graphs
+            if name not in self._graphs and (name != self._prompt_graph or self._has_prompts)
+        ]
         # The largest first: the others fit next to it.
         missing.sort(key=self._size_bytes, reverse=True)
         workers = self._settings.n_threads
@@ -103,6 +108,23 @@ class GraphPool:
             yield graph
         finally:
             graph.close()
+
+    @contextmanager
+    def prompts(self) -> Iterator[Graph | None]:
+        """The decoder's graph for prompts, if there is one and it is to be used.
+
+        It costs memory beside the other one, and has to share keys and values with it.
+        """
+        if not self._has_prompts:
+            yield None
+            return
+        with self.use(self._prompt_graph) as graph:
+            yield graph
+
+    @property
+    def _has_prompts(self) -> bool:
+        both = self._prompt_graph, self._bundle.config.decoder.graph
+        return bool(self._prompt_graph) and self.keep and all(self.is_on_cpu(n) for n in both)
 
     def _size_bytes(self, name: str) -> int:
         entry = self._bundle.manifest.graphs[name]

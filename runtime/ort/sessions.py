@@ -127,6 +127,11 @@ class Graph:
         self.providers = self._used_providers()
         self.input_names = tuple(node.name for node in self._session.get_inputs())
         self.output_names = tuple(node.name for node in self._session.get_outputs())
+        self._parts: dict[str, list[str]] = {}
+        for name in self.output_names:
+            whole, _, part = name.rpartition(".")
+            if whole in self.output_names and part.isdecimal():
+                self._parts.setdefault(whole, [whole]).append(name)
         self.is_batched = isinstance(self._session.get_inputs()[0].shape[0], str)
         self.input_types = {node.name: str(node.type) for node in self._session.get_inputs()}
 
@@ -182,6 +187,10 @@ class Graph:
         except Exception as error:
             raise self._failed(error) from error
 
+    def parts_of(self, output_name: str) -> list[str]:
+        """The output of that name, and those called ``NAME.0`` and so on."""
+        return self._parts.get(output_name, [output_name])
+
     def close(self) -> None:
         """Release the weights now, even while somebody still holds the graph."""
         self._session = None
@@ -228,7 +237,8 @@ class Binding:
     def shared(self, input_name: str, output_name: str, array: NDArray[Any]) -> None:
         """Let one buffer be read as an input and written as an output, as the KV cache is.
 
-        On the CPU it is ``array`` itself; on a device a copy of it, which never comes back.
+        Outputs ``NAME.0`` and so on, of a graph that has them, are written to it too. On the CPU it
+        is ``array`` itself; on a device a copy of it, which never comes back.
         """
         if self._device is None:
             self._bound[input_name] = array
@@ -236,7 +246,8 @@ class Binding:
         else:
             value = onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, 0)
         self.io.bind_ortvalue_input(input_name, value)
-        self.io.bind_ortvalue_output(output_name, value)
+        for name in self._graph.parts_of(output_name):
+            self.io.bind_ortvalue_output(name, value)
 
     def run(self) -> None:
         """Run the graph; the bound outputs hold the result."""
