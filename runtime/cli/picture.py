@@ -80,7 +80,6 @@ def draw(audio: Audio, config: ModelConfig, seen: PromptRead, answer: Answer, qu
     _draw_waveform(axes["waveform"], audio)
     for name, encoder in mels.items():
         _draw_mel(axes[name], encoder, chunks, config)
-        axes[name].set_xlim(0.0, audio.used_s)  # the image has set its own
     if seen.intent_attention is not None:
         _draw_attention(axes["attention"], seen.intent_attention, chunks, config)
     if seen.gate is not None:
