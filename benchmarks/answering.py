@@ -71,6 +71,7 @@ class RuntimeAnswerer:
         self._think = think
         self._raw = raw
         self._max_new_tokens = max_new_tokens
+        self._has_thoughts = self._model.config.answer.thought is not None
         opened = self._model.bundle
         manifest = opened.manifest
         self.identity = file_sha256(opened.root / MANIFEST_NAME)
@@ -98,7 +99,8 @@ class RuntimeAnswerer:
                 raise answer
             sure = answer.choice_probabilities
             confidence = None if sure is None else max(sure)
-            replies.append(Reply(answer.text, thought_of(answer.raw_text), confidence))
+            thought = thought_of(answer.raw_text) if self._has_thoughts else ""
+            replies.append(Reply(answer.text, thought, confidence))
         return replies
 
 

@@ -57,7 +57,11 @@ def measure(
             gaps_s.append(gaps)
         counted = answers[1:]
         again = model.ask(clip, _QUESTION, max_new_tokens=new_tokens, max_audio_s=3600, raw=True)
-        row: dict[str, Any] = {"seconds": duration_s, "prompt_tokens": counted[0].tokens.prompt}
+        row: dict[str, Any] = {
+            "seconds": duration_s,
+            "heard_s": counted[0].audio.used_s,
+            "prompt_tokens": counted[0].tokens.prompt,
+        }
         for stage in STAGES:
             row[stage] = statistics.median(getattr(a.timings, stage) for a in counted)
         row["tokens_per_s"] = statistics.median(a.timings.tokens_per_s for a in counted)
@@ -172,8 +176,9 @@ def _table(data: dict[str, Any]) -> str:
         "|---" * 10 + "|",
     ]
     for row in data["rows"]:
+        heard = "" if row["heard_s"] == row["seconds"] else f", {row['heard_s']:g} s heard"
         lines.append(
-            f"| {row['seconds']:g} s | {row['encode_s']:.3f} s | {row['project_s']:.3f} s "
+            f"| {row['seconds']:g} s{heard} | {row['encode_s']:.3f} s | {row['project_s']:.3f} s "
             f"| {row['prefill_s']:.3f} s | {row['first_token_s']:.3f} s "
             f"| {row['tokens_per_s']:.1f} "
             f"| {1e3 * row['gap_p50_s']:.1f}, {1e3 * row['gap_p95_s']:.1f} ms "

@@ -299,10 +299,10 @@ class Copy:
 
     def _write_prompt_graph(self, scheme: Scheme, peaks: list[KvPeaks] | None, folder: Path) -> int:
         """A graph for prompts, in ``folder``; returns its bytes."""
-        source, blocks = folder / "prompts.fp32.onnx", 1 if peaks else PROMPT_BLOCKS
+        source = folder / "prompts.fp32.onnx"
         rotation = Rotation.of_prompts(self.spec.hidden_size, self.spec.ffn_size, seed=1)
         tensors = rotated(self._tensors, self.spec.n_layers, rotation)
-        build_decoder(self.spec, tensors, source, rotation, prompt_blocks=blocks)
+        build_decoder(self.spec, tensors, source, rotation, prompt_blocks=PROMPT_BLOCKS)
         target = folder / _PROMPTS
         return quantize_graph(source, target, scheme, peaks, only_prompts=True).size_after_bytes
 

@@ -206,7 +206,7 @@ def agreement(
 ) -> dict[str, Any] | None:
     """Does the thought agree with the answer given, and with the scene?
 
-    Over the items whose record has a caption; None if there is none.
+    Over the items whose record has a caption; None if there is none, or if no answer has a thought.
 
     Args:
         items: the questions.
@@ -240,7 +240,7 @@ def agreement(
         found += (said_items & true_items).total()
         exact = thought.audio_analysis == item.caption
         right[exact].append(string_match(item.answer, answers[item.id], item.choices))
-    if n == 0:
+    if n == 0 or not any(thoughts.values()):
         return None
     return {
         "n": n,

@@ -281,8 +281,7 @@ class Draft:
         assert tried.prompts is not None
         plain = self._fp32(self._prompt_graph)
         self.stage(f"{self._prompt_graph}: {tried.prompts.label}")
-        # Over int8 attention goes through a float32 copy, of which every block would be another.
-        self._write_rotated_decoder(source, plain, 1 if peaks else PROMPT_BLOCKS)
+        self._write_rotated_decoder(source, plain, PROMPT_BLOCKS)
         target = self._graph_file(self._prompt_graph)
         return quantize_graph(plain, target, tried.prompts, peaks, only_prompts=True)
 

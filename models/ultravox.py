@@ -135,7 +135,9 @@ class UltravoxSource:
         window_s = sizes.whisper.max_source_positions / 50
         encoder = EncoderConfig(
             graph=_WHISPER,
-            features=dataclasses.replace(WHISPER, n_mels=sizes.whisper.num_mel_bins),
+            features=dataclasses.replace(
+                WHISPER, n_mels=sizes.whisper.num_mel_bins, computed_of="clip"
+            ),
             window_s=window_s,
             outputs=(stacked,),
             variable_length=True,

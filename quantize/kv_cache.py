@@ -94,29 +94,33 @@ def quantize_kv_cache(
     Args:
         graph: one whose attention takes a past and gives a present in float32.
         peaks: of each layer, in order.
-        only_long: it only reads prompts: the long branch alone, without an ``If``.
+        only_long: it only reads prompts: the long branch alone, without an ``If``. Its attention
+            may be cut into blocks of rows, each of which takes the presents of the one before.
 
     Raises:
         ValueError: another number of peaks than of layers, or layers with different numbers of
             heads.
     """
-    nodes = [node for node in graph if node.op_type == _ATTENTION]
-    layers = list(zip(nodes, peaks, strict=True))
+    blocks = _blocks(graph)
+    layers = list(zip(blocks, peaks, strict=True))
     if not layers:
         return
-    reading = _reading(graph, nodes, head_dim=peaks[0].keys.shape[1])
-    for node, of_layer in layers:
+    reading = _reading(graph, blocks, head_dim=peaks[0].keys.shape[1])
+    for of_rows, of_layer in layers:
+        node = of_rows[-1]
         scales = [
             add_initializer(graph, f"{node.name}.{kind}_scale", kv_scales(found))
             for kind, found in zip(_KINDS, (of_layer.keys, of_layer.values), strict=True)
         ]
-        for past in node.inputs[_PASTS]:
+        for past in of_rows[0].inputs[_PASTS]:
             assert past is not None
             past.type = ir.TensorType(ir.DataType.INT8)
-        nodes, outputs = _long(node, scales, reading)
-        if not only_long:
+        if only_long:
+            nodes, outputs = _long_blocks(graph, of_rows, scales, reading)
+        else:
+            (node,) = of_rows
             branches = {
-                "then_branch": _branch(f"{node.name}.long", nodes, outputs),
+                "then_branch": _branch(f"{node.name}.long", *_long(node, scales, reading)),
                 "else_branch": _branch(f"{node.name}.short", *_short(node, scales)),
             }
             choice = ir.node("If", [reading.is_long], branches, num_outputs=3, name=node.name)
@@ -124,6 +128,20 @@ def quantize_kv_cache(
         ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, outputs)
         for present in outputs[1:]:
             present.type = ir.TensorType(ir.DataType.INT8)
+
+
+def _blocks(graph: ir.Graph) -> list[list[ir.Node]]:
+    """The attention of each layer: the nodes of its blocks of rows, in order."""
+    layers: list[list[ir.Node]] = []
+    for node in graph:
+        if node.op_type != _ATTENTION:
+            continue
+        past = node.inputs[_PASTS.start]
+        if layers and past is not None and past.producer() is layers[-1][-1]:
+            layers[-1].append(node)
+        else:
+            layers.append([node])
+    return layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,9 +168,10 @@ class _Reading:
     largest: ir.Value
 
 
-def _reading(graph: ir.Graph, nodes: Sequence[ir.Node], head_dim: int) -> _Reading:
+def _reading(graph: ir.Graph, blocks: Sequence[Sequence[ir.Node]], head_dim: int) -> _Reading:
     """Compute it once for all layers, before the first one."""
-    (n_heads,) = {node.attributes["kv_num_heads"].as_int() for node in nodes}
+    (n_heads,) = {node.attributes["kv_num_heads"].as_int() for of in blocks for node in of}
+    queries = [node.inputs[_QUERY] for node in blocks[0]]
     nodes_before = _Nodes("kv")
 
     def integers(name: str, values: Any) -> ir.Value:
@@ -162,10 +181,13 @@ def _reading(graph: ir.Graph, nodes: Sequence[ir.Node], head_dim: int) -> _Readi
         return add_initializer(graph, f"kv.{name}", np.array(values, np.float32))
 
     add, start = nodes_before.add, integers("start", [0])
-    n_new = add("Shape", "n_new.dimension", [nodes[0].inputs[_QUERY]], start=1, end=2)
+    # What the first layer's query is cut from has all rows.
+    source = queries[0].producer() if len(queries) > 1 and queries[0] is not None else None
+    rows = source.inputs[0] if source is not None else queries[0]
+    n_new = add("Shape", "n_new.dimension", [rows], start=1, end=2)
     n_new = add("Squeeze", "n_new", [n_new])
     is_long = add("Greater", "is_long", [n_new, integers("longest_step", LONGEST_STEP)])
-    total = add("Cast", "n_total", [nodes[0].inputs[_TOTAL]], to=ir.DataType.INT64)
+    total = add("Cast", "n_total", [blocks[0][-1].inputs[_TOTAL]], to=ir.DataType.INT64)
     n_past = add("Sub", "n_past.scalar", [total, n_new])
     position = add("Range", "positions", [n_past, total, integers("step", 1)])
     # The row of head h at position p is (0, h, p).
@@ -183,7 +205,7 @@ def _reading(graph: ir.Graph, nodes: Sequence[ir.Node], head_dim: int) -> _Readi
         smallest=numbers("smallest", _SMALLEST),
         largest=numbers("largest", _LARGEST),
     )
-    graph.insert_before(nodes[0], nodes_before.nodes)
+    graph.insert_before(blocks[0][0], nodes_before.nodes)
     return reading
 
 
@@ -212,6 +234,32 @@ def _long(
         for kind, past, whole, scale in zip(_KINDS, pasts, wholes, scales, strict=True)
     ]
     return nodes.nodes, [attended, *presents]
+
+
+def _long_blocks(
+    graph: ir.Graph, blocks: Sequence[ir.Node], scales: Sequence[ir.Value], reading: _Reading
+) -> tuple[list[ir.Node], Sequence[ir.Value]]:
+    """The same for attention in ``blocks``: what is to take the last one's place.
+
+    The first takes the float32 past; what each leaves for the next stays inside of the graph.
+    """
+    first, last = blocks[0], blocks[-1]
+    pasts = list(first.inputs[_PASTS])
+    before, after = _Nodes(f"{last.name}.past"), _Nodes(f"{last.name}.long")
+    for index, (kind, past, scale) in enumerate(zip(_KINDS, pasts, scales, strict=True)):
+        known = before.dequantized(kind, past, scale, reading)
+        first.replace_input_with(_PASTS.start + index, known)
+    graph.insert_before(first, before.nodes)
+    for node in blocks[:-1]:
+        for present in node.outputs[1:]:
+            graph.outputs.remove(present)
+            present.type = present.shape = None
+    attended, *wholes = after.attention(list(last.inputs), _attributes(last))
+    presents = [
+        after.written(kind, past, whole, scale, reading)
+        for kind, past, whole, scale in zip(_KINDS, pasts, wholes, scales, strict=True)
+    ]
+    return after.nodes, [attended, *presents]
 
 
 def _branch(name: str, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> ir.Graph:

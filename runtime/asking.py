@@ -179,8 +179,8 @@ def clips_of(audio: Clips, config: ModelConfig) -> list[AudioSource | Audio]:
     clips = audio if isinstance(audio, list) else [audio]
     n_heard = config.n_clips
     if len(clips) not in (1, n_heard):
+        heard = "one" if n_heard == 1 else f"one or {n_heard}"
         raise QuestionError(
-            f"{len(clips)} clips given, {config.name} hears "
-            f"{'one' if n_heard == 1 else f'one or {n_heard}'} at a time"
+            f"{len(clips)} clips given, {config.name} hears {heard} at a time; give {heard}"
         )
     return clips

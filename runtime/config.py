@@ -79,6 +79,8 @@ class LogMel:
         resampler: ``soxr``, or ``sinc``, torchaudio's windowed sinc.
         through_hz: rates on the way to ``sampling_rate_hz``. The clip as a whole is resampled to
             the first rate and cut into windows; the rest of the way is gone window by window.
+        computed_of: a ``window``, or the whole ``clip``, which is then cut into windows: its
+            loudest value counts in all of them, and their edges are no edges of the sound.
     """
 
     kind: Literal["log_mel"] = "log_mel"
@@ -97,6 +99,7 @@ class LogMel:
     layout: Literal["mels_frames", "image"] = "mels_frames"
     resampler: Literal["soxr", "sinc"] = "soxr"
     through_hz: tuple[int, ...] = ()
+    computed_of: Literal["window", "clip"] = "window"
 
     def n_frames(self, duration_s: float) -> int:
         """Frames of ``duration_s`` seconds."""
@@ -463,6 +466,8 @@ def _composition_problems(config: ModelConfig) -> Iterator[str]:
                 yield f"{encoder.graph}.{output.name}: rows have a number, vectors have none"
             elif encoder.variable_length and output.rows not in (None, config.rows_per_chunk):
                 yield f"{encoder.graph}.{output.name}: variable length needs one row an audio row"
+        if isinstance(encoder.features, LogMel) and encoder.features.computed_of == "clip":
+            yield from _whole_clip_problems(encoder, windows)
         if encoder.partial_rows:
             yield from _partial_row_problems(encoder, config.rows_per_chunk, windows)
         elif encoder.variable_length and (
@@ -503,6 +508,15 @@ def _partial_row_problems(encoder: EncoderConfig, n_rows: int, windows: float) -
     per_row = -(-encoder.n_frames // n_rows)
     if -(-encoder.n_frames // per_row) != n_rows:
         yield f"{encoder.n_frames} frames of {encoder.graph} do not fill {n_rows} audio rows"
+
+
+def _whole_clip_problems(encoder: EncoderConfig, windows: float) -> Iterator[str]:
+    features = encoder.features
+    assert isinstance(features, LogMel)
+    if windows != 1 or not encoder.partial_rows:
+        yield f"{encoder.graph}: features of the whole clip need partial rows"
+    if features.through_hz or features.layout != "mels_frames" or features.padding != "zeros":
+        yield f"{encoder.graph}: features of the whole clip need one rate, zeros behind, mels first"
 
 
 _TOKENS = ("stop_token_ids", "token_ids", "close_id", "padding_id", "hidden_token_ids")

@@ -49,6 +49,7 @@ def preprocess(audio: Audio, config: ModelConfig) -> tuple[Chunk, ...]:
     """
     clip_s = audio.samples.size / audio.sampling_rate_hz
     sounds: dict[tuple[str, int], Array] = {}
+    of_clip: dict[Features, Array] = {}
     chunks = []
     for index, duration_s in enumerate(chunks_s(clip_s, config)):
         known: dict[tuple[Features, float, int], tuple[Array, ...]] = {}
@@ -59,6 +60,13 @@ def preprocess(audio: Audio, config: ModelConfig) -> tuple[Chunk, ...]:
             if (features.resampler, rate_hz) not in sounds:
                 sounds[features.resampler, rate_hz] = _whole(audio, features.resampler, rate_hz)
             key = features, encoder.window_s, n_frames
+            if key not in known and isinstance(features, LogMel) and features.computed_of == "clip":
+                if features not in of_clip:
+                    sound = sounds[features.resampler, rate_hz]
+                    n_whole = features.frames_that_hold(clip_s)
+                    of_clip[features] = encoder_input(sound, features, n_whole)
+                start = index * encoder.n_frames
+                known[key] = (of_clip[features][..., start : start + n_frames],)
             if key not in known:
                 chunk = _piece(sounds[features.resampler, rate_hz], index, config.chunk_s, rate_hz)
                 known[key] = tuple(

@@ -44,6 +44,7 @@ __all__ = [
 
 MAX_QUESTION_CHARS = 16_384  # checked first, so that an enormous question costs nothing
 MAX_CHOICES = 26
+_LETTERS_PER_TOKEN = 4  # of English, roughly
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ def build_prompt(
     ids = tokenizer.encode(user_text(question, choices, config))
     if len(ids) > config.max_tokens:
         if config.too_long == "refused":
+            what = "the question has" if choices is None else "question and choices have"
             raise QuestionError(
-                f"the question has {len(ids)} tokens, at most {config.max_tokens} fit; shorten it"
+                f"{what} {len(ids)} tokens, this model reads at most {config.max_tokens} (about "
+                f"{_LETTERS_PER_TOKEN * config.max_tokens} letters); write less"
             )
         ids = ids[: config.max_tokens]
     padding = () if config.padding_id is None else (config.padding_id,)

@@ -19,7 +19,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from tinygiant.runtime import Query, TinyGiant, pipeline
+from tinygiant.runtime import Query, TinyGiant, loading
 from tinygiant.runtime.cli import batch
 from tinygiant.runtime.cli import main as cli
 from tinygiant.runtime.errors import UsageError
@@ -45,7 +45,7 @@ def run(
     tiny: TinyGiant, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     """Run tg-run --batch in this process: exit code, standard output and error."""
-    monkeypatch.setattr(pipeline, "load", lambda *_, **__: tiny)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: tiny)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         code = cli.main(["--batch", *map(str, arguments), "--max-new-tokens", "3"])

@@ -21,7 +21,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from tinygiant.runtime import TinyGiant, pipeline
+from tinygiant.runtime import TinyGiant, loading
 from tinygiant.runtime.cli import main as cli
 from tinygiant.runtime.cli.conversation import history_path
 from tinygiant.runtime.ort.sessions import Graph
@@ -50,7 +50,7 @@ def talk(
     def call(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, list[str], str]:
         stdin = io.TextIOWrapper(io.BytesIO("".join(f"{x}\n" for x in lines).encode()))
         monkeypatch.setattr(sys, "stdin", stdin)
-        monkeypatch.setattr(pipeline, "load", lambda *_, **__: tiny)
+        monkeypatch.setattr(loading, "load", lambda *_, **__: tiny)
         code = cli.main([str(clips[0]), "--max-new-tokens", "3", *options])
         out, err = capsys.readouterr()
         return code, out.splitlines(), err

@@ -18,6 +18,11 @@ def test_the_last_line_holds_every_clip_and_stage(
     data = json.loads(capsys.readouterr().out.splitlines()[-1])
     short, long = data["rows"]
     assert (short["seconds"], long["seconds"]) == (0.5, 31)
+    assert (short["heard_s"], long["heard_s"]) == (0.5, 31)
+    dropped = data | {"rows": [short, long | {"heard_s": 20.0}]}
+    first, second = latency._table(dropped).splitlines()[-2:]
+    assert first.startswith("| 0.5 s | ")
+    assert second.startswith("| 31 s, 20 s heard | ")
     # clip context: 5 audio tokens against 300 and 10
     assert long["prompt_tokens"] - short["prompt_tokens"] == 310 - 5
     assert long["encode_s"] > short["encode_s"] > 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tinygiant.runtime import TinyGiant, pipeline
+from tinygiant.runtime import TinyGiant, loading
 from tinygiant.runtime.cli import main as cli
 from tinygiant.runtime.cli import microphone
 from tinygiant.runtime.cli.microphone import BLOCK_S, SoundDetector, devices, level_db, record
@@ -204,7 +204,7 @@ def test_a_question_about_what_was_heard(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     plug((1.0, -65.0), (1.0, -20.0), (9.0, -65.0))
-    monkeypatch.setattr(pipeline, "load", lambda *_, **__: tiny)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: tiny)
     code = cli.main(["--mic", "What?", "--no-think", "--choices", "a dog", "a siren"])
     out, err = capsys.readouterr()
     assert code == 0

@@ -264,6 +264,8 @@ def test_agreement_by_hand() -> None:
         "accuracy_otherwise": 0.0,
     }
     assert agreement(items[2:], {"3": "a"}, {}) is None
+    # A model without thoughts has none that could disagree.
+    assert agreement(items, {"1": "a", "2": "b"}, {"1": "", "2": ""}) is None
 
 
 @pytest.mark.parametrize(

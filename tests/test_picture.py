@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from tinygiant.runtime import Finished, PromptRead, TinyGiant, pipeline, read_audio
+from tinygiant.runtime import Finished, PromptRead, TinyGiant, loading, read_audio
 from tinygiant.runtime.cli import main as cli
 from tinygiant.runtime.cli.picture import draw, save
 from tinygiant.runtime.preprocess import preprocess
@@ -108,7 +108,7 @@ def test_the_command_writes_a_png(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     soundfile.write(tmp_path / "clip.wav", tone(1.0, 16_000), 16_000)
-    monkeypatch.setattr(pipeline, "load", lambda *_, **__: tiny)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: tiny)
     asked = [str(tmp_path / "clip.wav"), "\u97f3?", "--max-new-tokens", "2", "--picture"]
     assert cli.main([*asked, str(tmp_path / "out.png")]) == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

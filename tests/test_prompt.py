@@ -113,9 +113,12 @@ def test_enormous_questions_cost_nothing(tokenizer: Tokenizer) -> None:
 
 
 def test_too_many_tokens(tokenizer: Tokenizer) -> None:
-    with pytest.raises(QuestionError, match="tokens, at most 2048 fit"):
+    """The line says how many there are, the limit, and what to do; choices count too."""
+    limit = r"this model reads at most 2048 \(about 8192 letters\); write less$"
+    n_question = len(tokenizer.encode("\u97f3" * 1000))
+    with pytest.raises(QuestionError, match=f"^the question has {n_question} tokens, {limit}"):
         build_prompt("\u97f3" * 1000, None, tokenizer, CONFIG)
-    with pytest.raises(QuestionError, match="tokens"):
+    with pytest.raises(QuestionError, match=rf"^question and choices have \d+ tokens, {limit}"):
         build_prompt("What?", ["\u97f3" * 400, "\u97f3" * 401], tokenizer, CONFIG)
 
 

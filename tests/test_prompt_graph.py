@@ -202,11 +202,12 @@ def test_over_int8_it_stores_what_the_other_graph_reads(model: Model, tmp_path: 
     quantize_graph(model.path, path, Scheme(), peaks)
     prompts_scheme = with_prompts(RECIPES["int8"]).prompts
     assert prompts_scheme is not None
-    reader = model.reader(tmp_path / "prompts.onnx", prompts_scheme, 1, peaks)
+    reader = model.reader(tmp_path / "prompts.onnx", prompts_scheme, PROMPT_BLOCKS, peaks)
     decoder = Decoder(
         Graph(path, SETTINGS), model.embeddings, SPEC, 100, kv_type="int8", prompts=reader
     )
-    decoder.feed(embeds)
+    for part in (embeds[:, :23], embeds[:, 23:]):  # the second part begins behind a past
+        decoder.feed(part)
     wanted = model.keys_and_values(embeds)
     for found, (keys, values), peak in zip(held(decoder), wanted, peaks, strict=True):
         for ours, theirs, scale in zip(

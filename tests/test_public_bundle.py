@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,17 @@ import pytest
 import soundfile
 import torch
 
+from benchmarks import latency
+from benchmarks.answering import Question, RuntimeAnswerer
 from tests import public_reference as reference
 from tests.public_stub import KINDS, small_llama, small_mizar, small_tokenizer, state_of
 from tests.serve_stub import live
 from tinygiant.export import cli as export_cli
 from tinygiant.models import mellow, mizar
 from tinygiant.models.public import load_public, open_public
-from tinygiant.runtime import TinyGiant, load
+from tinygiant.runtime import PromptRead, TinyGiant, load, read_audio
 from tinygiant.runtime.cli import main as run_cli
+from tinygiant.runtime.cli.picture import draw
 from tinygiant.runtime.errors import QuestionError
 from tinygiant.runtime.tokenizer import Tokenizer
 
@@ -322,3 +327,73 @@ def test_a_batch_may_compare_clips(world: World, tmp_path: Path) -> None:
     written = out.read_bytes()
     assert run_cli.main(command) == 11  # nothing is asked again
     assert out.read_bytes() == written
+
+
+def test_benchmarks_say_how_much_was_heard(world: World, model: TinyGiant) -> None:
+    length_s = LENGTHS_S[world.name]
+    rows = latency.measure(model, [2.0, length_s + 3.0], 1, 2)
+    assert [row["heard_s"] for row in rows] == [2.0, length_s]
+
+
+def test_what_is_compared_on_arm_can_be_computed(world: World) -> None:
+    """``make test-arm ARM_ARGS="--bundle DIR"`` runs this script there and here."""
+    script = Path(__file__).parent / "arm" / "answers.py"
+    out, clip = world.folder / "arm.npz", world.clip(1.0)
+    subprocess.run([sys.executable, script, world.bundle, clip, out, "3"], check=True)
+    with np.load(out) as found:
+        n_streams = {"mizar": 126 * 4 * 48, "mellow": 32 * 21 + 64}[world.name]
+        assert found["streams"].shape == (n_streams,)
+        assert found["tokens"].shape == (3,)
+        assert found["choice"] in (0, 1, 2)
+
+
+def test_a_question_that_is_too_long_is_refused_in_one_line(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = N_TEXT[world.name]
+    clip, options = str(world.clip(1.0)), ["--bundle", str(world.bundle), "--threads", "1"]
+    assert run_cli.main([clip, "a" * (limit + 1), "-q", *options]) == 5
+    assert capsys.readouterr().err == (
+        f"tg-run: the question has {limit + 1} tokens, this model reads at most {limit} (about "
+        f"{4 * limit} letters); write less\n"
+    )
+    assert run_cli.main([clip, "a" * limit, "-q", "--max-new-tokens", "1", *options]) == 0
+
+
+def test_the_command_line_says_what_was_not_heard(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length_s = LENGTHS_S[world.name]
+    clip, plot = world.clip(1.5 * length_s), tmp_path / "plot.png"
+    options = ["--bundle", str(world.bundle), "--threads", "1", "--max-new-tokens", "1"]
+    assert run_cli.main([str(clip), "What is it?", "--picture", str(plot), *options]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    seconds = f"{length_s:.2f} of {1.5 * length_s:.2f} s of audio used"
+    assert lines[0] == f"tg-run: {clip}: {seconds}"
+    # Plain text has no parts that could be closed.
+    assert "tg-run: note: --max-new-tokens reached; the answer ends there" in lines
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plots_panels_have_one_time_axis(world: World, model: TinyGiant) -> None:
+    """What the model does not hear stays empty; the sound above it is drawn whole."""
+    length_s = LENGTHS_S[world.name]
+    audio = read_audio(world.clip(1.5 * length_s))
+    answer = model.ask(audio, "What is it?", max_new_tokens=1)
+    figure = draw(audio, model.config, PromptRead(1, None, None), answer, "What is it?")
+    panels = {panel.get_label(): panel for panel in figure.axes}
+    del panels["answer"]
+    assert len(panels) == 2
+    for panel in panels.values():
+        assert panel.get_xlim() == pytest.approx((0.0, 1.5 * length_s))
+    [mel] = [panel for name, panel in panels.items() if name != "waveform"]
+    assert mel.images[0].get_extent()[:2] == pytest.approx([0.0, length_s], rel=2e-3)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_mmar_takes_no_answer_for_a_thought(is_open: bool, world: World) -> None:
+    answerer = RuntimeAnswerer(world.bundle, max_new_tokens=4, threads=1)
+    asked = Question(world.clip(1.0), "What is it?", ("a dog", "rain"), is_open)
+    [reply] = answerer.answer([asked])
+    assert reply.answer
+    assert reply.thought == ""

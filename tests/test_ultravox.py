@@ -186,6 +186,20 @@ def test_longer_clips_are_heard_in_chunks_of_30_s(world: World, model: TinyGiant
     assert answer.tokens.audio == 188 + 13
 
 
+@pytest.mark.parametrize("n_samples", [480_100, 512_163])
+def test_chunks_are_cut_from_the_spectrogram_of_the_whole(
+    n_samples: int, world: World, model: TinyGiant
+) -> None:
+    """The second chunk is quiet: its scale is the first one's, its edge no edge of the sound."""
+    samples = soundfile.read(world.clip(n_samples), dtype="float32")[0]
+    samples[480_000:] *= 0.01
+    found = model.prepare((samples, RATE_HZ), "What is said?").projections
+    state, whole = load_file(world.checkpoint), reference.log_mel(samples, 128)
+    for projection, piece in zip(found, whole.split(3_000, dim=1), strict=True):
+        wanted = reference.rows(state, piece, N_HEADS).numpy()
+        np.testing.assert_allclose(projection.audio_embeds[0], wanted, atol=5e-4, rtol=1e-3)
+
+
 def test_choices_are_answered_exactly(world: World, model: TinyGiant) -> None:
     choices = ["a Question", "an order"]
     answer = model.ask(world.clip(16_000), "What is it?", choices)
@@ -352,6 +366,7 @@ def test_partial_rows_are_checked(world: World) -> None:
         assert config.audio_rows(seconds) == rows
     for change, complaint in (
         ({"variable_length": False}, "partial rows need variable length"),
+        ({"partial_rows": False}, "features of the whole clip need partial rows"),
         ({"features": dataclasses.replace(encoder.features, last_frame=True)}, "a last frame"),
     ):
         with pytest.raises(BundleError, match=complaint):

@@ -80,6 +80,7 @@ def draw(audio: Audio, config: ModelConfig, seen: PromptRead, answer: Answer, qu
     _draw_waveform(axes["waveform"], audio)
     for name, encoder in mels.items():
         _draw_mel(axes[name], encoder, chunks, config)
+        axes[name].set_xlim(0.0, audio.used_s)  # the image has set its own
     if seen.intent_attention is not None:
         _draw_attention(axes["attention"], seen.intent_attention, chunks, config)
     if seen.gate is not None:
@@ -136,7 +137,6 @@ def _draw_mel(
             width_s = mel.shape[1] * encoder.window_s / encoder.n_frames
             extent = (start_s, start_s + width_s, 0, mel.shape[0])
             panel.imshow(mel, origin="lower", aspect="auto", extent=extent, interpolation="nearest")
-    panel.set_xlim(0.0, sum(chunk.duration_s for chunk in chunks))
     panel.set(ylabel=f"{encoder.graph}\nmel band")
 
 

@@ -160,8 +160,10 @@ class Progress:
 
         if isinstance(event, events.AudioRead):
             audio = event.audio
-            dropped = f", {audio.dropped_s:.2f} s not used" if audio.dropped_s else ""
-            self.line(f"{audio.source}: {audio.used_s:.2f} s of audio{dropped}")
+            seconds = f"{audio.used_s:.2f} s of audio"
+            if audio.dropped_s:
+                seconds = f"{audio.used_s:.2f} of {audio.received_s:.2f} s of audio used"
+            self.line(f"{audio.source}: {seconds}")
             for note in audio.notes:
                 self.line(f"note: {printable(note)}")
         elif isinstance(event, events.StreamsReady) and (event.cached or event.encode_s):
@@ -180,10 +182,12 @@ class Progress:
         if not tokens.generated:  # nothing to hear
             self.line(f"{timings.total_s:.2f} s in all")
             return
+        thought = (answer.plan, answer.audio_analysis, answer.logic, answer.summary)
+        ended = "the unfinished part was closed" if any(thought) else "the answer ends there"
         if answer.finish_reason == "length":
-            self.line("note: --max-new-tokens reached; the unfinished part was closed")
+            self.line(f"note: --max-new-tokens reached; {ended}")
         elif answer.finish_reason == "loop":
-            self.line("note: the model repeated itself; the unfinished part was closed")
+            self.line(f"note: the model repeated itself; {ended}")
         written = counted(tokens.generated, "token")
         self.line(
             f"{written} at {timings.tokens_per_s:.1f} a second, the first after "

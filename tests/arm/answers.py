@@ -52,7 +52,7 @@ def main() -> None:
     np.savez(
         Path(out),
         features=chunks[0].windows[bundle.config.encoders[0].graph][0],
-        streams=encoded[0].inputs["streams"],
+        streams=np.concatenate([array.ravel() for array in encoded[0].inputs.values()]),
         audio_embeds=prepared.projections[0].audio_embeds,
         logits=np.stack(logits),
         tokens=np.array(tokens),

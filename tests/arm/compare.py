@@ -23,6 +23,7 @@ import soundfile
 from sysroot import BOARDS, Board, build, command
 
 from tinygiant.quantize.recipes import RECIPES, Recipe
+from tinygiant.runtime.bundle import Bundle
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -39,7 +40,7 @@ def main() -> int:
     namespace = _namespace(cache)
     clip = _clip(work / "clip.wav")
     failures = 0
-    for name in options.recipes:
+    for name in options.recipes or _recipes(options.bundle):
         bundle = options.bundle or _bundle(cache / "bundles" / name, name)
         reference = work / f"{name}-here.npz"
         tokens = str(options.tokens)
@@ -122,6 +123,11 @@ def _bundle(target: Path, recipe: str) -> Path:
     return target
 
 
+def _recipes(bundle: Path | None) -> list[str]:
+    """All recipes, or the one that a bundle was made with."""
+    return list(RECIPES) if bundle is None else [Bundle.open(bundle).manifest.recipe.name]
+
+
 def _clip(path: Path) -> Path:
     """A second of a swelling tone at a rate that must be resampled both ways."""
     rate_hz = 22_050
@@ -144,8 +150,8 @@ def _namespace(cache: Path) -> Path:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache" / "arm")
-    parser.add_argument("--bundle", type=Path, help="compare this bundle; name its recipe")
-    parser.add_argument("--recipes", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
+    parser.add_argument("--bundle", type=Path, help="compare this bundle")
+    parser.add_argument("--recipes", nargs="+", choices=sorted(RECIPES))
     parser.add_argument("--cpus", nargs="+", choices=[board.cpu for board in BOARDS])
     parser.add_argument("--tokens", type=int, default=16)
     return parser.parse_args()
