@@ -52,7 +52,7 @@ test-transformers5: $(VENV)-transformers5/.installed ## run the tests of models 
 	  tests/test_models.py tests/test_parts.py tests/test_export.py tests/test_decoder_graph.py \
 	  tests/test_verify.py tests/test_pipeline.py tests/test_training.py tests/test_nano_training.py \
 	  tests/test_committed_checkpoint.py tests/test_public_models.py tests/test_public_bundle.py \
-	  tests/test_toy_model.py $(PYTEST_ARGS)
+	  tests/test_toy_model.py tests/test_ultravox.py $(PYTEST_ARGS)
 
 quality: $(VENV)/.installed $(QUALITY_VENV)/.installed ## compare recipes on a real language model with llama.cpp
 	@$(VENV)/bin/python -m benchmarks.quality $(BENCH_ARGS)
