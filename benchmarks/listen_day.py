@@ -2,7 +2,7 @@
 
     python -m benchmarks.listen_day --hours 24
     python -m benchmarks.listen_day --hours 1 --speed 20
-    python -m benchmarks.listen_day --quiet-s 120
+    python -m benchmarks.listen_day --quiet-s 120 [--microphone]
 
 A room is synthesised: pink noise whose level follows the hours (24 dB from night to noon), and in
 it events at random moments: bells, knocks, barks, beeps, speech (a word of the example's recording)
@@ -14,19 +14,22 @@ resident memory is read at equal steps of sound, and the median of the last quar
 of the second quarter by ``--max-mib`` at most.
 
 With ``--quiet-s`` the room alone is piped at real time, and processor time is measured: at most 3 %
-of one core. The last line of the output is the report as JSON; the exit code is 1 if it failed.
+of one core; with ``--microphone`` it is played to one of 44.1 kHz, through PulseAudio. The last
+line of the output is the report as JSON; the exit code is 1 if it failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,11 +39,14 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from benchmarks.virtual_microphone import DEVICE, Daemon
+
 __all__ = ["main"]
 
 RATE_HZ = 16_000
 ROOM_DB = -58.0
 SWING_DB = 12.0
+MICROPHONE_HZ = 44_100
 GAP_S, MEAN_GAP_S = 15.0, 110.0  # from the end of an event to the next one: least, mean of the rest
 ONSET_S = 0.5
 MOST_CPU = 0.03
@@ -56,6 +62,7 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=24.0)
     parser.add_argument("--speed", type=float, help="times real time; as fast as possible if left")
     parser.add_argument("--quiet-s", type=float, help="measure processor time in a quiet room")
+    parser.add_argument("--microphone", action="store_true", help="a quiet room through PulseAudio")
     parser.add_argument("--bundle")
     parser.add_argument("--voice", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--seed", type=int, default=1)
@@ -113,18 +120,37 @@ def day(options: argparse.Namespace) -> dict[str, Any]:
 
 def quiet(options: argparse.Namespace) -> dict[str, Any]:
     """Processor time while nothing sounds, at real time."""
-    room = Room([], options.seed)
-    with listening(*arguments(options)) as command:
-        for warm, samples in enumerate(room.seconds(round(options.quiet_s) + 5)):
+    room = Room([], options.seed).seconds(round(options.quiet_s) + 5)
+    with contextlib.ExitStack() as stack:
+        feed: Callable[[NDArray[np.int16]], object] = lambda samples: None  # noqa: E731
+        if options.microphone:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            daemon = Daemon(folder, MICROPHONE_HZ)
+            stack.callback(daemon.end)
+            room = list(room)
+            soundfile.write(folder / "room.wav", np.concatenate(room), RATE_HZ)
+            command = stack.enter_context(listening(*arguments(options), env=daemon.env))
+            while not command.records:  # it tells that it has started
+                time.sleep(0.1)
+            player = threading.Thread(target=daemon.play, args=(folder / "room.wav",))
+            player.start()
+            stack.callback(player.join)
+        else:
+            command = stack.enter_context(listening(*arguments(options)))
+            feed = command.feed
+        for warm, samples in enumerate(room):
             if warm == 5:
                 start, before_s = time.monotonic(), command.cpu_now_s()
-            command.feed(samples)
+            feed(samples)
             time.sleep(1.0)
         share = (command.cpu_now_s() - before_s) / (time.monotonic() - start)
+        if options.microphone:
+            command.process.terminate()
         records = command.finish()
     n_sounds = sum(record["event"] == "sound" for record in records)
     return {
         "quiet_s": options.quiet_s,
+        "microphone_hz": MICROPHONE_HZ if options.microphone else None,
         "voice": options.voice,
         "cpu_share": round(share, 4),
         "sounds": n_sounds,
@@ -165,9 +191,10 @@ def compare(events: list[Event], records: list[dict[str, Any]]) -> dict[str, Any
 def arguments(options: argparse.Namespace, *more: str) -> list[str]:
     """The command's own arguments; ``more`` are added."""
     bundle = ("--bundle", str(Path(options.bundle).resolve())) if options.bundle else ()
+    source = ("--device", DEVICE) if options.microphone else ("-", "--pcm-rate", str(RATE_HZ))
     return [
-        *("-", QUESTION, "--jsonl", "-q", "--no-think", "--threads", "1"),
-        *("--pcm-rate", str(RATE_HZ), "--voice", options.voice),
+        *(*source, QUESTION, "--jsonl", "-q", "--no-think", "--threads", "1"),
+        *("--voice", options.voice),
         *(*bundle, *more, "--choices", *CHOICES),
     ]
 
@@ -175,13 +202,19 @@ def arguments(options: argparse.Namespace, *more: str) -> list[str]:
 class listening:
     """The command, with what it writes being read, and its processor time."""
 
-    def __init__(self, *arguments: str, stderr: IO[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        stderr: IO[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         """Start it with ``arguments``; what it tells goes to ``stderr``."""
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "tinygiant.runtime.listen.cli", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
+            env=env,
         )
         self.process = psutil.Process(self._popen.pid)
         self.records: list[dict[str, Any]] = []

@@ -48,7 +48,13 @@ from benchmarks.peer_workers import RuntimeDecoder
 from benchmarks.quality_speed import BASELINE, race_decoders, summarize
 from benchmarks.report import command_line, write_result
 from benchmarks.turns import busy_warning
-from tinygiant.export.decoder import PROMPT_BLOCKS, DecoderSpec, TensorSource, build_decoder
+from tinygiant.export.decoder import (
+    LM_HEAD,
+    PROMPT_BLOCKS,
+    DecoderSpec,
+    TensorSource,
+    build_decoder,
+)
 from tinygiant.export.quality import log_softmax
 from tinygiant.export.rotation import Rotation, random_rotation, rotated
 from tinygiant.quantize import RECIPES, KvPeaks, Scheme, kv_peaks, quantize_graph, quantize_rows
@@ -60,7 +66,17 @@ from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
 
-__all__ = ["LLAMA_CPP", "VARIANTS", "Variant", "common_prefix", "compare", "main", "pages"]
+__all__ = [
+    "LLAMA_CPP",
+    "TRIALS",
+    "VARIANTS",
+    "Variant",
+    "common_prefix",
+    "compare",
+    "main",
+    "pages",
+    "rotation_of",
+]
 
 Array = NDArray[np.float32]
 Row = dict[str, Any]
@@ -79,8 +95,9 @@ _QUANTIZED, _PROMPTS = "quantized.onnx", "prompts.onnx"
 class Variant:
     """A way to quantize a decoder, and what is around it.
 
-    ``for_prompts``: rotated as a graph for prompts is. ``prompts``: the scheme of such a graph
-    beside the decoder.
+    ``for_prompts``: rotated as a graph for prompts is; else ``turned`` are the parts of the
+    :class:`~tinygiant.export.rotation.Rotation` that a rotated scheme gets. ``prompts``: the scheme
+    of a graph for prompts beside the decoder.
     """
 
     scheme: Scheme
@@ -88,6 +105,7 @@ class Variant:
     embeddings_int8: bool = True
     for_prompts: bool = False
     prompts: Scheme | None = None
+    turned: tuple[str, ...] = ("stream", "values", "gated")
 
 
 _ROWS = RECIPES["int8-rows"].graphs["decoder"]
@@ -123,6 +141,33 @@ activations of a scale a row, in a rotated decoder. ``RECIPE+prompts`` has a sec
 reads prompts: only the steps behind them are compared. ``prompts`` is that graph by itself, with an
 LM head.
 """
+
+
+def _kept(*nodes: str) -> Variant:
+    """``int8-rows`` where the stream alone is rotated, ``nodes`` in float32."""
+    excluded = (*_ROWS.excluded, *nodes)
+    return Variant(dataclasses.replace(_ROWS, excluded=excluded), turned=("stream",))
+
+
+_DOWN = "*.down_proj"
+TRIALS: Mapping[str, Variant] = {
+    "int8-rows-stream": _kept(),
+    "int8-rows-stream-head-fp32": _kept(LM_HEAD),
+    "int8-rows-stream-down-fp32": _kept(_DOWN),
+    "int8-rows-stream-both-fp32": _kept(LM_HEAD, _DOWN),
+    "int8-rows-stream-gated": Variant(_ROWS, turned=("stream", "gated")),
+}
+"""How ``int8-rows`` was found: where the stream's rotation leaves a loss. Only if asked for."""
+
+
+def rotation_of(variant: Variant, spec: DecoderSpec) -> Rotation:
+    """The matrices that a rotated ``variant`` of a decoder of these sizes gets."""
+    if variant.for_prompts:
+        return Rotation.of_prompts(spec.hidden_size, spec.ffn_size, seed=1)
+    every = Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size, seed=1)
+    left = {"values", "gated"}.difference(variant.turned)
+    return dataclasses.replace(every, **dict.fromkeys(left, np.eye(1)))
+
 
 LLAMA_CPP = ("F32", "Q8_0", "Q4_K_M", "Q4_0")
 _LLAMA = "llama.cpp-"
@@ -223,12 +268,7 @@ class Copy:
         source, target = self.graph, folder / _QUANTIZED
         if variant.scheme.rotated:
             source = folder / "rotated.onnx"
-            spec = self.spec
-            rotation = (
-                Rotation.of_prompts(spec.hidden_size, spec.ffn_size, seed=1)
-                if variant.for_prompts
-                else Rotation.random(spec.hidden_size, spec.head_dim, spec.ffn_size, seed=1)
-            )
+            rotation = rotation_of(variant, self.spec)
             tensors = rotated(self._tensors, self.spec.n_layers, rotation)
             build_decoder(self.spec, tensors, source, rotation)
         peaks = self._kv_peaks() if variant.kv_cache == "int8" else None
@@ -418,8 +458,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, work: Path) -> Row:
     names = [*VARIANTS, *(f"{_LLAMA}{kind}" for kind in LLAMA_CPP)]
-    if unknown := sorted({*(options.only or names)} - {*names}):
-        raise UsageError(f"--only {unknown[0]}: no such variant; there are {', '.join(names)}")
+    ours = VARIANTS | TRIALS
+    if unknown := sorted({*(options.only or ())} - {*names, *TRIALS}):
+        known = ", ".join([*names, *TRIALS])
+        raise UsageError(f"--only {unknown[0]}: no such variant; there are {known}")
     if options.texts < 1 or options.speed < 0:
         raise UsageError("--texts is a number from 1, --speed one from 0")
     peer, settings = Peer(options.peers_python), SessionSettings(threads=options.threads)
@@ -438,8 +480,8 @@ def _run(options: argparse.Namespace, work: Path) -> Row:
             folder.mkdir()
             try:
                 found = (
-                    copy.measure(VARIANTS[variant], folder)
-                    if variant in VARIANTS
+                    copy.measure(ours[variant], folder)
+                    if variant in ours
                     else peer.measure(copy, variant.removeprefix(_LLAMA), folder)
                 )
             except MissingDependencyError as error:
@@ -454,10 +496,10 @@ def _run(options: argparse.Namespace, work: Path) -> Row:
         _say("speed")
         of_copy = {row["name"]: row for row in rows if row["copy"] == copy.name}
         folders = {variant: work / f"{copy.name}-{variant}" for variant in of_copy}
-        ours = {v: copy.runner(VARIANTS[v], f) for v, f in folders.items() if v in VARIANTS}
+        runners = {v: copy.runner(ours[v], f) for v, f in folders.items() if v in ours}
         peers = {variant: folder for variant, folder in folders.items() if variant not in ours}
         times, busy = race_decoders(
-            ours, peers, peer.python, rounds=options.speed, threads=options.threads
+            runners, peers, peer.python, rounds=options.speed, threads=options.threads
         )
         for variant, figures in summarize(times).items():
             of_copy[variant] |= figures

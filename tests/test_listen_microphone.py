@@ -1,16 +1,10 @@
-"""A microphone that is none, but real for PortAudio: PulseAudio's null sink, heard through ALSA.
-
-A daemon of the test's own runs in a temporary folder, with a sink that plays nowhere; what is
-played there is heard by ``tg-listen`` through sounddevice, PortAudio and ALSA's plugin. Skipped
-where PulseAudio, its tools, that plugin or PortAudio is not installed (Debian: ``pulseaudio
-pulseaudio-utils libasound2-plugins libportaudio2``).
+"""``tg-listen`` at a microphone that is none (``benchmarks.virtual_microphone``), but real for
+PortAudio. Skipped where the parts of that are not installed.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,64 +16,11 @@ from typing import IO, Any
 import pytest
 import soundfile
 
+from benchmarks.virtual_microphone import DEVICE, Daemon, missing
 from tests.listen_stub import RATE_HZ, add, pcm, room, wait_for
 
-ALSA_CONFIG = Path("/usr/share/alsa/alsa.conf")
-DEVICE = "virtual_microphone"
-SINK = "module-null-sink sink_name=vm rate=16000 channels=1"
-needed = ("pulseaudio", "pactl", "paplay")
-missing = [name for name in needed if shutil.which(name) is None]
-if not missing and not any(Path("/usr/lib").glob("*/alsa-lib/libasound_module_pcm_pulse.so")):
-    missing = ["libasound2-plugins"]
-try:
-    import sounddevice  # noqa: F401
-except (ImportError, OSError):
-    missing.append("PortAudio")
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-
-
-class Daemon:
-    """PulseAudio with one sink that plays nowhere."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        (folder / "asound.conf").write_text(
-            f"<{ALSA_CONFIG}>\n"
-            f'pcm.{DEVICE} {{ type pulse device "vm.monitor" hint {{ show on }} }}\n'
-        )
-        self.env = os.environ | {
-            "PULSE_SERVER": f"unix:{folder}/native",
-            "PULSE_RUNTIME_PATH": str(folder),
-            "PULSE_STATE_PATH": str(folder),
-            "PULSE_COOKIE": str(folder / "cookie"),
-            "ALSA_CONFIG_PATH": str(folder / "asound.conf"),
-        }
-        self.start()
-
-    def start(self) -> None:
-        options = ["-n", "--daemonize=no", "--exit-idle-time=-1", "--use-pid-file=no"]
-        modules = [
-            f"module-native-protocol-unix auth-anonymous=1 socket={self._folder}/native",
-            SINK,
-        ]
-        loads = [word for module in modules for word in ("-L", module)]
-        self._popen = subprocess.Popen(
-            ["pulseaudio", *options, *loads],
-            env=self.env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_for(lambda: self.control("info").returncode == 0)
-
-    def control(self, *words: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(["pactl", *words], env=self.env, capture_output=True, check=False)
-
-    def play(self, path: Path) -> None:
-        subprocess.run(["paplay", "--device=vm", str(path)], env=self.env, check=True, timeout=60)
-
-    def end(self) -> None:
-        self._popen.terminate()
-        self._popen.wait(20)
+needed = missing()
+pytestmark = pytest.mark.skipif(bool(needed), reason=f"not installed: {', '.join(needed)}")
 
 
 @pytest.fixture
@@ -184,7 +125,7 @@ def test_what_goes_away_comes_back_and_is_told_once_each_way(
         daemon.end()
     wait_for(lambda: listening.told("source_lost"), 60)
     if what == "the device":
-        daemon.control("load-module", *SINK.split())
+        daemon.control("load-module", *daemon.sink.split())
     else:
         daemon.start()
     wait_for(lambda: listening.told("source_back"), 60)

@@ -242,7 +242,7 @@ def declared(*extras: str) -> set[str]:
         ("models/training/*.py", ("train",)),
         ("quantize/*.py", ("export",)),
         ("export/*.py", ("export",)),
-        ("benchmarks/*.py", ("dev", "export", "listen", "train")),
+        ("benchmarks/*.py", ("dev", "export", "listen", "mic", "train")),
         ("tests/*.py", ("dev", "export", "listen", "mic", "serve", "train", "wyoming")),
     ],
 )

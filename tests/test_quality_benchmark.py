@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from benchmarks.quality_models import heads_apart, heads_interleaved
 from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.export.quality import Gate
 from tinygiant.quantize import RECIPES, quantize_graph, quantize_rows
+from tinygiant.quantize.recipes import matches
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.ort.sessions import SessionSettings
 
@@ -110,6 +112,24 @@ def test_a_rotated_copy_is_the_same_model(tmp_path: Path) -> None:
     assert not np.allclose(
         weight, np.load(folder / "tensors/model.layers.0.mlp.up_proj.weight.npy")
     )
+
+
+def test_trials_of_int8_rows_leave_out_what_their_names_say() -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16,
+        "ffn_size": 48, "vocab_size": 40, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "max_positions": 64,
+    }  # fmt: skip
+    spec = DecoderSpec(**sizes, stop_token_ids=(1,), qk_norm=False)
+    nodes = ("lm_head", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj")
+    for name, variant in {**quality.TRIALS, "int8-rows": quality.VARIANTS["int8-rows"]}.items():
+        kept = [matches(node, variant.scheme.excluded) for node in nodes]
+        both = name.endswith("both-fp32")
+        assert kept == [both or "head" in name, both or "down" in name, False]
+        rotation = quality.rotation_of(variant, spec)
+        assert len(rotation.stream) == 32
+        assert len(rotation.values) == (16 if name == "int8-rows" else 1)
+        assert len(rotation.gated) == (1 if "stream" in name and "gated" not in name else 16)
 
 
 def test_speeds_are_ratios_of_one_round_and_the_better_llama_cpp_counts() -> None:
