@@ -3,6 +3,7 @@
     python -m benchmarks.figures accuracy benchmarks/results/mmar-nano-*.json     Markdown
     python -m benchmarks.figures ablation benchmarks/results/ablation-*.json      Markdown
     python -m benchmarks.figures size benchmarks/results/mmar-nano-*.json -o docs/accuracy.png
+    python -m benchmarks.figures quality benchmarks/results/quality-smollm2.json -o PICTURE
 
 The paper's numbers are on MMAR; results on the synthetic world answer other, easier questions, and
 are never comparable with them. Every table and the picture say what was asked.
@@ -22,7 +23,15 @@ from benchmarks.scoring import MODALITIES, wilson_interval
 from tinygiant.runtime.errors import MissingDependencyError, TinyGiantError, UsageError
 from tinygiant.runtime.text import one_line
 
-__all__ = ["PAPER", "ablation_table", "accuracy_table", "draw_sizes", "main"]
+__all__ = [
+    "PAPER",
+    "ablation_table",
+    "accuracy_table",
+    "draw_quality",
+    "draw_sizes",
+    "front",
+    "main",
+]
 
 SHORT = dict(zip(MODALITIES, ("S", "M", "Sp", "S-M", "S-Sp", "M-Sp", "S-M-Sp"), strict=True))
 VARIANTS = {
@@ -40,6 +49,7 @@ PAPER = {
     "no CLAP gate": (38.79, 35.44, 43.54, 36.36, 47.71, 50.00, 54.17, 42.70),
     "full": (47.27, 37.86, 46.94, 45.45, 49.08, 58.54, 41.67, 46.40),
 }
+_EXACT = 1e-5  # of a divergence: rounding
 PAPER_N = 1_000
 PAPER_CHANCE = 29.3
 # 732.3 M in the encoders, 596.0 M in the decoder, about 30 M in the projector, two bytes each.
@@ -50,13 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table or draw the picture; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        results = read_results(options.results, "mmar")
+        results = read_results(options.results, "quality" if options.what == "quality" else "mmar")
         if options.what == "accuracy":
             print(accuracy_table(results))
         elif options.what == "ablation":
             print(ablation_table(results))
-        else:
+        elif options.what == "size":
             print(draw_sizes(results, options.output))
+        else:
+            print(draw_quality(results[0]["result"], options.output))
     except TinyGiantError as error:
         print(f"figures: {one_line(error)}", file=sys.stderr)
         return error.exit_code
@@ -191,6 +203,56 @@ def draw_sizes(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return path
 
 
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other is better than in both: ``(speed, loss)``, by speed."""
+    best: list[str] = []
+    for name, (_, loss) in sorted(points.items(), key=lambda item: (-item[1][0], item[1][1])):
+        if not best or loss < points[best[-1]][1]:
+            best.append(name)
+    return best[::-1]
+
+
+def draw_quality(data: Mapping[str, Any], path: Path) -> Path:
+    """Draw what decoders of a real model lose against how fast they are; returns ``path``.
+
+    Of ``benchmarks.quality --speed``: the divergence from float32, of the last copy of the model,
+    which is the one that was timed. The line joins those of which none is faster and closer.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        UsageError: nothing was timed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib is missing: pip install matplotlib") from error
+    timed = [row for row in data["rows"] if "decode_tokens_per_s" in row]
+    timed = [row for row in timed if row["all"]["divergence"] > _EXACT]
+    if not timed:
+        raise UsageError("no decoder was timed; run benchmarks.quality with --speed")
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    for axis, stage in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
+        points = {
+            row["name"]: (row[f"{stage}_tokens_per_s"], row["all"]["divergence"]) for row in timed
+        }
+        axis.plot(*zip(*(points[name] for name in front(points)), strict=True), color="C0", lw=1)
+        for name, point in points.items():
+            peer = name.startswith("llama.cpp")
+            axis.plot(*point, "s" if peer else "o", color="grey" if peer else "C0")
+            axis.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set(yscale="log", xlabel=f"{stage}, tokens a second")
+        axis.margins(x=0.15)
+    figure.axes[0].set_ylabel("divergence from float32, nats a token (less is closer)")
+    figure.suptitle(
+        f"{data['model']}, {timed[0]['copy']} copy, {data['threads']} threads; "
+        "+prompts: of the tokens behind a prompt",
+        size=11,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def _counts(scored: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Right answers and questions, by row of the ablation table."""
     groups = scored["by_modality"]
@@ -224,10 +286,11 @@ def _parser() -> argparse.ArgumentParser:
         ("accuracy", "table: one row a run, accuracy by modality"),
         ("ablation", "table: the paper's ablation, mean and spread over seeds"),
         ("size", "plot: accuracy against model size"),
+        ("quality", "plot: what decoders lose against how fast they are"),
     ):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
-        if name == "size":
+        if name in ("size", "quality"):
             command.add_argument("-o", "--output", type=Path, required=True, metavar="PICTURE")
     return parser
 

@@ -407,6 +407,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/test_signal.py::test_dither_and_an_offset_are_silent",),
     ),
     Mutant(
+        "threads: those of other graphs wait in loops",
+        "runtime/ort/pool.py",
+        "rest=name != self._bundle.config.decoder.graph,",
+        "rest=False,",
+        ("tests/test_sessions.py",),
+    ),
+    Mutant(
         "prompts: the last position has no logits of its own",
         "runtime/decoder.py",
         "embeds.shape[1] - 1 if with_logits else embeds.shape[1]",

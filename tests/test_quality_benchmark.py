@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import quality, quality_speed
+from benchmarks import figures, quality, quality_speed
 from benchmarks.quality_models import heads_apart, heads_interleaved
 from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.export.quality import Gate
 from tinygiant.quantize import RECIPES, quantize_graph, quantize_rows
 from tinygiant.quantize.recipes import matches
 from tinygiant.runtime.embeddings import TokenEmbeddings
+from tinygiant.runtime.errors import UsageError
 from tinygiant.runtime.ort.sessions import SessionSettings
 
 
@@ -180,3 +181,23 @@ def test_the_gate_refuses_int4_of_a_real_model_and_passes_int8(tmp_path: Path) -
     refused = found["int4"].missed(RECIPES["int4"].quality)
     assert refused is not None and found["int4"].perplexity_ratio > 1.2
     assert found["int8-b128"].missed(RECIPES["int8-b128"].quality) is None, found
+
+
+def test_the_front_joins_what_nothing_beats_in_both() -> None:
+    points = {"a": (1.0, 1.0), "b": (2.0, 2.0), "c": (2.0, 3.0), "d": (3.0, 2.5), "e": (0.5, 1.5)}
+    assert figures.front(points) == ["a", "b", "d"]
+
+
+def test_the_picture_of_quality_names_every_decoder_that_was_timed(tmp_path: Path) -> None:
+    rows = [
+        {"copy": copy, "name": name, "all": {"divergence": divergence}}
+        | ({} if copy == "original" else {"prefill_tokens_per_s": 9.0, "decode_tokens_per_s": 2.0})
+        for copy in ("original", "rotated")
+        for name, divergence in (("int8", 0.01), ("int4", 1.0), ("llama.cpp-F32", 1e-7))
+    ]
+    data = {"model": "a model", "threads": 2, "rows": rows}
+    path = figures.draw_quality(data, tmp_path / "new" / "quality.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match="--speed"):
+        figures.draw_quality(data | {"rows": rows[:3]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

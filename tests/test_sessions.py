@@ -151,6 +151,26 @@ def test_the_arena_is_emptied_after_a_prompt_and_not_after_a_token(
     assert session.shrunk == [shrunk]
 
 
+def test_threads_rest_where_another_graph_s_run_follows(tiny_bundle: Path) -> None:
+    """Five graphs' threads waited for work in loops, and took the processors of the sixth's.
+
+    Nano was twice as fast with one thread as with two.
+    """
+    bundle = Bundle.open(tiny_bundle)
+    pool = GraphPool(bundle, SessionSettings(threads=2))
+    resting = set()
+    for name in bundle.manifest.graphs:
+        with pool.use(name) as graph:
+            options = graph._session.get_session_options()
+        try:
+            if options.get_session_config_entry("session.force_spinning_stop") == "1":
+                resting.add(name)
+        except RuntimeError:  # it was not set
+            pass
+    # Tokens follow one another.
+    assert resting == set(bundle.manifest.graphs) - {bundle.config.decoder.graph}
+
+
 def test_low_memory_holds_no_graph_between_questions(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tone: Tone
 ) -> None:

@@ -138,6 +138,7 @@ class GraphPool:
             content=self._bundle.read_graph(name),
             provider=self._assigned[name],
             pack=name not in self._not_packed,
+            rest=name != self._bundle.config.decoder.graph,
         )
         self.providers[name] = graph.providers
         _require_kv_type(graph, self._bundle.manifest.kv_cache)

@@ -87,6 +87,7 @@ class Graph:
         content: bytes | None = None,
         provider: Provider = CPU,
         pack: bool = True,
+        rest: bool = False,
     ) -> None:
         """Load the graph at ``path``.
 
@@ -97,6 +98,8 @@ class Graph:
             provider: the provider that runs it.
             pack: hold a copy of the weights in the form that the kernels read; without it weights
                 stay in their mapped file, and products take a little longer.
+            rest: let threads sleep as soon as a run ends, because another graph's come next: those
+                that still wait for work would take their processors.
 
         Raises:
             BundleError: onnxruntime cannot read it; also if it points to data outside its folder.
@@ -110,6 +113,8 @@ class Graph:
         options = _session_options(settings, path.parent, provider)
         if not pack:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if rest:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 path.read_bytes() if content is None else content,
