@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.what == "size":
             print(draw_sizes(results, options.output))
         else:
-            print(draw_quality(results[0]["result"], options.output))
+            print(draw_quality(results[0], options.output))
     except TinyGiantError as error:
         print(f"figures: {one_line(error)}", file=sys.stderr)
         return error.exit_code

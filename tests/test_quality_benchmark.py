@@ -201,3 +201,10 @@ def test_the_picture_of_quality_names_every_decoder_that_was_timed(tmp_path: Pat
     with pytest.raises(UsageError, match="--speed"):
         figures.draw_quality(data | {"rows": rows[:3]}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_picture_is_drawn_from_a_result_as_it_is_saved(tmp_path: Path) -> None:
+    result = Path(__file__).parents[1] / "benchmarks" / "results" / "quality-prompts.json"
+    picture = tmp_path / "quality.png"
+    assert figures.main(["quality", str(result), "-o", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
