@@ -229,11 +229,7 @@ def _long(
         for kind, past, scale in zip(_KINDS, pasts, scales, strict=True)
     ]
     attended, *wholes = nodes.attention(inputs, _attributes(node))
-    presents = [
-        nodes.written(kind, past, whole, scale, reading)
-        for kind, past, whole, scale in zip(_KINDS, pasts, wholes, scales, strict=True)
-    ]
-    return nodes.nodes, [attended, *presents]
+    return nodes.nodes, [attended, *nodes.all_written(pasts, wholes, scales, reading)]
 
 
 def _long_blocks(
@@ -255,11 +251,7 @@ def _long_blocks(
             graph.outputs.remove(present)
             present.type = present.shape = None
     attended, *wholes = after.attention(list(last.inputs), _attributes(last))
-    presents = [
-        after.written(kind, past, whole, scale, reading)
-        for kind, past, whole, scale in zip(_KINDS, pasts, wholes, scales, strict=True)
-    ]
-    return after.nodes, [attended, *presents]
+    return after.nodes, [attended, *after.all_written(pasts, wholes, scales, reading)]
 
 
 def _branch(name: str, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> ir.Graph:
@@ -335,3 +327,16 @@ class _Nodes:
         steps = self.add("Cast", f"{kind}.int8", [steps], to=ir.DataType.INT8)
         # In place: onnxruntime copies the past only if the present is another buffer.
         return self.add("ScatterND", f"{kind}.present", [past, reading.rows, steps])
+
+    def all_written(
+        self,
+        pasts: Sequence[ir.Value | None],
+        wholes: Sequence[ir.Value],
+        scales: Sequence[ir.Value],
+        reading: _Reading,
+    ) -> list[ir.Value]:
+        """:meth:`written` for keys and values."""
+        return [
+            self.written(kind, past, whole, scale, reading)
+            for kind, past, whole, scale in zip(_KINDS, pasts, wholes, scales, strict=True)
+        ]

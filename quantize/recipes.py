@@ -236,8 +236,9 @@ def with_prompts(recipe: Recipe) -> Recipe:
         UsageError: the recipe's decoder does so by itself, or is not quantized.
     """
     if recipe.graphs["decoder"].kind != "weight_only":
-        weight_only = (name for name, r in RECIPES.items() if r.graphs["decoder"].kind != "none")
-        names = ", ".join(n for n in weight_only if not RECIPES[n].graphs["decoder"].rotated)
+        names = ", ".join(
+            n for n, r in RECIPES.items() if r.graphs["decoder"].kind == "weight_only"
+        )
         raise UsageError(f"recipe {recipe.name} has no graph for prompts; those that may: {names}")
     return dataclasses.replace(recipe, prompts=_ROWS)
 

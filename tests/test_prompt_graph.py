@@ -48,7 +48,7 @@ class Counted:
 
     def bind(self) -> Any:
         binding, runs, embeds = self.graph.bind(), self.runs, []
-        take, run = binding.input, binding.run
+        take = binding.input
 
         def noted(name: str, array: NDArray[Any]) -> None:
             if name == "inputs_embeds":
@@ -57,7 +57,7 @@ class Counted:
                 runs.append((embeds[0], int(array)))
             take(name, array)
 
-        binding.input, binding.run = noted, run  # type: ignore[method-assign]
+        binding.input = noted  # type: ignore[method-assign]
         return binding
 
 

@@ -34,11 +34,17 @@ def test_heads_are_reordered_as_llama_cpp_rotates_them() -> None:
     np.testing.assert_array_equal(heads_interleaved(apart, 8), weight)
 
 
-def test_figures_are_pytorchs() -> None:
-    rng = np.random.default_rng(0)
+def texts_and_logits(seed: int) -> tuple[Any, Any, Any]:
+    """Three texts of 20 tokens, logits of both decoders."""
+    rng = np.random.default_rng(seed)
     texts = rng.integers(0, 50, (3, 20)).astype(np.int32)
     ours = rng.standard_normal((3, 20, 50)).astype(np.float32)
     theirs = ours + 0.3 * rng.standard_normal((3, 20, 50)).astype(np.float32)
+    return texts, ours, theirs
+
+
+def test_figures_are_pytorchs() -> None:
+    texts, ours, theirs = texts_and_logits(0)
     row = quality.compare(texts, ours, iter(theirs), 15)
     a, b, targets = torch.tensor(ours), torch.tensor(theirs), torch.tensor(texts).long()
     for part, positions in (
@@ -60,10 +66,7 @@ def test_figures_are_pytorchs() -> None:
 
 def test_positions_without_logits_are_left_out() -> None:
     """A graph for prompts gives none; what is compared is what was written behind them."""
-    rng = np.random.default_rng(1)
-    texts = rng.integers(0, 50, (3, 20)).astype(np.int32)
-    ours = rng.standard_normal((3, 20, 50)).astype(np.float32)
-    theirs = ours + 0.3 * rng.standard_normal((3, 20, 50)).astype(np.float32)
+    texts, ours, theirs = texts_and_logits(1)
     wanted = quality.compare(texts, ours, iter(theirs), 15)
     theirs[:, :15] = np.nan
     row = quality.compare(texts, ours, iter(theirs), 15)
