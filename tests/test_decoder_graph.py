@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.model_stub import small_qwen3
+from tests.model_stub import disturb, small_qwen3
 from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.runtime.config import DecoderConfig
 from tinygiant.runtime.decoder import Decoder
@@ -52,8 +52,7 @@ def reference(request: pytest.FixtureRequest) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     model = small_qwen3(CONFIG, tied=request.param)
     with torch.no_grad():  # large weights, or every RMS scale at 1 would hide a swapped norm
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+        disturb(model)
     return model
 
 
@@ -182,8 +181,7 @@ def test_a_llama_of_smollm2s_shape(tmp_path: Path) -> None:
     )  # fmt: skip
     llama = LlamaForCausalLM(upstream).eval()
     with torch.no_grad():
-        for parameter in llama.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+        disturb(llama)
     sizes = DecoderConfig(97, 144, 2, 3, 16, 64, (0,))
     spec = DecoderSpec.of(sizes, upstream)
     assert (spec.qk_norm, spec.rope_theta, spec.n_heads) == (False, 100_000.0, 9)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from tests.model_stub import small_qwen3
+from tests.model_stub import disturb, small_qwen3
 from tests.test_decoder_graph import CONFIG, Runner
 from tinygiant.export.decoder import build_decoder, read_tensors
 from tinygiant.export.rotation import Rotation, block_rotation, random_rotation, rotated
@@ -95,8 +95,7 @@ def decoder_graph(tmp_path: Path, *, rotate: bool) -> tuple[nn.Module, Path]:
     torch.manual_seed(0)
     model = small_qwen3(CONFIG)
     with torch.no_grad():  # large weights, or every RMS scale at 1 would hide a norm left out
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+        disturb(model)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     del state["lm_head.weight"]
     path = tmp_path / "decoder_model.onnx"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import DynamicCache
 
-from tests.model_stub import MemorySource, small_qwen3, use_traced_graphs
+from tests.model_stub import MemorySource, disturb, small_qwen3, use_traced_graphs
 from tests.test_kv_quantization import CONFIG
 from tinygiant.export import exporter
 from tinygiant.export.cli import main
@@ -103,8 +103,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         torch.manual_seed(5)
         module = small_qwen3(SPEC)
         with torch.no_grad():  # large weights, or every RMS scale at 1 would hide a norm left out
-            for parameter in module.parameters():
-                parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+            disturb(module)
     tensors = {k: v.numpy() for k, v in module.state_dict().items()}
     path = tmp_path_factory.mktemp("model") / "decoder.onnx"
     build_decoder(SPEC, tensors, path)

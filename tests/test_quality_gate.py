@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import kl_div
 
-from tests.model_stub import MemorySource, small_qwen3, use_traced_graphs
+from tests.model_stub import MemorySource, disturb, small_qwen3, use_traced_graphs
 from tests.test_decoder_graph import CONFIG as SHORT
 from tinygiant.export import exporter
 from tinygiant.export.decoder import build_decoder
@@ -38,8 +38,7 @@ def decoder(folder: Path, noise: float) -> tuple[nn.Module, Graph]:
     torch.manual_seed(0)
     model = small_qwen3(CONFIG)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+        disturb(model)
         for parameter in model.model.layers.parameters():
             parameter.add_(torch.randn_like(parameter) * noise)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
