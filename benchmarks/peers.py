@@ -42,12 +42,13 @@ from benchmarks.turns import (
     ROOT,
     WorkerError,
     WorkerProcess,
-    busiest,
-    busy_warning,
     environment,
+    joined,
     last_line,
     median_ratio,
     race,
+    surroundings,
+    surroundings_lines,
 )
 from tinygiant.runtime import TinyGiantError
 from tinygiant.runtime.bundle import Bundle, default_bundle_path
@@ -265,6 +266,7 @@ class _Peers:
         self.pythons = {p: _probe(p) for p in candidates if p.exists() or p != _PEERS_PYTHON}
         self.skipped: dict[str, str] = {}
         self.facts: dict[str, Round] = {}
+        self.around: Round = {}  # what else the machine did, over all races
 
     def wanted(self, task: str) -> list[Contender]:
         """Contenders of a task that the command line asks for."""
@@ -285,8 +287,9 @@ class _Peers:
             for contender, _ in entries:
                 if contender.name in found:
                     facts = self._facts(contender, running[contender.name])
-                    known = self.facts.setdefault(contender.name, facts)
-                    known["others_cores"] = max(known["others_cores"], facts["others_cores"])
+                    self.facts.setdefault(contender.name, facts)
+            of = [running[name] for name in found]
+            self.around = joined(self.around, surroundings(of))
         return found
 
     def first_answer(self, contender: Contender, request: Round) -> Round | None:
@@ -363,7 +366,6 @@ class _Peers:
             "load_s": process.started["load_s"],
             "peak_rss_bytes": process.peak_rss_bytes,
             "disk_bytes": self._disk_bytes(contender),
-            "others_cores": busiest([process]),
             "engine": {module: self.pythons[python][module] for module in contender.modules},
             "built_with": process.started.get("built_with"),
         }
@@ -485,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "prompt_tokens": _PROMPT_TOKENS,
             "steps": _STEPS,
             "load_average_before": load_before,
-            "others_cores": max((f["others_cores"] for f in peers.facts.values()), default=0.0),
+            **peers.around,
             "skipped": peers.skipped,
             **tasks,
         }
@@ -519,7 +521,7 @@ def _tables(data: Round) -> str:
         f"{size}ours {data['model']} {data['recipe']}; {data['threads']} threads, medians of "
         f"{data['rounds']} rounds; * is the baseline",
     ]
-    lines += busy_warning(data["others_cores"])
+    lines += surroundings_lines(data)
     memory = "peak RSS | on disk |"
     if data["encoder"]:
         head = f"| encoder | frames | one window | x baseline's time | x ours | {memory}"

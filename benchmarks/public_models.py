@@ -34,7 +34,14 @@ from numpy.typing import NDArray
 
 from benchmarks.peer_workers import serve
 from benchmarks.report import command_line, write_result
-from benchmarks.turns import WorkerError, WorkerProcess, busiest, busy_warning, median_ratio, race
+from benchmarks.turns import (
+    WorkerError,
+    WorkerProcess,
+    median_ratio,
+    race,
+    surroundings,
+    surroundings_lines,
+)
 from tinygiant.runtime.errors import TinyGiantError, UsageError
 
 if TYPE_CHECKING:
@@ -248,7 +255,7 @@ def _compare(options: argparse.Namespace) -> Round:
         "threads": options.threads,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
-        "others_cores": busiest(workers.values()),
+        **surroundings(workers.values()),
         "rows": rows,
     }
 
@@ -309,7 +316,7 @@ def _table(data: Round) -> str:
     lines = [
         f"{data['family']}, {data['seconds']:g} s of audio, {data['threads']} threads, "
         f"{data['rounds']} rounds",
-        *busy_warning(data["others_cores"]),
+        *surroundings_lines(data),
         "",
         "| engine | MB | first token | of PyTorch's | second question | of PyTorch's | tokens/s "
         "| x PyTorch's | peak RSS, MB |",

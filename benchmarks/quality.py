@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from benchmarks.peer_workers import RuntimeDecoder
 from benchmarks.quality_speed import BASELINE, race_decoders, summarize
 from benchmarks.report import command_line, write_result
-from benchmarks.turns import busy_warning
+from benchmarks.turns import surroundings_lines
 from tinygiant.export.decoder import (
     LM_HEAD,
     PROMPT_BLOCKS,
@@ -491,14 +491,14 @@ def _run(options: argparse.Namespace, work: Path) -> Row:
                 shutil.rmtree(folder)
             rows.append({"copy": name, "name": variant} | found)
             _say(f"  {found['all']['loss_percent']:+.2f} %, {found['all']['same_choice']:.1%}")
-    busy = 0.0
+    around: Row = {}
     if options.speed:
         _say("speed")
         of_copy = {row["name"]: row for row in rows if row["copy"] == copy.name}
         folders = {variant: work / f"{copy.name}-{variant}" for variant in of_copy}
         runners = {v: copy.runner(ours[v], f) for v, f in folders.items() if v in ours}
         peers = {variant: folder for variant, folder in folders.items() if variant not in ours}
-        times, busy = race_decoders(
+        times, around = race_decoders(
             runners, peers, peer.python, rounds=options.speed, threads=options.threads
         )
         for variant, figures in summarize(times).items():
@@ -510,7 +510,7 @@ def _run(options: argparse.Namespace, work: Path) -> Row:
         "tokens_sha256": digest,
         "threads": options.threads,
         "speed_rounds": options.speed,
-        "others_cores": busy,
+        **around,
         "greedy_fp32": greedy_text,
         "rows": rows,
         "left_out": missing,
@@ -526,7 +526,7 @@ def _table(data: Row) -> str:
         head += f" prefill, tokens/s | decode, tokens/s | x {BASELINE}'s prefill | decode |"
     lines = [
         f"{data['model']}, {data['tokens']} tokens of {data['texts']} pages",
-        *busy_warning(data["others_cores"]),
+        *surroundings_lines(data),
         "",
         head,
         "|---" * (head.count("|") - 1) + "|",

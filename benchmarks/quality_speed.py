@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_workers import RuntimeDecoder
-from benchmarks.turns import Here, Runner, WorkerError, WorkerProcess, busiest, median_ratio, race
+from benchmarks.turns import (
+    Here,
+    Runner,
+    WorkerError,
+    WorkerProcess,
+    median_ratio,
+    race,
+    surroundings,
+)
 from tinygiant.runtime.errors import MissingDependencyError
 
 __all__ = ["BASELINE", "race_decoders", "summarize"]
@@ -33,7 +41,7 @@ def race_decoders(
     *,
     rounds: int,
     threads: int,
-) -> tuple[dict[str, list[dict[str, float]]], float]:
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, Any]]:
     """Seconds of each round by engine, and how many cores other programs used at the most.
 
     Args:
@@ -61,7 +69,7 @@ def race_decoders(
             found = race(runners, rounds, dict.fromkeys(runners, request))
     except WorkerError as error:
         raise MissingDependencyError(f"llama.cpp: {error}") from error
-    return found, busiest(runners.values())
+    return found, surroundings(runners.values())
 
 
 def summarize(rounds: Rounds) -> dict[str, dict[str, Any]]:

@@ -49,7 +49,7 @@ from benchmarks.mmar import MAX_NEW_TOKENS, answer_items
 from benchmarks.predictions import RunLog, meta_file, read_items
 from benchmarks.report import command_line, write_result
 from benchmarks.scoring import Item, compare, tally
-from benchmarks.turns import Here, busiest, busy_warning, median_ratio, race
+from benchmarks.turns import Here, joined, median_ratio, race, surroundings, surroundings_lines
 from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.export.exporter import export_bundle
 from tinygiant.export.reference import Reference
@@ -252,8 +252,8 @@ def measure(
     today: str,
     settings: SessionSettings,
     rounds: int,
-) -> tuple[list[Row], float]:
-    """A row a variant, and the cores that other programs used in the busiest round."""
+) -> tuple[list[Row], Row]:
+    """A row a variant, and what else the machine did."""
     name_of_graph = trial.path.stem
     rows: dict[str, Row] = {}
     graphs: dict[str, Graph] = {}
@@ -277,7 +277,7 @@ def measure(
     for graph in graphs.values():
         graph.close()
     found = summarize(seconds, today)
-    return [row | found[name] for name, row in rows.items()], busiest(engines.values())
+    return [row | found[name] for name, row in rows.items()], surroundings(engines.values())
 
 
 def summarize(rounds: Mapping[str, Sequence[Mapping[str, float]]], today: str) -> dict[str, Row]:
@@ -399,14 +399,15 @@ def _run(model: Model, options: argparse.Namespace, folder: Path) -> Row:
     items = [] if options.meta is None else read_items(options.meta)[: options.questions]
     # First, for it tells at once where the audio is missing.
     answers = ask(model, options, items, folder) if items else []
-    rows, others_cores = [], 0.0
+    rows: list[Row] = []
+    around: Row = {}
     for graph in _graphs(task, model.config):
         path = folder / f"{graph}.onnx"
         kind = DecoderTrial if task == "decoder" else EncoderTrial
         trial: DecoderTrial | EncoderTrial = kind(model, path, settings)
-        found, used = measure(trial, variants, TODAY[task], settings, options.rounds)
+        found, seen = measure(trial, variants, TODAY[task], settings, options.rounds)
         rows += found
-        others_cores = max(others_cores, used)
+        around = joined(around, seen)
     return {
         "task": task,
         "model": model.config.name,
@@ -415,7 +416,7 @@ def _run(model: Model, options: argparse.Namespace, folder: Path) -> Row:
         "threads": options.threads,
         "rounds": options.rounds,
         "today": TODAY[task],
-        "others_cores": others_cores,
+        **around,
         "rows": rows,
         "answers": answers,
     } | (_TOKENS if task == "decoder" else {})
@@ -427,7 +428,7 @@ def _tables(data: Row) -> str:
         f"{' '.join(data['features']) or 'an unknown processor'}; medians of {data['rounds']} "
         "rounds; * is today's",
     ]
-    lines += busy_warning(data["others_cores"])
+    lines += surroundings_lines(data)
     prompt = f"prefill of {_TOKENS['prefill']}, tokens/s | x today's | decode, tokens/s"
     stages, last = (prompt, " tokens as fp32's |") if data["task"] == "decoder" else ("window", "")
     head = f"| graph | variant | MB | {stages} | x today's | error |{last}"

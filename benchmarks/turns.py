@@ -2,7 +2,7 @@
 
 Whatever else a machine does then meets all alike. :func:`race` runs the rounds, in an order that is
 rotated; what other programs compute meanwhile is measured, for a run on a busy machine is no
-comparison.
+comparison, and how far apart the processors lie, for a virtual machine's are moved.
 """
 
 from __future__ import annotations
@@ -20,26 +20,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cores import apart_ns
+
 __all__ = [
     "Here",
     "Runner",
     "WorkerError",
     "WorkerProcess",
-    "busiest",
     "busy_jiffies",
-    "busy_warning",
     "environment",
+    "joined",
     "last_line",
     "median_ratio",
     "others_s",
     "process_jiffies",
     "race",
     "rotated",
+    "surroundings",
+    "surroundings_lines",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTLE_S = 0.3  # threads that spin for a moment after their work come to rest
 _BUSY_CORES = 0.2
+_MOVED = 1.5  # of the least distance seen: within a chiplet it varies by a third, across by more
+_MOST_ROUNDS = 3  # times those asked for, while processors lie apart
 
 Round = dict[str, Any]
 
@@ -54,6 +59,9 @@ def race(
 ) -> dict[str, list[Round]]:
     """What each round of each engine took, after a first one that only warms up.
 
+    A round in which the processors lay farther apart than in another does not count: it is run
+    again, unless they always lie so (:func:`surroundings` counts them).
+
     Args:
         runners: the engines, loaded.
         rounds: rounds that count.
@@ -65,8 +73,11 @@ def race(
         WorkerError: an engine failed.
     """
     found: dict[str, list[Round]] = {name: [] for name in runners}
-    for number in range(rounds + 1):
-        tell(f"round {number} of {rounds}")
+    for number in range(_MOST_ROUNDS * rounds + 1):
+        near = _near([runners[name] for name in found]) if number else []
+        if len(near) == rounds or not found:
+            break
+        tell(f"round {number}, {len(near)} of {rounds} done")
         for name in rotated([*found], number):
             time.sleep(SETTLE_S)
             request = {} if requests is None else requests[name]
@@ -81,12 +92,67 @@ def race(
             for name in found:
                 found[name].clear()
                 runners[name].others_cores.clear()
-    return found
+                runners[name].apart_ns.clear()
+    near = _near([runners[name] for name in found]) or range(rounds)
+    return {name: [done[number] for number in near] for name, done in found.items()}
 
 
-def busiest(runners: Iterable[Runner]) -> float:
-    """The most cores that other programs used in a round."""
-    return max((cores for runner in runners for cores in runner.others_cores), default=0.0)
+def _near(runners: Sequence[Runner]) -> list[int]:
+    """The rounds in which the processors lay as near to each other as they ever did."""
+    farthest = [max(of) for of in zip(*(runner.apart_ns for runner in runners), strict=True)]
+    limit = _MOVED * min((ns for runner in runners for ns in runner.apart_ns), default=0.0)
+    return [number for number, ns in enumerate(farthest) if ns <= limit]
+
+
+def surroundings(runners: Iterable[Runner]) -> dict[str, Any]:
+    """For a result: what else the machine did while ``runners`` ran.
+
+    ``others_cores``: the most cores that other programs used in a round. ``cores_apart``: the least
+    and the most nanoseconds between the processors, and the rounds that did not count for it.
+    """
+    of = [*runners]
+    seen = [ns for runner in of for ns in runner.apart_ns]
+    rounds = max((len(runner.apart_ns) for runner in of), default=0)
+    return {
+        "others_cores": max((cores for one in of for cores in one.others_cores), default=0.0),
+        "cores_apart": {
+            "least_ns": min(seen, default=0.0),
+            "most_ns": max(seen, default=0.0),
+            "rounds_not_counted": rounds - len(_near(of)),
+        },
+    }
+
+
+def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The :func:`surroundings` of two races; either may be empty."""
+    if not one or not other:
+        return dict(one or other)
+    first, second = one["cores_apart"], other["cores_apart"]
+    return {
+        "others_cores": max(one["others_cores"], other["others_cores"]),
+        "cores_apart": {
+            "least_ns": min(first["least_ns"], second["least_ns"]),
+            "most_ns": max(first["most_ns"], second["most_ns"]),
+            "rounds_not_counted": first["rounds_not_counted"] + second["rounds_not_counted"],
+        },
+    }
+
+
+def surroundings_lines(data: Mapping[str, Any]) -> list[str]:
+    """Lines for the table about a result's :func:`surroundings`; none if nothing has to be said."""
+    lines = []
+    if (cores := data.get("others_cores", 0.0)) > _BUSY_CORES:
+        lines.append(
+            f"NOT A COMPARISON: other programs used up to {cores:.1f} cores in a round; run it "
+            "again on a quiet machine"
+        )
+    if (apart := data.get("cores_apart")) and apart["rounds_not_counted"]:
+        lines.append(
+            f"{apart['rounds_not_counted']} rounds did not count: the processors lay "
+            f"{apart['most_ns']:.0f} ns apart instead of {apart['least_ns']:.0f} (a virtual "
+            "machine's are moved)"
+        )
+    return lines
 
 
 def rotated(items: Sequence[Any], by: int) -> list[Any]:
@@ -122,16 +188,6 @@ def others_s(pid: int) -> float:
     return (busy_jiffies(of_all) - process_jiffies(own)) / os.sysconf("SC_CLK_TCK")
 
 
-def busy_warning(others_cores: float) -> list[str]:
-    """A line for the table if other programs used that many cores, none if they hardly did."""
-    if others_cores <= _BUSY_CORES:
-        return []
-    return [
-        f"NOT A COMPARISON: other programs used up to {others_cores:.1f} cores in a round; run it "
-        "again on a quiet machine"
-    ]
-
-
 class WorkerError(Exception):
     """A worker that cannot be used; the message says why."""
 
@@ -141,11 +197,13 @@ class Runner(ABC):
 
     Attributes:
         others_cores: how many cores other programs used, for each round.
+        apart_ns: how far apart the processors lay, for each round; 0 where that cannot be told.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self.others_cores: list[float] = []
+        self.apart_ns: list[float] = []
 
     @abstractmethod
     def answer(self, request: Round) -> Round:
@@ -153,10 +211,12 @@ class Runner(ABC):
 
     def ask(self, request: Round) -> Round:
         """One round and what it took; other programs' work is kept."""
+        before_ns = apart_ns() or 0.0
         before_s, start_s = others_s(self._pid), time.perf_counter()
         answer = self.answer(request)
         seconds = time.perf_counter() - start_s
         self.others_cores.append(max(others_s(self._pid) - before_s, 0.0) / seconds)
+        self.apart_ns.append(max(before_ns, apart_ns() or 0.0))
         return answer
 
 

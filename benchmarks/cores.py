@@ -1,0 +1,70 @@
+"""How far apart two of this process's processors lie: how long a byte takes there and back.
+
+    python -m benchmarks.cores
+
+Processors that share a cache pass it on within some tens of nanoseconds (and as many for Python's
+own loop); those of two chiplets or sockets take a few times as long, and everything that two
+threads share waits for it. A virtual machine's processors are moved between chiplets while it
+runs, so a figure of two threads holds for where they lay: ``benchmarks.turns`` looks each round.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+__all__ = ["apart_ns", "main"]
+
+_ROUNDS = 3000
+_PINNABLE = hasattr(os, "sched_setaffinity") and hasattr(os, "fork")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def apart_ns() -> float | None:
+    """Nanoseconds between the first and the last processor and back; None where it can't be told.
+
+    It is measured in processes of their own, because this one may have threads and a lock on them.
+    """
+    if not _PINNABLE or len(os.sched_getaffinity(0)) < 2:
+        return None
+    command = [sys.executable, "-m", "benchmarks.cores"]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def main() -> int:
+    """Print the figure alone."""
+    processors = sorted(os.sched_getaffinity(0))
+    print(_there_and_back_ns(processors[0], processors[-1]))
+    return 0
+
+
+def _there_and_back_ns(first: int, second: int) -> float:
+    """The tenth percentile: a processor that does something else now and then is not far away."""
+    shared = mmap.mmap(-1, mmap.PAGESIZE)
+    child = os.fork()
+    if child == 0:
+        os.sched_setaffinity(0, {second})
+        for _ in range(_ROUNDS):
+            while shared[0] != 1:
+                pass
+            shared[0] = 2
+        os._exit(0)
+    os.sched_setaffinity(0, {first})
+    taken = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter_ns()
+        shared[0] = 1
+        while shared[0] != 2:
+            pass
+        taken.append(time.perf_counter_ns() - start)
+    os.waitpid(child, 0)
+    return sorted(taken)[_ROUNDS // 10]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
