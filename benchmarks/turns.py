@@ -111,6 +111,8 @@ def surroundings(runners: Iterable[Runner]) -> dict[str, Any]:
     and the most nanoseconds between the processors, and the rounds that did not count for it.
     """
     of = [*runners]
+    if not of:
+        return {}
     seen = [ns for runner in of for ns in runner.apart_ns]
     rounds = max((len(runner.apart_ns) for runner in of), default=0)
     return {

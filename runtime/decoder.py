@@ -10,7 +10,7 @@ which tells at each position which tokens may come.
 Where a single token is to be read, :meth:`Decoder._advance` does it at once; a decoder of a
 :class:`~tinygiant.runtime.batch.Batch` waits there for a step of all, and says so by a None among
 its tokens. What reads several tokens in a step, drafts or tokens that are known beforehand, is a
-:class:`~tinygiant.runtime.drafting.DraftingDecoder`.
+:class:`~tinygiant.runtime.rereading.RereadingDecoder`.
 
 Shapes: ``T`` tokens of a prompt, ``K`` tokens of a step, ``D`` hidden size, ``V`` vocabulary.
 """

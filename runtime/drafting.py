@@ -1,11 +1,8 @@
-"""A decoder that reads several tokens in a step, and still writes what single steps write.
+"""A decoder that drafts tokens and checks them together; it writes what single steps write.
 
-Drafted tokens are checked together, and tokens that are known beforehand are read together. Steps
-of many tokens round differently and leave keys and values that differ in their last bits, so their
-decisions count only if the logit margin is above a threshold. Otherwise everything since the last
-exact position is read again one token at a time, as the plain decoder does. Such decisions are
-exact to the bit; the others are right as long as the threshold is larger than the difference.
-:mod:`~tinygiant.runtime.speculation` chooses the drafts and learns the threshold.
+Tokens that are known beforehand are read together with the drafted ones.
+:mod:`~tinygiant.runtime.rereading` sees to it that nothing changes by that, and
+:mod:`~tinygiant.runtime.speculation` chooses the drafts.
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ from .asking import Asked
 from .config import DecoderConfig, KvType, ModelConfig
 from .decoder import BindableGraph, Decoder, EmbeddingRows
 from .generate import end_ids
-from .masks import ALL, Guide, Mask
+from .masks import ALL, Guide
+from .rereading import RereadingDecoder
 from .speculation import MAX_DRAFT_TOKENS, Drafter, Speculation
 
 __all__ = ["DraftingDecoder", "make_decoder", "remember", "start_drafts"]
@@ -79,8 +77,10 @@ def remember(
         speculation.remember(token_ids, decode_s, drafted=drafter is not None)
 
 
-class DraftingDecoder(Decoder):
-    """One sequence that may be read several tokens at a time; see the module."""
+class DraftingDecoder(RereadingDecoder):
+    """One sequence whose next tokens are guessed; see the module."""
+
+    _speculation: Speculation
 
     def __init__(
         self,
@@ -95,53 +95,10 @@ class DraftingDecoder(Decoder):
         prompts: BindableGraph | None = None,
     ) -> None:
         """See :func:`make_decoder`."""
-        super().__init__(graph, embeddings, config, capacity, kv_type=kv_type, prompts=prompts)
-        self._speculation = speculation
+        super().__init__(
+            graph, embeddings, config, capacity, speculation, kv_type=kv_type, prompts=prompts
+        )
         self._drafter = drafter
-        # What single steps would have read since the last exact position; empty while all is exact.
-        self._inexact: list[NDArray[np.float32]] = []
-
-    def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See :meth:`Decoder.prefill`."""
-        logits = super().prefill(embeds)
-        if self._inexact:
-            self._inexact.append(embeds)
-        return logits
-
-    def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """See :meth:`Decoder.step`."""
-        logits = super().step(token_ids)
-        if self._inexact:
-            self._inexact.append(self._rows(token_ids))
-        return logits
-
-    def truncate(self, length: int) -> None:
-        """See :meth:`Decoder.truncate`."""
-        n_forgotten = self.cache.length - length
-        super().truncate(length)
-        while self._inexact and n_forgotten > 0:
-            last = self._inexact.pop()
-            if last.shape[1] > n_forgotten:
-                self._inexact.append(last[:, :-n_forgotten])
-            n_forgotten -= last.shape[1]
-
-    def best(self, logits: NDArray[np.float32], mask: Mask = ALL) -> int:
-        """See :meth:`Decoder.best`; ``logits`` are those after the last position that is held.
-
-        Where a step of several tokens may have decided, it is computed again one by one.
-        """
-        token = mask.best(logits)
-        if not self._inexact:
-            return token
-        found = mask.logit_margin(logits, token)
-        if found > self._speculation.min_margin:
-            return token
-        start_s = time.perf_counter()
-        exact = self._settle()
-        self._speculation.learn_reread(time.perf_counter() - start_s)
-        best = mask.best(exact)
-        self._speculation.learn_difference(found, mask.logit_margin(exact, token))
-        return best
 
     def generate(
         self, logits: NDArray[np.float32], *, max_new_tokens: int, stop_ids: Collection[int]
@@ -206,10 +163,7 @@ class DraftingDecoder(Decoder):
         self.cache.require(len(tokens) + len(draft))
         rows = self._rows([*tokens, *draft])
         n_new, last = rows.shape[1], len(tokens) - 1
-        logits = self._run(rows, np.arange(last, n_new, dtype=np.int64))
-        if n_new > 1 or self._inexact:
-            # Written down as single steps would have read them.
-            self._inexact += [rows[:, i : i + 1] for i in range(n_new)]
+        logits = self._read_together(rows, last)
         if draft:
             self._speculation.learn_reread(0.0)
         right: list[int] = []
@@ -226,12 +180,3 @@ class DraftingDecoder(Decoder):
         self.truncate(self.cache.length - len(draft) + len(right))
         self._speculation.learn_cost(n_new, time.perf_counter() - start_s)
         return logits[len(right)], right
-
-    def _settle(self) -> NDArray[np.float32]:
-        """Read again, one step at a time, what was read together; the last logits ``(V,)``."""
-        again, self._inexact = self._inexact, []
-        self.cache.truncate(self.cache.length - sum(embeds.shape[1] for embeds in again))
-        for embeds in again[:-1]:
-            self._prefill(embeds, with_logits=False)
-        logits: NDArray[np.float32] = self._prefill(again[-1])[0]
-        return logits

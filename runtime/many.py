@@ -13,6 +13,7 @@ from .errors import BundleError, UsageError
 from .events import Answer, Event, Finished
 from .ort.memory import how_many
 from .ort.pool import GraphPool
+from .speculation import Speculation
 from .together import Together
 
 __all__ = ["PARALLEL", "answers", "make_batch"]
@@ -27,8 +28,9 @@ def make_batch(
     pool: GraphPool,
     embeddings: EmbeddingRows,
     trials: Trials,
+    speculation: Speculation | None,
 ) -> Batch | None:
-    """See :meth:`TinyGiant.batch`; ``trials`` are those that were made with the model so far.
+    """See :meth:`TinyGiant.batch`; ``trials`` and ``speculation`` are what the model has learnt.
 
     Raises:
         UsageError: a ``size`` below 1.
@@ -44,7 +46,14 @@ def make_batch(
         if not graph.is_batched:
             return None
         return Batch(
-            graph, embeddings, config, size, kv_type=kv_type, prompts=prompts, trials=trials
+            graph,
+            embeddings,
+            config,
+            size,
+            kv_type=kv_type,
+            prompts=prompts,
+            trials=trials,
+            speculation=speculation,
         )
 
 

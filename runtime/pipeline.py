@@ -177,7 +177,9 @@ class TinyGiant:
         Raises:
             UsageError: a ``size`` below 1.
         """
-        return make_batch(size, self.bundle, self._pool, self._embeddings, self._trials)
+        return make_batch(
+            size, self.bundle, self._pool, self._embeddings, self._trials, self._speculation
+        )
 
     def events(self, query: Query, batch: Batch | None) -> Iterator[Event | None]:
         """The events of an answer that is written in steps of ``batch``, if there is any.

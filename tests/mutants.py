@@ -442,6 +442,27 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/test_prompt_graph.py",),
     ),
     Mutant(
+        "batch: what a form knows is read one token a step",
+        "runtime/batch.py",
+        "len(token_ids) >= _TOGETHER",
+        "len(token_ids) >= _TOGETHER + 500",
+        ("tests/test_together.py",),
+    ),
+    Mutant(
+        "batch: a step after tokens that were read at once is not read again at a near tie",
+        "runtime/batch.py",
+        "self._inexact.append(self.unread)",
+        "pass",
+        ("tests/test_together.py",),
+    ),
+    Mutant(
+        "benchmarks: a round of processors that lay apart counts",
+        "benchmarks/turns.py",
+        "enumerate(farthest) if ns <= limit",
+        "enumerate(farthest) if ns",
+        ("tests/test_peers_benchmark.py",),
+    ),
+    Mutant(
         "grammar: what may never be written is allowed",
         "runtime/grammar.py",
         "Mask(np.flatnonzero(never), only=False)",

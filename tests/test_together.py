@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,12 @@ from tinygiant.runtime.batch import Batch, BatchedDecoder, Trials
 from tinygiant.runtime.decoder import BindableGraph, Decoder
 from tinygiant.runtime.embeddings import TokenEmbeddings
 from tinygiant.runtime.many import PARALLEL
+from tinygiant.runtime.masks import Mask
 from tinygiant.runtime.ort import pool
 from tinygiant.runtime.ort.machine import Machine
 from tinygiant.runtime.ort.memory import how_many
 from tinygiant.runtime.ort.sessions import Graph, SessionSettings
+from tinygiant.runtime.speculation import Speculation
 from tinygiant.runtime.together import Together
 
 CONFIG = DecoderSpec(
@@ -76,7 +78,18 @@ class Model:
         )
         return list(decoder.generate(decoder.read(prompt), max_new_tokens=n_new, stop_ids=(1,)))
 
-    def batch(self, size: int, trials: Trials | None = None, graph: Any = None) -> Batch:
+    def form_alone(self, prompt: list[int], form: Form) -> list[int]:
+        capacity = len(prompt) + 2 * form.n_tokens
+        decoder = Decoder(self.graph, self.embeddings, CONFIG, capacity, kv_type=self.kv_type)
+        return [token for token in decoder.write(decoder.read(prompt), form) if token is not None]
+
+    def batch(
+        self,
+        size: int,
+        trials: Trials | None = None,
+        graph: Any = None,
+        speculation: Speculation | None = None,
+    ) -> Batch:
         return Batch(
             graph or self.graph,
             self.embeddings,
@@ -84,7 +97,42 @@ class Model:
             size,
             kv_type=self.kv_type,
             trials=trials,
+            speculation=speculation,
         )
+
+
+class Form:
+    """A guide: some free tokens, then some of its own, and so on."""
+
+    def __init__(self, parts: list[tuple[int, int]]) -> None:
+        """Parts are how many of each."""
+        self.n_tokens = sum(map(sum, parts)) + 1
+        self._parts = list(parts)
+        self._n_free = 0
+        self._queue: list[int] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        while self._n_free == 0 and self._parts:
+            self._n_free, n_own = self._parts.pop(0)
+            self._queue += [7 + 3 * i for i in range(n_own)]
+
+    @property
+    def done(self) -> bool:
+        return self._n_free == 0
+
+    def forced(self) -> list[int]:
+        tokens, self._queue = self._queue, []
+        return tokens
+
+    def mask(self) -> Mask:
+        return Mask(np.arange(2, CONFIG.vocab_size, 3), only=True)
+
+    def take(self, token: int) -> bool:
+        assert token % 3 == 2
+        self._n_free -= 1
+        self._begin()
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +163,17 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Model:
 class Sequence:
     """One that is written in a batch."""
 
-    def __init__(self, batch: Batch, prompt: list[int], n_new: int) -> None:
+    def __init__(self, batch: Batch, prompt: list[int], n_new: int | Form) -> None:
         self.tokens: list[int] = []
         self.batch = batch
-        self.decoder = batch.join(len(prompt) + n_new)
+        n_tokens = 2 * n_new.n_tokens if isinstance(n_new, Form) else n_new
+        self.decoder = batch.join(len(prompt) + n_tokens)
         logits = self.decoder.read(prompt)
-        self.written: Generator[int | None, None, int | None] = self.decoder.generate(
-            logits, max_new_tokens=n_new, stop_ids=(1,)
-        )
+        self.written: Generator[int | None, None, int | None]
+        if isinstance(n_new, Form):
+            self.written = self.decoder.write(logits, n_new)
+        else:
+            self.written = self.decoder.generate(logits, max_new_tokens=n_new, stop_ids=(1,))
 
     def advance(self) -> bool:
         """Up to the next step; whether one is needed."""
@@ -134,7 +185,9 @@ class Sequence:
         return False
 
 
-def together(batch: Batch, questions: list[tuple[list[int], int, int]]) -> list[list[int]]:
+def together(
+    batch: Batch, questions: Iterable[tuple[list[int], int | Form, int]]
+) -> list[list[int]]:
     """Tokens of each: (prompt, n_new, steps before it may join)."""
     waiting, live, found = list(enumerate(questions)), [], {}
     n_steps = 0
@@ -151,7 +204,7 @@ def together(batch: Batch, questions: list[tuple[list[int], int, int]]) -> list[
         live = still
         batch.step()
         n_steps += 1
-    return [found[index] for index in range(len(questions))]
+    return [found[index] for index in sorted(found)]
 
 
 PROMPT = st.lists(st.integers(2, CONFIG.vocab_size - 1), min_size=1, max_size=40)
@@ -167,12 +220,51 @@ def test_the_tokens_of_each_by_itself(
     assert together(model.batch(size), questions) == wanted
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    questions=st.lists(
+        st.tuples(
+            PROMPT,
+            st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=4),
+            st.integers(0, 60),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    size=st.integers(2, 5),
+)
+def test_tokens_that_a_form_knows_are_read_at_once_and_change_nothing(
+    model: Model, questions: list[tuple[list[int], list[tuple[int, int]], int]], size: int
+) -> None:
+    wanted = [model.form_alone(prompt, Form(parts)) for prompt, parts, _ in questions]
+    asked = [(prompt, Form(parts), steps) for prompt, parts, steps in questions]
+    assert together(model.batch(size, speculation=Speculation()), asked) == wanted
+
+
+@pytest.mark.parametrize("model", ["int4-b32"], indirect=True)
+def test_a_form_takes_a_batch_less_steps(model: Model) -> None:
+    """Nine tokens of a form in a row took nine steps of all: as long as an answer's own."""
+    questions = [([5, 9, 17], [(2, 9), (3, 9), (2, 9)], 0), ([40, 3], [(2, 9), (3, 9), (2, 9)], 0)]
+    n_runs = {}
+    for name, speculation in (("one by one", None), ("at once", Speculation())):
+        counting = Counting(model.graph)
+        asked = [(prompt, Form(parts), steps) for prompt, parts, steps in questions]
+        batch = model.batch(2, graph=counting, speculation=speculation)
+        found = together(batch, asked)
+        assert found == [model.form_alone(prompt, Form(parts)) for prompt, parts, _ in questions]
+        n_runs[name] = (counting.runs.get(2, 0), counting.n_long)
+    steps, _ = n_runs["one by one"]
+    assert n_runs["at once"][0] <= steps - 27  # of 34, those of the form
+    assert n_runs["at once"][1] == n_runs["one by one"][1] + 6
+
+
 class Counting:
     """A graph that counts its runs by how many sequences they have."""
 
     def __init__(self, graph: BindableGraph, wrong_at: int = 0, what: str = "logits") -> None:
         self.graph = graph
         self.runs: dict[int, int] = {}
+        self.n_long = 0  # runs of several tokens
         self.wrong_at = wrong_at
         self.what = what
 
@@ -198,6 +290,8 @@ class Counting:
                 n, n_new, _ = inputs["inputs_embeds"].shape
                 if n_new == 1:
                     counting.runs[n] = counting.runs.get(n, 0) + 1
+                else:
+                    counting.n_long += 1
                 if n == counting.wrong_at:
                     # The smallest difference there is, in what the last sequence got.
                     wrong = inputs[counting.what][-1, -1]
