@@ -150,7 +150,7 @@ _QUALITY_INT8 = QualityLimits(perplexity_ratio=1.02, same_choice=0.87)
 _QUALITY_INT4 = QualityLimits(perplexity_ratio=1.1, same_choice=0.8)
 
 
-def _int8(name: str, decoder: Scheme) -> Recipe:
+def _int8(name: str, decoder: Scheme, kv_cache: KvType = "fp32") -> Recipe:
     return Recipe(
         name=name,
         graphs=_int8_but(decoder),
@@ -159,6 +159,7 @@ def _int8(name: str, decoder: Scheme) -> Recipe:
         embeddings="int8",
         token_agreement=0.98,
         tie_margin=0.05,
+        kv_cache=kv_cache,
     )
 
 
@@ -198,7 +199,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
         # Small blocks are closer to the float32 weights, large ones faster to multiply.
         "int8": _int8("int8", Scheme("weight_only", bits=8, block_size=32)),
-        "int8-b128": _int8("int8-b128", Scheme("weight_only", bits=8, block_size=128)),
+        "int8-b128": _int8("int8-b128", Scheme("weight_only", bits=8, block_size=128), "int8"),
         "int8-rows": _int8("int8-rows", _ROWS),
         "int4": _int4("int4", dataclasses.replace(_INT4_B32, block_size=128)),
         "int4-b32": _int4("int4-b32", _INT4_B32),
