@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.report import command_line, write_result
+from benchmarks.turns import Here, race, surroundings, surroundings_lines
 from tinygiant.runtime import Answer, AskOptions, Query, TinyGiantError, load, read_audio
 from tinygiant.runtime.pipeline import TinyGiant
 from tinygiant.runtime.speculation import Speculation
@@ -61,16 +62,16 @@ def questions(n: int, seconds: float | None, new_tokens: int) -> list[Query]:
 
 def measure(
     asks: dict[str, Callable[[], Iterable[Answer | Exception]]], n_rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of every round by the way of asking, after one round that is not counted.
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of every round by the way of asking, and what else the machine did.
 
     Raises:
         TinyGiantError: a question was not answered, or not as in the first way.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in asks}
-    for number in range(n_rounds + 1):
-        wanted: list[Answer] = []
-        for name, ask in asks.items():
+    wanted: list[Answer] = []
+
+    def engine(name: str, ask: Callable[[], Iterable[Answer | Exception]]) -> Here:
+        def round_of(request: dict[str, Any]) -> dict[str, Any]:
             start_s = time.perf_counter()
             answers = [*ask()]
             taken_s = time.perf_counter() - start_s
@@ -78,13 +79,18 @@ def measure(
             if errors:
                 raise TinyGiantError(f"{name}: a question was not answered: {errors[0]}")
             whole = [answer for answer in answers if isinstance(answer, Answer)]
-            wanted = wanted or whole
+            wanted[:] = wanted or whole
             differ = sum(map(_differ, wanted, whole))
             if differ:
                 raise TinyGiantError(f"{name}: {differ} of {len(wanted)} answers are others")
-            if number:
-                seconds[name].append(taken_s)
-    return seconds
+            return {"seconds": taken_s}
+
+        return Here(round_of)
+
+    runners = {name: engine(name, ask) for name, ask in asks.items()}
+    rounds = race(runners, n_rounds, tell=lambda line: print(line, file=sys.stderr))
+    seconds = {name: [done["seconds"] for done in of] for name, of in rounds.items()}
+    return seconds, surroundings(runners.values())
 
 
 def _differ(one: Answer, other: Answer) -> bool:
@@ -135,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TinyGiantError as error:
         print(f"benchmarks.batching: {error}", file=sys.stderr)
         return error.exit_code
+    for line in surroundings_lines(data):
+        print(line)
     for name, row in data["rows"].items():
         print(f"{name:44}{row['questions_per_s']:9.3f} a second{row['ratio']:7.2f} x")
     print(json.dumps(data))
@@ -157,7 +165,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         if manifest.source.weights != "trained":
             no_drafts = mock.patch.object(Speculation, "is_worth_it", lambda self: False)
             stack.enter_context(no_drafts)
-        seconds = measure(ways, options.rounds)
+        seconds, around = measure(ways, options.rounds)
     first = models[options.threads[0]]
     first.forget()
     answers = [first.ask(q.audio, q.question, q.choices, q.options) for q in asked]
@@ -170,6 +178,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": statistics.mean(answer.tokens.prompt for answer in answers),
         "generated_tokens": statistics.mean(answer.tokens.generated for answer in answers),
         "same_bits": {n: not m._trials.differs for n, m in models.items()},
+        **around,
         "rows": _rows(seconds, len(asked), next(iter(ways))),
         "stages_s": {
             stage: statistics.mean(getattr(answer.timings, stage) for answer in answers)
