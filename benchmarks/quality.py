@@ -156,6 +156,12 @@ TRIALS: Mapping[str, Variant] = {
     "int8-rows-stream-down-fp32": _kept(_DOWN),
     "int8-rows-stream-both-fp32": _kept(LM_HEAD, _DOWN),
     "int8-rows-stream-gated": Variant(_ROWS, turned=("stream", "gated")),
+    "int8-rows-after-norms": Variant(
+        dataclasses.replace(_ROWS, row_scaled=("*.o_proj", "*.down_proj"))
+    ),
+    "prompts-after-norms": Variant(
+        dataclasses.replace(_ROWS, row_scaled=("*.o_proj", "*.down_proj")), for_prompts=True
+    ),
 }
 """How ``int8-rows`` was found: where the stream's rotation leaves a loss. Only if asked for."""
 
