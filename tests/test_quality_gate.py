@@ -200,7 +200,7 @@ def test_auto_takes_the_first_that_passes_and_says_what_it_refused(
     )
     assert done.manifest.recipe.name == "int8-b128"
     assert done.manifest.kv_cache == "int8"
-    assert done.manifest.graphs["decoder_model"].scheme == "int8-b128"
+    assert done.manifest.graphs["decoder_model"].scheme == "int8-b128-kv8"
     assert any("not int4-gptq" in line for line in lines)
     report = json.loads((tmp_path / "bundle/verification.json").read_text(encoding="utf-8"))
     quality = report["quality"]
