@@ -8,6 +8,7 @@ comparison, and how far apart the processors lie, for a virtual machine's are mo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -59,8 +60,8 @@ def race(
 ) -> dict[str, list[Round]]:
     """What each round of each engine took, after a first one that only warms up.
 
-    A round in which the processors lay farther apart than in another does not count: it is run
-    again, unless they always lie so (:func:`surroundings` counts them).
+    A round in which the processors lay farther apart than in another does not count, and is run
+    again. If that holds for every round, all count, and :func:`surroundings_lines` says so.
 
     Args:
         runners: the engines, loaded.
@@ -93,34 +94,43 @@ def race(
                 found[name].clear()
                 runners[name].others_cores.clear()
                 runners[name].apart_ns.clear()
-    near = _near([runners[name] for name in found]) or range(rounds)
-    return {name: [done[number] for number in near] for name, done in found.items()}
+    near = _near([runners[name] for name in found])
+    return {
+        name: [done[number] for number in near or range(len(done))] for name, done in found.items()
+    }
 
 
 def _near(runners: Sequence[Runner]) -> list[int]:
     """The rounds in which the processors lay as near to each other as they ever did."""
-    farthest = [max(of) for of in zip(*(runner.apart_ns for runner in runners), strict=True)]
-    limit = _MOVED * min((ns for runner in runners for ns in runner.apart_ns), default=0.0)
+    rounds = zip(*(runner.apart_ns for runner in runners), strict=True)
+    farthest = [max(itertools.chain(*of)) for of in rounds]
+    limit = _MOVED * min(_distances(runners), default=0.0)
     return [number for number, ns in enumerate(farthest) if ns <= limit]
+
+
+def _distances(runners: Sequence[Runner]) -> list[float]:
+    return [ns for runner in runners for seen in runner.apart_ns for ns in seen]
 
 
 def surroundings(runners: Iterable[Runner]) -> dict[str, Any]:
     """For a result: what else the machine did while ``runners`` ran.
 
     ``others_cores``: the most cores that other programs used in a round. ``cores_apart``: the least
-    and the most nanoseconds between the processors, and the rounds that did not count for it.
+    and the most nanoseconds between the processors, how many rounds did not count because they lay
+    apart, and how many count although they were moved.
     """
     of = [*runners]
     if not of:
         return {}
-    seen = [ns for runner in of for ns in runner.apart_ns]
-    rounds = max((len(runner.apart_ns) for runner in of), default=0)
+    seen = _distances(of)
+    n_rounds, n_near = len(of[0].apart_ns), len(_near(of))
     return {
         "others_cores": max((cores for one in of for cores in one.others_cores), default=0.0),
         "cores_apart": {
             "least_ns": min(seen, default=0.0),
             "most_ns": max(seen, default=0.0),
-            "rounds_not_counted": rounds - len(_near(of)),
+            "rounds_not_counted": n_rounds - n_near if n_near else 0,
+            "rounds_moved": 0 if n_near else n_rounds,
         },
     }
 
@@ -135,7 +145,7 @@ def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         "cores_apart": {
             "least_ns": min(first["least_ns"], second["least_ns"]),
             "most_ns": max(first["most_ns"], second["most_ns"]),
-            "rounds_not_counted": first["rounds_not_counted"] + second["rounds_not_counted"],
+            **{key: first[key] + second[key] for key in ("rounds_not_counted", "rounds_moved")},
         },
     }
 
@@ -148,12 +158,14 @@ def surroundings_lines(data: Mapping[str, Any]) -> list[str]:
             f"NOT A COMPARISON: other programs used up to {cores:.1f} cores in a round; run it "
             "again on a quiet machine"
         )
-    if (apart := data.get("cores_apart")) and apart["rounds_not_counted"]:
-        lines.append(
-            f"{apart['rounds_not_counted']} rounds did not count: the processors lay "
-            f"{apart['most_ns']:.0f} ns apart instead of {apart['least_ns']:.0f} (a virtual "
-            "machine's are moved)"
-        )
+    apart = data.get("cores_apart", {})
+    for key, what in (
+        ("rounds_not_counted", "rounds did not count"),
+        ("rounds_moved", "rounds are NOT A COMPARISON, run them again"),
+    ):
+        if apart.get(key):
+            lay = f"{apart['least_ns']:.0f} to {apart['most_ns']:.0f} ns"
+            lines.append(f"{apart[key]} {what}: processors lay {lay} apart and were moved")
     return lines
 
 
@@ -199,13 +211,14 @@ class Runner(ABC):
 
     Attributes:
         others_cores: how many cores other programs used, for each round.
-        apart_ns: how far apart the processors lay, for each round; 0 where that cannot be told.
+        apart_ns: how far apart the processors lay before and after each round; 0 where that cannot
+            be told.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self.others_cores: list[float] = []
-        self.apart_ns: list[float] = []
+        self.apart_ns: list[tuple[float, float]] = []
 
     @abstractmethod
     def answer(self, request: Round) -> Round:
@@ -218,7 +231,7 @@ class Runner(ABC):
         answer = self.answer(request)
         seconds = time.perf_counter() - start_s
         self.others_cores.append(max(others_s(self._pid) - before_s, 0.0) / seconds)
-        self.apart_ns.append(max(before_ns, apart_ns() or 0.0))
+        self.apart_ns.append((before_ns, apart_ns() or 0.0))
         return answer
 
 

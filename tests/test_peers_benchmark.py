@@ -194,8 +194,16 @@ def test_a_round_of_processors_that_were_moved_apart_is_run_again(
     assert around["cores_apart"]["rounds_not_counted"] == 2
     assert around["cores_apart"]["most_ns"] == 160.0
     [line] = turns.surroundings_lines(around | {"others_cores": 0.0})
-    assert line.startswith("2 rounds did not count")
+    assert line.startswith("2 rounds did not count: processors lay 30 to 160 ns apart")
     assert turns.surroundings_lines(turns.surroundings([])) == []
+
+    # Where they never lay still, all rounds are given, and the line tells.
+    restless = iter([30.0, 160.0] * 20)
+    monkeypatch.setattr(turns, "apart_ns", lambda: next(restless))
+    engine = turns.Here(answer)
+    assert len(turns.race({"one": engine}, 2)["one"]) == 6
+    [line] = turns.surroundings_lines(turns.surroundings([engine]))
+    assert line.startswith("6 rounds are NOT A COMPARISON") and "30 to 160 ns" in line
 
     # Where they always lie alike, or nothing tells, every round counts.
     for distance in (160.0, None):
