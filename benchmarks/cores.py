@@ -20,6 +20,7 @@ from pathlib import Path
 __all__ = ["apart_ns", "main"]
 
 _ROUNDS = 3000
+_MOST_SPINS = 100_000_000  # some seconds
 _PINNABLE = hasattr(os, "sched_setaffinity") and hasattr(os, "fork")
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,32 +39,47 @@ def apart_ns() -> float | None:
 
 def main() -> int:
     """Print the figure alone."""
-    processors = sorted(os.sched_getaffinity(0))
+    processors = sorted(os.sched_getaffinity(0)) if _PINNABLE else []
+    if len(processors) < 2:
+        print("benchmarks.cores: there are no two processors to choose", file=sys.stderr)
+        return 1
     print(_there_and_back_ns(processors[0], processors[-1]))
     return 0
 
 
 def _there_and_back_ns(first: int, second: int) -> float:
-    """The tenth percentile: a processor that does something else now and then is not far away."""
+    """The tenth percentile: a processor that does something else now and then is not far away.
+
+    Raises:
+        TimeoutError: the other processor was not heard of for seconds.
+    """
     shared = mmap.mmap(-1, mmap.PAGESIZE)
     child = os.fork()
     if child == 0:
-        os.sched_setaffinity(0, {second})
-        for _ in range(_ROUNDS):
-            while shared[0] != 1:
-                pass
-            shared[0] = 2
-        os._exit(0)
+        try:
+            os.sched_setaffinity(0, {second})
+            for _ in range(_ROUNDS):
+                _wait_for(shared, 1)
+                shared[0] = 2
+        finally:
+            os._exit(0)
     os.sched_setaffinity(0, {first})
     taken = []
     for _ in range(_ROUNDS):
         start = time.perf_counter_ns()
         shared[0] = 1
-        while shared[0] != 2:
-            pass
+        _wait_for(shared, 2)
         taken.append(time.perf_counter_ns() - start)
     os.waitpid(child, 0)
     return sorted(taken)[_ROUNDS // 10]
+
+
+def _wait_for(shared: mmap.mmap, value: int) -> None:
+    # Bounded: of two processes one may be ended, and the other would spin for ever.
+    for _ in range(_MOST_SPINS):
+        if shared[0] == value:
+            return
+    raise TimeoutError(f"no answer within {_MOST_SPINS} looks")
 
 
 if __name__ == "__main__":
