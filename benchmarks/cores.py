@@ -30,7 +30,7 @@ def apart_ns() -> float | None:
 
     It is measured in processes of their own, because this one may have threads and a lock on them.
     """
-    if not _PINNABLE or len(os.sched_getaffinity(0)) < 2:
+    if not _two_processors():
         return None
     command = [sys.executable, "-m", "benchmarks.cores"]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
@@ -39,12 +39,18 @@ def apart_ns() -> float | None:
 
 def main() -> int:
     """Print the figure alone."""
-    processors = sorted(os.sched_getaffinity(0)) if _PINNABLE else []
-    if len(processors) < 2:
+    processors = _two_processors()
+    if not processors:
         print("benchmarks.cores: there are no two processors to choose", file=sys.stderr)
         return 1
-    print(_there_and_back_ns(processors[0], processors[-1]))
+    print(_there_and_back_ns(*processors))
     return 0
+
+
+def _two_processors() -> tuple[int, ...]:
+    """The first and the last that this process may use; none where there are no two to choose."""
+    usable = sorted(os.sched_getaffinity(0)) if _PINNABLE else []
+    return (usable[0], usable[-1]) if len(usable) > 1 else ()
 
 
 def _there_and_back_ns(first: int, second: int) -> float:

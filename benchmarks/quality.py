@@ -150,18 +150,15 @@ def _kept(*nodes: str) -> Variant:
 
 
 _DOWN = "*.down_proj"
+_AFTER_NORMS = dataclasses.replace(_ROWS, row_scaled=("*.o_proj", _DOWN))
 TRIALS: Mapping[str, Variant] = {
     "int8-rows-stream": _kept(),
     "int8-rows-stream-head-fp32": _kept(LM_HEAD),
     "int8-rows-stream-down-fp32": _kept(_DOWN),
     "int8-rows-stream-both-fp32": _kept(LM_HEAD, _DOWN),
     "int8-rows-stream-gated": Variant(_ROWS, turned=("stream", "gated")),
-    "int8-rows-after-norms": Variant(
-        dataclasses.replace(_ROWS, row_scaled=("*.o_proj", "*.down_proj"))
-    ),
-    "prompts-after-norms": Variant(
-        dataclasses.replace(_ROWS, row_scaled=("*.o_proj", "*.down_proj")), for_prompts=True
-    ),
+    "int8-rows-after-norms": Variant(_AFTER_NORMS),
+    "prompts-after-norms": Variant(_AFTER_NORMS, for_prompts=True),
 }
 """How ``int8-rows`` was found: where the stream's rotation leaves a loss. Only if asked for."""
 

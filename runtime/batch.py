@@ -191,8 +191,7 @@ class BatchedDecoder(RereadingDecoder):
 
     def _took(self, logits: NDArray[np.float32]) -> None:
         assert self.unread is not None
-        if self._inexact:
-            self._inexact.append(self.unread)
+        self._write_down(self.unread)
         self._logits, self.unread = logits, None
 
     def move(self, buffers: KvSnapshot) -> None:

@@ -50,8 +50,7 @@ class RereadingDecoder(Decoder):
     def prefill(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """See :meth:`Decoder.prefill`."""
         logits = super().prefill(embeds)
-        if self._inexact:
-            self._inexact.append(embeds)
+        self._write_down(embeds)
         return logits
 
     def step(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -60,6 +59,11 @@ class RereadingDecoder(Decoder):
         if self._inexact:
             self._inexact.append(self._rows(token_ids))
         return logits
+
+    def _write_down(self, rows: NDArray[np.float32]) -> None:
+        """Keep what single steps would have read, if something before it is not exact."""
+        if self._inexact:
+            self._inexact.append(rows)
 
     def truncate(self, length: int) -> None:
         """See :meth:`Decoder.truncate`."""

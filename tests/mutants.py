@@ -451,7 +451,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "batch: a step after tokens that were read at once is not read again at a near tie",
         "runtime/batch.py",
-        "self._inexact.append(self.unread)",
+        "self._write_down(self.unread)",
         "pass",
         ("tests/test_together.py",),
     ),
