@@ -34,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ from numpy.typing import NDArray
 from benchmarks.peer_workers import RuntimeDecoder
 from benchmarks.quality_speed import BASELINE, race_decoders, summarize
 from benchmarks.report import command_line, write_result
+from benchmarks.rounding import Method, round_graph
 from benchmarks.turns import surroundings_lines
 from tinygiant.export.decoder import (
     LM_HEAD,
@@ -97,7 +99,8 @@ class Variant:
 
     ``for_prompts``: rotated as a graph for prompts is; else ``turned`` are the parts of the
     :class:`~tinygiant.export.rotation.Rotation` that a rotated scheme gets. ``prompts``: the scheme
-    of a graph for prompts beside the decoder.
+    of a graph for prompts beside the decoder. ``rounding``: weights are rounded by a method of
+    :mod:`benchmarks.rounding`, in blocks of so many, and stay in float32.
     """
 
     scheme: Scheme
@@ -106,6 +109,7 @@ class Variant:
     for_prompts: bool = False
     prompts: Scheme | None = None
     turned: tuple[str, ...] = ("stream", "values", "gated")
+    rounding: tuple[Method, int] | None = None
 
 
 _ROWS = RECIPES["int8-rows"].graphs["decoder"]
@@ -159,8 +163,13 @@ TRIALS: Mapping[str, Variant] = {
     "int8-rows-stream-gated": Variant(_ROWS, turned=("stream", "gated")),
     "int8-rows-after-norms": Variant(_AFTER_NORMS),
     "prompts-after-norms": Variant(_AFTER_NORMS, for_prompts=True),
+} | {
+    f"int4-b{block_size}-{method}": Variant(Scheme(), rounding=(method, block_size))
+    for method in typing.get_args(Method)
+    for block_size in (32, 64)
 }
-"""How ``int8-rows`` was found: where the stream's rotation leaves a loss. Only if asked for."""
+"""Only if asked for: how ``int8-rows`` was found (where the stream's rotation leaves a loss), and
+onnxruntime's other ways to round to 4 bits."""
 
 
 def rotation_of(variant: Variant, spec: DecoderSpec) -> Rotation:
@@ -274,6 +283,9 @@ class Copy:
             rotation = rotation_of(variant, self.spec)
             tensors = rotated(self._tensors, self.spec.n_layers, rotation)
             build_decoder(self.spec, tensors, source, rotation)
+        if variant.rounding is not None:
+            source = folder / "rounded.onnx"
+            round_graph(self.graph, source, *variant.rounding)
         peaks = self._kv_peaks() if variant.kv_cache == "int8" else None
         moments = self._input_moments() if variant.scheme.calibrated else {}
         report = quantize_graph(source, target, variant.scheme, peaks, moments)

@@ -18,7 +18,7 @@ from torch import nn
 from tinygiant.runtime.errors import CheckpointError, StorageError
 
 from .config import TinyGiantConfig
-from .tensors import PrefixedTensors, load_into, open_tensors, undrawn_weights
+from .tensors import PrefixedTensors, load_into, open_tensors, tied_heads, undrawn_weights
 from .tinygiant import COMPONENTS, TinyGiantALM
 
 __all__ = [
@@ -48,10 +48,9 @@ def save(model: TinyGiantALM, path: str | os.PathLike[str], *, tokenizer: Path) 
         StorageError: the folder cannot be written; nothing is left behind.
     """
     target = Path(path)
+    tied = tied_heads(model)
     tensors = {
-        name: tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if not name.endswith("lm_head.weight")  # the embedding table, by another name
+        name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

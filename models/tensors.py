@@ -29,10 +29,13 @@ __all__ = [
     "load_into",
     "open_tensors",
     "read_json",
+    "tied_heads",
     "undrawn_weights",
 ]
 
 
+# What a module computes itself; upstream files may hold it.
+_DERIVED = ("relative_position_index", "num_batches_tracked")
 _DRAWS = (Tensor.normal_, Tensor.uniform_)
 
 
@@ -135,17 +138,26 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -
     """Fill every parameter and persistent buffer of ``module`` from ``tensors``, as float32.
 
     Tensors that a module can compute itself (position indexes, batch counters, a tied LM head) may
-    be absent. Unknown tensors are errors: a name that fits nothing is weights lost.
+    be absent. Unknown tensors are errors, and so is a tied head that is not the embedding table:
+    weights would be lost.
 
     Raises:
         CheckpointError: naming every missing, unknown and misshapen tensor at once.
     """
-    own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in tensors and not _derived(name)]
-    problems += [f"unknown {name}" for name in tensors if name not in own and not _derived(name)]
+    own, tied = module.state_dict(), tied_heads(module)
+    known = {name for name in own if not name.endswith(_DERIVED) and name not in tied}
+    problems = [f"missing {name}" for name in own if name in known and name not in tensors]
+    problems += [
+        f"unknown {name}" for name in tensors if name not in own and not name.endswith(_DERIVED)
+    ]
+    problems += [
+        f"{head} is not {table}, to which the configuration ties it"
+        for head, table in tied.items()
+        if {head, table} <= {*tensors} and not _equal(tensors[head], tensors[table])
+    ]
     state = {}
     for name in own:
-        if name not in tensors or _derived(name):
+        if name not in known or name not in tensors:
             continue
         tensor = tensors[name]
         if tensor.shape != own[name].shape:
@@ -168,6 +180,23 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -
             part.tie_weights()
 
 
+def tied_heads(module: nn.Module) -> dict[str, str]:
+    """LM heads that are an embedding table by another name: the names of both, by the head's."""
+    return {
+        f"{prefix}lm_head.weight": f"{prefix}model.embed_tokens.weight"
+        for prefix, part in (
+            (f"{name}." if name else "", part) for name, part in module.named_modules()
+        )
+        if isinstance(part, PreTrainedModel)
+        and hasattr(part, "lm_head")
+        and part.config.tie_word_embeddings
+    }
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.to(b.dtype), b)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -181,10 +210,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
-
-
-def _derived(name: str) -> bool:
-    return name.endswith(("relative_position_index", "num_batches_tracked", "lm_head.weight"))
 
 
 def _names(path: Path) -> list[str]:

@@ -228,6 +228,36 @@ def test_checkpoint_round_trip(model: TinyGiantALM, tokenizer_path: Path, tmp_pa
     )
 
 
+def test_a_head_of_its_own_is_kept(tokenizer_path: Path, tmp_path: Path) -> None:
+    """It was neither saved nor loaded, so a decoder came back with whatever memory held."""
+    decoder = NANO.decoder | {"tie_word_embeddings": False}
+    model = build(dataclasses.replace(NANO, decoder=decoder), 0)
+    assert not torch.equal(model.decoder.lm_head.weight, model.decoder.model.embed_tokens.weight)
+    save(model, tmp_path / "c", tokenizer=tokenizer_path)
+    again = load(tmp_path / "c")
+    assert torch.equal(model.decoder.lm_head.weight, again.decoder.lm_head.weight)
+    weights = load_file(tmp_path / "c" / "model.safetensors")
+    del weights["decoder.lm_head.weight"]
+    save_file(weights, tmp_path / "c" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing decoder\.lm_head\.weight"):
+        load(tmp_path / "c")
+
+
+def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(
+    model: TinyGiantALM, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    save(model, tmp_path / "c", tokenizer=tokenizer_path)
+    file = tmp_path / "c" / "model.safetensors"
+    weights = load_file(file)
+    head = weights["decoder.model.embed_tokens.weight"].clone()
+    save_file(weights | {"decoder.lm_head.weight": head}, file)
+    load(tmp_path / "c")
+    head[3, 2] += 0.5
+    save_file(weights | {"decoder.lm_head.weight": head}, file)
+    with pytest.raises(CheckpointError, match=r"decoder\.lm_head\.weight is not decoder\.model"):
+        load(tmp_path / "c")
+
+
 def test_every_tensor_that_does_not_fit_is_named_at_once(
     model: TinyGiantALM, tokenizer_path: Path, tmp_path: Path
 ) -> None:

@@ -42,7 +42,7 @@ def test_the_same_seed_gives_the_same_bytes_also_when_resumed(tmp_path: Path) ->
     (resumed / "shards" / "0001.building" / "whisper.npy").write_bytes(b"half")
     _build(tmp_path, "resumed")
     assert _bytes(whole) == _bytes(resumed)
-    assert len(_bytes(whole)) == 10 + 3 * 7 + 4
+    assert len(_bytes(whole)) == 10 + 3 * 8 + 5
 
 
 def test_the_reader_gives_what_the_scene_implies(tmp_path: Path) -> None:
@@ -78,6 +78,9 @@ def test_joined_files_hold_every_shard_in_order(tmp_path: Path) -> None:
     wanted = [r for i in range(10) for r in question_records(data.scene(i), choices=False)]
     assert plain == wanted
     assert all(record["open"] for record in plain)
+    fresh = [json.loads(line) for line in (folder / "fresh.jsonl").open()]
+    assert [r["id"] for r in fresh] == [r["id"] for r in plain]
+    assert not {r["question"] for r in fresh} & {r["question"] for r in plain}
 
 
 def test_a_long_clip_has_a_window_of_features_for_every_ten_seconds(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@
             clips.jsonl         scene and clip-level tags
             meta.jsonl          questions, MMAR's fields
             open.jsonl          questions without choices
+            fresh.jsonl         of test and shifted clips: those in fresh phrasings
         audio/<id>.flac         48 kHz, on request
         {clips,meta,open}.jsonl all shards' lines, written when the split is complete
 
@@ -52,6 +53,8 @@ SHARD_CLIPS = 500
 MARGIN_ROWS = 10
 _FRAMES_PER_ROW = 10
 _JOINED = ("clips.jsonl", "meta.jsonl", "open.jsonl")
+_FRESH = "fresh.jsonl"
+_TESTED: tuple[Split, ...] = ("test", "shifted")
 # folder, cache_dir, split, shard, size, seed, audio, questions, kind
 _Job = tuple[Path, Path, Split, int, int, int, bool, int, Kind]
 _WINDOW = 10 * RATE_HZ
@@ -94,7 +97,7 @@ def build(
         MissingEngineError: the banks are not in ``cache_dir`` and an engine is missing.
         StorageError: a file cannot be written, or the folder holds a build with other settings.
     """
-    own_folder = kind != "core" and split in ("test", "shifted")
+    own_folder = kind != "core" and split in _TESTED
     folder = out_dir / (f"{split}-{kind}" if own_folder else split)
     settings = {
         "kind": kind,
@@ -106,6 +109,10 @@ def build(
         "frame_tags": list(FRAME_TAGS),
         "clip_tags": list(CLIP_TAGS),
     }
+    joined_names = _JOINED
+    if split in _TESTED:
+        joined_names += (_FRESH,)
+        settings["fresh"] = True
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
         _keep_settings(folder / "settings.json", settings)
@@ -120,7 +127,7 @@ def build(
         with tqdm(total=n_clips, initial=done, unit="clip", desc=split) as bar:
             for clips in _run(jobs, workers):
                 bar.update(clips)
-        for name in _JOINED:
+        for name in joined_names:
             partial = folder / f"{name}.partial"
             with partial.open("wb") as joined:
                 for shard_dir in sorted((folder / "shards").glob("[0-9]*[0-9]")):
@@ -177,6 +184,7 @@ def _build_shard(
     if audio:
         (folder / "audio").mkdir(exist_ok=True)
     whispers, claps, frames = [], [], []
+    fresh: list[str] = []
     offsets = [(0, 0, 0)]
     with (
         (building / "clips.jsonl").open("w") as clips,
@@ -198,8 +206,13 @@ def _build_shard(
                 meta.write(json.dumps(record) + "\n")
             for record in question_records(scene, questions, choices=False):
                 plain.write(json.dumps(record) + "\n")
+            if split in _TESTED:
+                asked = question_records(scene, questions, choices=False, wordings="fresh")
+                fresh += [json.dumps(record) + "\n" for record in asked]
             if audio:
                 sf.write(folder / "audio" / f"{scene.id}.flac", samples, RATE_HZ, subtype="PCM_16")
+    if split in _TESTED:
+        (building / _FRESH).write_text("".join(fresh), encoding="utf-8")
     np.save(building / "whisper.npy", np.concatenate(whispers))
     np.save(building / "clap.npy", np.concatenate(claps))
     np.save(building / "frames.npy", np.concatenate(frames))

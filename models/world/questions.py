@@ -25,7 +25,7 @@ from .vocabulary import (
     SOUND_CLASSES,
     WORD_CATEGORY,
 )
-from .wordings import word_question
+from .wordings import Wordings, word_question
 
 __all__ = ["CATEGORIES", "QUESTION_TYPES", "ask", "question_records"]
 
@@ -657,13 +657,20 @@ CATEGORIES: dict[str, str] = {name: category for name, (_, category, _) in _TYPE
 
 
 def ask(
-    scene: Scene, kind: str, rng: _Rng, number: int = 0, choices: bool = True, absent: bool = False
+    scene: Scene,
+    kind: str,
+    rng: _Rng,
+    number: int = 0,
+    choices: bool = True,
+    absent: bool = False,
+    wordings: Wordings | None = None,
 ) -> dict[str, Any] | None:
     """One question of type ``kind`` as an MMAR record, or None if the scene does not allow it.
 
     ``thinking`` is a dict of planning, caption, reasoning and summary. Without ``choices`` the
     record is marked ``open``: its choices are for the match alone and hold all that is wrong.
-    ``absent`` asks about what is not there.
+    ``absent`` asks about what is not there. ``wordings`` are those of the scene's split unless
+    given.
     """
     function, category, _ = _TYPES[kind]
     if kind in (_PLAIN_ONLY if choices else _CHOICES_ONLY):
@@ -691,7 +698,7 @@ def ask(
     record: dict[str, Any] = {
         "id": f"{scene.id}-{'q' if choices else 'o'}{number}",
         "audio_path": f"audio/{scene.id}.flac",
-        "question": word_question(kind, draft.slots, scene.split, choices, rng),
+        "question": word_question(kind, draft.slots, wordings or scene.split, choices, rng),
         "choices": list(options),
         "answer": answer,
         "modality": scene.modality,
@@ -742,10 +749,13 @@ def _all_wrong(scene: Scene, kind: str, answer: str) -> list[str]:
 _QUALITIES = ("near", "far", "fast", "slow", "rising", "falling", "woman", "man")
 
 
-def question_records(scene: Scene, n: int = 4, choices: bool = True) -> list[dict[str, Any]]:
+def question_records(
+    scene: Scene, n: int = 4, choices: bool = True, wordings: Wordings | None = None
+) -> list[dict[str, Any]]:
     """Up to ``n`` questions of different types about one scene, fixed by the scene's seed.
 
-    Without ``choices``, a quarter of those that can be are about what is not there.
+    Without ``choices``, a quarter of those that can be are about what is not there. ``wordings`` as
+    :func:`ask` has them.
     """
     rng = np.random.default_rng([*scene.seed, 2 if choices else 3])
     # Weighted order without replacement: smallest of exponential variables over the weights.
@@ -761,11 +771,15 @@ def question_records(scene: Scene, n: int = 4, choices: bool = True) -> list[dic
     records: list[dict[str, Any]] = []
     for kind in sorted((k for k in keys if keys[k] < math.inf), key=lambda name: keys[name]):
         absent = not choices and rng.random() < 0.25
-        record = ask(scene, kind, rng, len(records), choices, absent)
+
+        def asked(absent: bool, kind: str = kind) -> dict[str, Any] | None:
+            return ask(scene, kind, rng, len(records), choices, absent, wordings)
+
+        record = asked(absent)
         if record is None and absent:
-            record = ask(scene, kind, rng, len(records), choices)
+            record = asked(absent=False)
         if record is None and not choices and not timeline(scene):
-            record = ask(scene, kind, rng, len(records), choices, absent=True)
+            record = asked(absent=True)
         if record is not None:
             records.append(record)
             if len(records) == n:

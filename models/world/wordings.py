@@ -1,21 +1,35 @@
 """How questions are put: phrasings of every type, and what people put around a question.
 
-Training draws from the first lists and from :data:`~.patterns.PATTERNS`; tests and shifted clips
-are asked only in the second ones, which training never has, and validation in
-:data:`~.patterns.VALIDATION`. ``word_question`` is the only way to a question's text.
+Training draws from the first lists, from :data:`~.patterns.PATTERNS` and from the ``trained``
+phrasings of ``phrasings.json``. Tests and shifted clips are asked only in the second lists, which
+training never has, or in the ``fresh`` phrasings of that file, whose writer saw none of the others.
+Validation has :data:`~.patterns.VALIDATION`. ``word_question`` is the only way to a question's
+text.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
+from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 
 from .patterns import PATTERNS, VALIDATION, others
 from .vocabulary import Split
 
-__all__ = ["HELD_OUT_FRAMES", "TRAINING_FRAMES", "WORDINGS", "phrasings", "word_question"]
+__all__ = [
+    "HELD_OUT_FRAMES",
+    "TRAINING_FRAMES",
+    "WORDINGS",
+    "Wordings",
+    "phrasings",
+    "word_question",
+]
+
+Wordings = Split | Literal["fresh"]
 
 # type -> phrasings of training, held-out phrasings, phrasings that only stand before choices.
 # {...} are filled from the question's facts; "recording" is varied.
@@ -524,33 +538,44 @@ HELD_OUT_FRAMES: tuple[str, ...] = (*("{q}",) * 5, "Can you tell me: {l}", "Ques
 _NOUNS = ("recording", "recording", "clip", "audio", "audio clip", "sound file")
 
 
-def phrasings(kind: str, split: Split, with_choices: bool) -> tuple[str, ...]:
-    """The phrasings of a question type that ``split`` may use."""
-    return tuple(text for group in _groups(kind, split, with_choices) for text in group)
+@cache
+def _of_others(use: Literal["trained", "fresh"]) -> dict[str, list[str]]:
+    """Phrasings of ``phrasings.json`` by type: those for training, or the fresh ones."""
+    text = files(__package__).joinpath("phrasings.json").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = json.loads(text)[use]
+    return found
+
+
+def phrasings(kind: str, wordings: Wordings, with_choices: bool) -> tuple[str, ...]:
+    """The phrasings of a question type that a split, or a test in fresh ones, may use."""
+    return tuple(text for group in _groups(kind, wordings, with_choices) for text in group)
 
 
 @cache
-def _groups(kind: str, split: Split, with_choices: bool) -> tuple[tuple[str, ...], ...]:
+def _groups(kind: str, wordings: Wordings, with_choices: bool) -> tuple[tuple[str, ...], ...]:
     """The phrasings by kind of sentence: questions are drawn evenly over these."""
     trained, held_out, before_choices = WORDINGS[kind]
-    if split in ("test", "shifted"):
+    fresh = tuple(_of_others("fresh")[kind])
+    if wordings == "fresh":
+        return (fresh,)
+    if wordings in ("test", "shifted"):
         return (held_out,)
-    if split == "validation":
+    if wordings == "validation":
         return (VALIDATION[kind],)
-    single = (*trained, *before_choices) if with_choices else trained
-    return (*((text,) for text in single), *others(PATTERNS[kind], held_out))
+    single = (*trained, *_of_others("trained")[kind], *(before_choices if with_choices else ()))
+    return (*((text,) for text in single), *others(PATTERNS[kind], (*held_out, *fresh)))
 
 
 def word_question(
     kind: str,
     slots: Mapping[str, str],
-    split: Split,
+    wordings: Wordings,
     with_choices: bool,
     rng: np.random.Generator,
 ) -> str:
     """One question's text, drawn from ``rng``."""
-    held_out = split in ("test", "shifted")
-    groups = _groups(kind, split, with_choices)
+    held_out = wordings in ("test", "shifted", "fresh")
+    groups = _groups(kind, wordings, with_choices)
     options = groups[int(rng.integers(len(groups)))] if len(groups) > 1 else groups[0]
     text = options[int(rng.integers(len(options)))].format(**slots)
     text = text.replace("recording", _NOUNS[int(rng.integers(len(_NOUNS)))])
