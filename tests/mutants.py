@@ -360,10 +360,17 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/test_export.py::test_transposes_cancel_only_where_they_undo_one_another",),
     ),
     Mutant(
+        "tensors: a head of its own is taken for the embedding table",
+        "models/tensors.py",
+        "        and part.config.tie_word_embeddings\n",
+        "",
+        ("tests/test_models.py::test_a_head_of_its_own_is_kept",),
+    ),
+    Mutant(
         "tensors: unknown tensors are dropped",
         "models/tensors.py",
-        "if name not in own and not _derived(name)]",
-        "if False]",
+        "for name in tensors if name not in own and not name.endswith(_DERIVED)",
+        "for name in tensors if False",
         (
             "tests/test_models.py::test_every_tensor_that_does_not_fit_is_named_at_once",
             "tests/test_parts.py::test_all_parts_that_do_not_fit_are_named",
