@@ -16,6 +16,7 @@ import onnx_ir as ir
 from . import dynamic, weight_only
 from .graph import load_graph, save_graph
 from .kv_cache import KvPeaks, quantize_kv_cache
+from .merging import merge_products
 from .recipes import Scheme, matches
 from .report import GraphReport, graph_size_bytes, weighted_nodes
 
@@ -46,7 +47,9 @@ def quantize_graph(
     """
     model = load_graph(source)
     chosen, kept = _choose(model.graph, scheme)
-    for node in [node for node in model.graph if node.name in chosen]:
+    merge_products(model.graph, scheme, chosen)
+    to_quantize, _ = _choose(model.graph, scheme)
+    for node in [node for node in model.graph if node.name in to_quantize]:
         if scheme.kind == "weight_only":
             seen = node.inputs[0]
             known = moments.get(str(seen.name)) if scheme.calibrated and seen is not None else None
