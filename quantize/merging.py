@@ -5,10 +5,9 @@ narrow product (keys and values of few heads) leaves threads without work. Colum
 multiplied as they were alone, so results are the same to the bit.
 
 Queries, keys and values go to the attention as one: onnxruntime's ``GroupQueryAttention`` takes
-them one behind another. Norms of queries or keys between the two keep them apart. Two products of
-one input, as a gated MLP has them, get a ``Split`` behind them. It copies the rows, which costs a
-prompt what it saves a token; so graphs whose weights alone are quantized, which are for tokens,
-have it.
+them one behind another. Others, as those of a gated MLP, or where norms of queries and keys stand
+between, get a ``Split`` behind them. It copies the rows, which costs a prompt a few hundredths; so
+only graphs whose weights alone are quantized have it, which are for tokens.
 """
 
 from __future__ import annotations
@@ -36,23 +35,24 @@ def merge_products(graph: ir.Graph, scheme: Scheme, chosen: Collection[str]) -> 
         scheme: which weights have how many bits, or scales of their own.
         chosen: names of the nodes that will be quantized.
     """
-    by_input: dict[ir.Value, list[ir.Node]] = {}
+    alike: dict[tuple[ir.Value, int, bool], list[ir.Node]] = {}
     for node in graph:
         source = node.inputs[0] if node.inputs else None
         if node.name in chosen and source is not None:
-            by_input.setdefault(source, []).append(node)
-    for products in by_input.values():
-        names = [str(node.name) for node in products]
-        treated = {
-            (scheme.bits_of(name), matches(name, scheme.row_scaled))
-            for name in (*names, _joined(names))
-        }
-        if len(treated) > 1:
+            alike.setdefault((source, *_treatment(str(node.name), scheme)), []).append(node)
+    for (_, *treatment), products in alike.items():
+        name = _joined([str(node.name) for node in products])
+        if len(products) == 1 or [*_treatment(name, scheme)] != treatment:
             continue
-        if len(products) == _PARTS and (users := _attention(products)):
-            _pack(graph, products, users)
-        elif len(products) == 2 and scheme.kind == "weight_only":
-            _split(graph, products)
+        if users := _attention(products):
+            _pack(graph, name, products, users)
+        elif scheme.kind == "weight_only":
+            _split(graph, name, products)
+
+
+def _treatment(name: str, scheme: Scheme) -> tuple[int, bool]:
+    """Bits of a weight, and whether rows of activations have scales of their own."""
+    return scheme.bits_of(name), matches(name, scheme.row_scaled)
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -64,6 +64,8 @@ def _joined(names: Sequence[str]) -> str:
 
 def _attention(products: Sequence[ir.Node]) -> list[ir.Node]:
     """The nodes that take the three as query, key and value, or blocks of their rows, in order."""
+    if len(products) != _PARTS:
+        return []
     taken: list[list[ir.Node]] = []
     for part, product in enumerate(products):
         blocks = _blocks(product)
@@ -82,9 +84,11 @@ def _blocks(product: ir.Node) -> ir.Node | None:
     return users[0] if len(users) == 1 and users[0].op_type == "Split" else None
 
 
-def _pack(graph: ir.Graph, products: Sequence[ir.Node], users: Sequence[ir.Node]) -> None:
+def _pack(
+    graph: ir.Graph, name: str, products: Sequence[ir.Node], users: Sequence[ir.Node]
+) -> None:
     """Give the attention ``users`` one product of all columns, or blocks of its rows."""
-    merged = _merged(graph, products)
+    merged = _merged(graph, name, products)
     first, *others = (_blocks(product) for product in products)
     if first is not None:
         first.replace_input_with(0, merged.outputs[0])
@@ -95,10 +99,10 @@ def _pack(graph: ir.Graph, products: Sequence[ir.Node], users: Sequence[ir.Node]
     _remove(graph, [*filter(None, others), *products])
 
 
-def _split(graph: ir.Graph, products: Sequence[ir.Node]) -> None:
+def _split(graph: ir.Graph, name: str, products: Sequence[ir.Node]) -> None:
     """Let one product of all columns, split again, stand for ``products``."""
     sizes = np.array([_n_columns(product) for product in products], np.int64)
-    merged = _merged(graph, products)
+    merged = _merged(graph, name, products)
     lengths = add_initializer(graph, f"{merged.name}.columns", sizes)
     outputs = [ir.val(f"{product.name}.columns") for product in products]
     split = ir.node(
@@ -114,9 +118,8 @@ def _split(graph: ir.Graph, products: Sequence[ir.Node]) -> None:
     _remove(graph, products)
 
 
-def _merged(graph: ir.Graph, products: Sequence[ir.Node]) -> ir.Node:
+def _merged(graph: ir.Graph, name: str, products: Sequence[ir.Node]) -> ir.Node:
     """One product of the columns of all, put before the first; its weight is read when wanted."""
-    name = _joined([str(product.name) for product in products])
     weights = [_weight(product) for product in products]
     shape = ir.Shape([weights[0].shape[0], sum(map(_n_columns, products))])
 

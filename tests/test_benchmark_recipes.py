@@ -220,7 +220,7 @@ def test_decoders_from_end_to_end(
         variant = recipes.VARIANTS["decoder"][name]
         graph = graphs["decoder_model", name]
         products = {n.name: n for n in graph.node if n.op_type == "MatMulNBits"}
-        assert len(products) == (0 if name == "fp32" else 2 * 6 + 1)
+        assert len(products) == (0 if name == "fp32" else 2 * 4 + 1)
         for node_name, node in products.items():
             head_bits = 8 if "head8" in name or name == "int8-b32" else 4
             bits = head_bits if node_name == "lm_head" else int(name[3])

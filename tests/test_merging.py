@@ -106,14 +106,14 @@ def test_nothing_changes_but_the_number_of_products(
     apart, merged = both(spec, SCHEMES[name], tmp_path, monkeypatch, **kept)
     for a, b in zip(run(apart, spec, kv_type), run(merged, spec, kv_type), strict=True):
         np.testing.assert_array_equal(a, b)
-    together = {"self_attn.q_k_v_proj"} if spec is LLAMA else set()
-    together |= {"mlp.gate_up_proj"} if name != "int8-rows" else set()
-    expected = {"self_attn.o_proj", "mlp.down_proj"} | together
-    if spec is CONFIG:  # norms of queries and keys stand between
-        expected |= {f"self_attn.{x}_proj" for x in "qkv"}
-    if name == "int8-rows":
-        expected |= {"mlp.gate_proj", "mlp.up_proj"}
-    assert set(products(merged)) == expected
+    together, alone = {"self_attn.q_k_v_proj", "mlp.gate_up_proj"}, set[str]()
+    if name == "int8-rows":  # reads prompts: what must be split again stays apart
+        together.remove("mlp.gate_up_proj")
+        alone |= {"mlp.gate_proj", "mlp.up_proj"}
+        if spec.qk_norm:
+            together.clear()
+            alone |= {f"self_attn.{x}_proj" for x in "qkv"}
+    assert set(products(merged)) == {"self_attn.o_proj", "mlp.down_proj"} | together | alone
     assert len(products(apart)) == 7
 
 
@@ -132,16 +132,20 @@ def test_a_graph_for_prompts_cuts_the_one_product_into_blocks(
 
 
 @pytest.mark.parametrize(
-    "wide", [("*.v_proj",), tuple(f"*.{x}_proj" for x in "qkv"), ("*.up_proj", "*.k_proj")]
+    ("wide", "together"),
+    [
+        (("*.v_proj",), {"self_attn.q_k_proj", "mlp.gate_up_proj"}),
+        (("*.up_proj", "*.k_proj"), {"self_attn.q_v_proj"}),
+        (tuple(f"*.{x}_proj" for x in "qkv"), {"mlp.gate_up_proj"}),
+    ],
 )
 def test_what_a_scheme_tells_apart_stays_apart(
-    wide: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: tuple[str, ...], together: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of different bits, or with a name for all that the scheme would treat otherwise."""
     scheme = Scheme("weight_only", bits=4, wide=wide)
     apart, merged = both(LLAMA, scheme, tmp_path, monkeypatch)
-    assert {f"self_attn.{x}_proj" for x in "qkv"} <= set(products(merged))
-    assert ("mlp.gate_up_proj" in products(merged)) == ("*.up_proj" not in wide)
+    assert set(products(merged)) - set(products(apart)) == together
     for a, b in zip(run(apart, LLAMA, "fp32"), run(merged, LLAMA, "fp32"), strict=True):
         np.testing.assert_array_equal(a, b)
 
