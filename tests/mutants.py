@@ -360,6 +360,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/test_export.py::test_transposes_cancel_only_where_they_undo_one_another",),
     ),
     Mutant(
+        "merging: a name of its own changes how a product is treated",
+        "quantize/merging.py",
+        "if len(products) == 1 or [*_treatment(name, scheme)] != treatment:",
+        "if len(products) == 1:",
+        ("tests/test_merging.py::test_what_a_scheme_tells_apart_stays_apart",),
+    ),
+    Mutant(
+        "merging: columns in another order",
+        "quantize/merging.py",
+        "for weight in weights], axis=1",
+        "for weight in weights[::-1]], axis=1",
+        ("tests/test_merging.py::test_nothing_changes_but_the_number_of_products",),
+    ),
+    Mutant(
         "tensors: a head of its own is taken for the embedding table",
         "models/tensors.py",
         "        and part.config.tie_word_embeddings\n",
