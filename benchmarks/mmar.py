@@ -7,6 +7,7 @@ lines and scores them with the official match. The last line of the output is on
         -o runs/nano-int8.jsonl --save mmar-nano-int8
     python -m benchmarks.mmar --meta data/world/test          # a split: meta.jsonl and audio/
     python -m benchmarks.mmar --meta data/world/test/open.jsonl   # the same without choices
+    python -m benchmarks.mmar --meta data/world/test/fresh.jsonl  # and in fresh wordings
     python -m benchmarks.mmar score predictions.jsonl --meta MMAR-meta.jsonl
     python -m benchmarks.mmar compare fp32.jsonl int8.jsonl --meta data/world/test
 
@@ -330,7 +331,12 @@ def _print_row(name: str, group: Mapping[str, Any]) -> None:
 def _set_name(meta: Path) -> str:
     file = meta_file(meta)
     split = f"synthetic {file.resolve().parent.name}"
-    return {"meta.jsonl": split, "open.jsonl": f"{split}, open"}.get(file.name, file.stem)
+    named = {
+        "meta.jsonl": split,
+        "open.jsonl": f"{split}, open",
+        "fresh.jsonl": f"{split}, open, fresh wordings",
+    }
+    return named.get(file.name, file.stem)
 
 
 def _add_meta(parser: argparse.ArgumentParser) -> None:
