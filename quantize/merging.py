@@ -101,7 +101,7 @@ def _pack(
 
 def _split(graph: ir.Graph, name: str, products: Sequence[ir.Node]) -> None:
     """Let one product of all columns, split again, stand for ``products``."""
-    sizes = np.array([_n_columns(product) for product in products], np.int64)
+    sizes = np.array([_shape(product)[1] for product in products], np.int64)
     merged = _merged(graph, name, products)
     lengths = add_initializer(graph, f"{merged.name}.columns", sizes)
     outputs = [ir.val(f"{product.name}.columns") for product in products]
@@ -121,9 +121,9 @@ def _split(graph: ir.Graph, name: str, products: Sequence[ir.Node]) -> None:
 def _merged(graph: ir.Graph, name: str, products: Sequence[ir.Node]) -> ir.Node:
     """One product of the columns of all, put before the first; its weight is read when wanted."""
     weights = [_weight(product) for product in products]
-    shape = ir.Shape([weights[0].shape[0], sum(map(_n_columns, products))])
+    shape = ir.Shape([_shape(products[0])[0], sum(_shape(product)[1] for product in products)])
 
-    def columns() -> ir.Tensor:
+    def columns() -> ir.TensorProtocol:
         return ir.Tensor(np.concatenate([weight.numpy() for weight in weights], axis=1))
 
     kind, weight = weights[0].dtype, f"{name}.weight"
@@ -142,8 +142,9 @@ def _weight(product: ir.Node) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _n_columns(product: ir.Node) -> int:
-    return int(_weight(product).shape[1])
+def _shape(product: ir.Node) -> tuple[int, ...]:
+    """``(in, out)``."""
+    return _weight(product).shape.numpy()
 
 
 def _remove(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:

@@ -109,7 +109,7 @@ def build(
         "frame_tags": list(FRAME_TAGS),
         "clip_tags": list(CLIP_TAGS),
     }
-    joined_names = _JOINED
+    joined_names: tuple[str, ...] = _JOINED
     if split in _TESTED:
         joined_names += (_FRESH,)
         settings["fresh"] = True
