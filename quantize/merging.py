@@ -144,7 +144,7 @@ def _weight(product: ir.Node) -> ir.TensorProtocol:
 
 def _shape(product: ir.Node) -> tuple[int, ...]:
     """``(in, out)``."""
-    return _weight(product).shape.numpy()
+    return tuple(_weight(product).shape.numpy())
 
 
 def _remove(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
