@@ -6,8 +6,9 @@ multiplied as they were alone, so results are the same to the bit.
 
 Queries, keys and values go to the attention as one: onnxruntime's ``GroupQueryAttention`` takes
 them one behind another. Others, as those of a gated MLP, or where norms of queries and keys stand
-between, get a ``Split`` behind them. It copies the rows, which costs a prompt a few hundredths; so
-only graphs whose weights alone are quantized have it, which are for tokens.
+between, get a ``Split`` behind them. It copies the rows, which costs a prompt a few hundredths
+where weights alone are quantized; where activations are too it saves more, for they are quantized
+once.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ def merge_products(graph: ir.Graph, scheme: Scheme, chosen: Collection[str]) -> 
     """Merge those of the ``chosen`` products in a decoder's ``graph`` that ``scheme`` treats alike.
 
     Args:
-        graph: its products are ``MatMul`` by a constant ``(in, out)``.
+        graph: its products are ``MatMul`` by a constant ``(in, out)``. One without
+            ``GroupQueryAttention`` is left alone.
         scheme: which weights have how many bits, or scales of their own.
         chosen: names of the nodes that will be quantized.
     """
+    if not any(node.op_type == _ATTENTION for node in graph):
+        return
     alike: dict[tuple[ir.Value, int, bool], list[ir.Node]] = {}
     for node in graph:
         source = node.inputs[0] if node.inputs else None
@@ -46,7 +50,7 @@ def merge_products(graph: ir.Graph, scheme: Scheme, chosen: Collection[str]) -> 
             continue
         if users := _attention(products):
             _pack(graph, name, products, users)
-        elif scheme.kind == "weight_only":
+        else:
             _split(graph, name, products)
 
 
