@@ -186,10 +186,8 @@ DRILL_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 0.5) | {
 
 FORMS_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 1.0) | {
     "description": 2.5,
-    "sound heard": 2.0,
-    "word heard": 2.0,
-    "word named": 2.0,
-    "speaker": 1.5,
+    "sound heard": 1.5,
+    "word heard": 1.5,
     "presence": 1.5,
     "anybody": 0.5,
     "any music": 0.5,
@@ -197,7 +195,7 @@ FORMS_WEIGHTS: dict[str, float] = dict.fromkeys(QUESTION_TYPES, 1.0) | {
     "distance": 1.5,
     "after": 3.0,
     "before": 3.0,
-    "relation": 2.0,
+    "relation": 1.5,
     "nearer": 2.0,
     "mode": 0.6,
     "meter": 0.6,
