@@ -6,9 +6,8 @@ multiplied as they were alone, so results are the same to the bit.
 
 Queries, keys and values go to the attention as one: onnxruntime's ``GroupQueryAttention`` takes
 them one behind another. Others, as those of a gated MLP, or where norms of queries and keys stand
-between, get a ``Split`` behind them. It copies the rows, which costs a prompt a few hundredths
-where weights alone are quantized; where activations are too it saves more, for they are quantized
-once.
+between, get a ``Split`` behind them. It copies the rows, which costs a prompt up to a tenth; so
+only graphs whose weights alone are quantized have it, which are for tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def merge_products(graph: ir.Graph, scheme: Scheme, chosen: Collection[str]) -> 
             continue
         if users := _attention(products):
             _pack(graph, name, products, users)
-        else:
+        elif scheme.kind == "weight_only":
             _split(graph, name, products)
 
 
