@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import figures, quality, quality_speed
+from benchmarks import figures, quality, quality_speed, rounding
 from benchmarks.quality_models import heads_apart, heads_interleaved
 from tinygiant.export.decoder import DecoderSpec, build_decoder
 from tinygiant.export.quality import Gate
@@ -136,6 +136,17 @@ def test_trials_of_int8_rows_leave_out_what_their_names_say() -> None:
         turned = "stream" not in name and not variant.for_prompts
         assert len(rotation.values) == (16 if turned else 1)
         assert len(rotation.gated) == (1 if "stream" in name and "gated" not in name else 16)
+
+
+@pytest.mark.parametrize("method", ["hqq", "k-quant"])
+def test_other_ways_to_round_have_sixteen_values_a_block(method: rounding.Method) -> None:
+    weight = np.random.default_rng(0).standard_normal((96, 5)).astype(np.float32)
+    found = rounding.rounded(weight, method, 32)
+    for block in found.T.reshape(-1, 32):
+        assert len(np.unique(block.round(5))) <= 16
+    assert 0.05 < np.linalg.norm(found - weight) / np.linalg.norm(weight) < 0.09
+    # What lies on a grid of 16 steps is found again.
+    np.testing.assert_allclose(rounding.rounded(found, method, 32), found, atol=0.02)
 
 
 def test_speeds_are_ratios_of_one_round_and_the_better_llama_cpp_counts() -> None:
