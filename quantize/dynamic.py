@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from .graph import add_initializer, constant_input
+from .graph import add_initializer, constant_input, drop_unused
 from .recipes import Scheme, matches
 
 __all__ = ["quantize_columns", "quantize_matmul"]
@@ -45,8 +45,7 @@ def quantize_matmul(graph: ir.Graph, node: ir.Node, scheme: Scheme) -> None:
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], made, node.outputs, made[-1].outputs
     )
-    if not weight.uses():
-        del graph.initializers[name]
+    drop_unused(graph, [weight])
 
 
 def quantize_columns(

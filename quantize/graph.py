@@ -7,6 +7,7 @@ stay inside the graph, where onnxruntime's shape inference reads them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["add_initializer", "constant_input", "load_graph", "save_graph", "weights_path"]
+__all__ = [
+    "add_initializer",
+    "add_tensor",
+    "constant_input",
+    "drop_unused",
+    "load_graph",
+    "save_graph",
+    "weights_path",
+]
 
 _INLINE_LIMIT_BYTES = 1_024
 # A tensor can be mapped from the file, rather than copied, where its offset is a multiple of the
@@ -57,12 +66,23 @@ def constant_input(node: ir.Node) -> tuple[ir.Value, npt.NDArray[np.float32]]:
 
 def add_initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """Store ``array`` in the graph under ``name``."""
-    tensor = ir.Tensor(array, name=name)
+    return add_tensor(graph, name, ir.Tensor(array, name=name))
+
+
+def add_tensor(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Store ``tensor``, which may be one that is read when wanted, in the graph under ``name``."""
     value = ir.Value(
         name=name,
-        shape=ir.Shape(array.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )
     graph.initializers[name] = value
     return value
+
+
+def drop_unused(graph: ir.Graph, values: Iterable[ir.Value | None]) -> None:
+    """Take those of ``values`` out of the graph that are weights which no node reads any more."""
+    for value in values:
+        if value is not None and value.is_initializer() and not value.uses():
+            del graph.initializers[str(value.name)]

@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .graph import add_initializer
+from .graph import add_initializer, add_tensor, drop_unused
 from .recipes import Scheme, matches
 
 __all__ = ["merge_products"]
@@ -129,10 +129,9 @@ def _merged(graph: ir.Graph, name: str, products: Sequence[ir.Node]) -> ir.Node:
     def columns() -> ir.TensorProtocol:
         return ir.Tensor(np.concatenate([weight.numpy() for weight in weights], axis=1))
 
-    kind, weight = weights[0].dtype, f"{name}.weight"
-    tensor = ir.LazyTensor(columns, kind, shape, name=weight)
-    value = ir.Value(name=weight, shape=shape, type=ir.TensorType(kind), const_value=tensor)
-    graph.initializers[weight] = value
+    weight = f"{name}.weight"
+    tensor = ir.LazyTensor(columns, weights[0].dtype, shape, name=weight)
+    value = add_tensor(graph, weight, tensor)
     inputs, outputs = [products[0].inputs[0], value], [ir.val(f"{name}.out")]
     merged = ir.node("MatMul", inputs, outputs=outputs, name=name)
     graph.insert_before(products[0], merged)
@@ -152,8 +151,6 @@ def _shape(product: ir.Node) -> tuple[int, ...]:
 
 def _remove(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     """Take nodes out, and the weights that only they had."""
-    values = [value for node in nodes for value in node.inputs if value is not None]
+    values = [value for node in nodes for value in node.inputs]
     graph.remove(nodes, safe=True)
-    for value in values:
-        if value.is_initializer() and not value.uses():
-            del graph.initializers[str(value.name)]
+    drop_unused(graph, values)

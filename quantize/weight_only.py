@@ -19,7 +19,7 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmu
 
 from .blocks import pack_steps, search_scales, to_steps
 from .gptq import gptq_blocks
-from .graph import add_initializer, constant_input
+from .graph import add_initializer, constant_input, drop_unused
 from .recipes import Scheme
 
 __all__ = ["dequantize_blocks", "quantize_blocks", "quantize_matmul"]
@@ -68,8 +68,7 @@ def quantize_matmul(
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], [replacement], node.outputs, replacement.outputs
     )
-    if not weight.uses():
-        del graph.initializers[str(weight.name)]
+    drop_unused(graph, [weight])
 
 
 def quantize_blocks(

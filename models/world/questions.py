@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -771,11 +772,8 @@ def question_records(
     records: list[dict[str, Any]] = []
     for kind in sorted((k for k in keys if keys[k] < math.inf), key=lambda name: keys[name]):
         absent = not choices and rng.random() < 0.25
-
-        def asked(absent: bool, kind: str = kind) -> dict[str, Any] | None:
-            return ask(scene, kind, rng, len(records), choices, absent, wordings)
-
-        record = asked(absent)
+        asked = partial(ask, scene, kind, rng, len(records), choices, wordings=wordings)
+        record = asked(absent=absent)
         if record is None and absent:
             record = asked(absent=False)
         if record is None and not choices and not timeline(scene):
