@@ -52,8 +52,6 @@ __all__ = ["SHARD_CLIPS", "WorldDataset", "build", "clip_features"]
 SHARD_CLIPS = 500
 MARGIN_ROWS = 10
 _FRAMES_PER_ROW = 10
-_JOINED = ("clips.jsonl", "meta.jsonl", "open.jsonl")
-_FRESH = "fresh.jsonl"
 _TESTED: tuple[Split, ...] = ("test", "shifted")
 # folder, cache_dir, split, shard, size, seed, audio, questions, kind
 _Job = tuple[Path, Path, Split, int, int, int, bool, int, Kind]
@@ -109,9 +107,7 @@ def build(
         "frame_tags": list(FRAME_TAGS),
         "clip_tags": list(CLIP_TAGS),
     }
-    joined_names: tuple[str, ...] = _JOINED
     if split in _TESTED:
-        joined_names += (_FRESH,)
         settings["fresh"] = True
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
@@ -127,7 +123,7 @@ def build(
         with tqdm(total=n_clips, initial=done, unit="clip", desc=split) as bar:
             for clips in _run(jobs, workers):
                 bar.update(clips)
-        for name in joined_names:
+        for name in ("clips.jsonl", *_asked(split)):
             partial = folder / f"{name}.partial"
             with partial.open("wb") as joined:
                 for shard_dir in sorted((folder / "shards").glob("[0-9]*[0-9]")):
@@ -166,6 +162,14 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[int]:
             yield finished.result()
 
 
+def _asked(split: Split) -> dict[str, dict[str, Any]]:
+    """The files of a split's questions, and how each is asked."""
+    files: dict[str, dict[str, Any]] = {"meta.jsonl": {}, "open.jsonl": {"choices": False}}
+    if split in _TESTED:
+        files["fresh.jsonl"] = {"choices": False, "wordings": "fresh"}
+    return files
+
+
 def _build_shard(
     folder: Path,
     cache_dir: Path,
@@ -184,35 +188,26 @@ def _build_shard(
     if audio:
         (folder / "audio").mkdir(exist_ok=True)
     whispers, claps, frames = [], [], []
-    fresh: list[str] = []
     offsets = [(0, 0, 0)]
-    with (
-        (building / "clips.jsonl").open("w") as clips,
-        (building / "meta.jsonl").open("w") as meta,
-        (building / "open.jsonl").open("w") as plain,
-    ):
-        for index in range(shard * SHARD_CLIPS, shard * SHARD_CLIPS + size):
-            scene, samples = _make_clip(split, index, seed, banks, kind)
-            whisper, clap = clip_features(samples, scene)
-            rows = frame_labels(scene)
-            whispers.append(whisper)
-            claps.append(clap)
-            frames.append(rows)
-            frame, row, window = offsets[-1]
-            offsets.append((frame + len(whisper), row + len(rows), window + len(clap)))
-            tags = [CLIP_TAGS[k] for k in np.flatnonzero(clip_labels(scene))]
-            clips.write(json.dumps({"scene": scene_to_dict(scene), "tags": tags}) + "\n")
-            for record in question_records(scene, questions):
-                meta.write(json.dumps(record) + "\n")
-            for record in question_records(scene, questions, choices=False):
-                plain.write(json.dumps(record) + "\n")
-            if split in _TESTED:
-                asked = question_records(scene, questions, choices=False, wordings="fresh")
-                fresh += [json.dumps(record) + "\n" for record in asked]
-            if audio:
-                sf.write(folder / "audio" / f"{scene.id}.flac", samples, RATE_HZ, subtype="PCM_16")
-    if split in _TESTED:
-        (building / _FRESH).write_text("".join(fresh), encoding="utf-8")
+    lines: dict[str, list[Any]] = {name: [] for name in ("clips.jsonl", *_asked(split))}
+    for index in range(shard * SHARD_CLIPS, shard * SHARD_CLIPS + size):
+        scene, samples = _make_clip(split, index, seed, banks, kind)
+        whisper, clap = clip_features(samples, scene)
+        rows = frame_labels(scene)
+        whispers.append(whisper)
+        claps.append(clap)
+        frames.append(rows)
+        frame, row, window = offsets[-1]
+        offsets.append((frame + len(whisper), row + len(rows), window + len(clap)))
+        tags = [CLIP_TAGS[k] for k in np.flatnonzero(clip_labels(scene))]
+        lines["clips.jsonl"].append({"scene": scene_to_dict(scene), "tags": tags})
+        for name, how in _asked(split).items():
+            lines[name] += question_records(scene, questions, **how)
+        if audio:
+            sf.write(folder / "audio" / f"{scene.id}.flac", samples, RATE_HZ, subtype="PCM_16")
+    for name, of_file in lines.items():
+        text = "".join(json.dumps(line) + "\n" for line in of_file)
+        (building / name).write_text(text, encoding="utf-8")
     np.save(building / "whisper.npy", np.concatenate(whispers))
     np.save(building / "clap.npy", np.concatenate(claps))
     np.save(building / "frames.npy", np.concatenate(frames))
