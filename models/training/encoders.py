@@ -47,6 +47,13 @@ class EncoderTask:
     n_masks: int = 2
     mask_frames: int = 12
     mask_mels: int = 4
+    # How far a voice is moved along the mel axis at most (vocal tract length perturbation, Jaitly
+    # and Hinton, 2013), as a share; the temporal encoder's clips without music only, for a moved
+    # melody is another one.
+    warp: float = 0.0
+    # How much louder or quieter a band of a clip is made at most (FilterAugment, Nam et al., 2022),
+    # in units of the features.
+    band_gain: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,12 @@ def pretrain_encoder(
     def batch_at(number: int) -> EncoderBatch:
         batch = _collate(train_set, batches[number], temporal)
         rng = np.random.default_rng((task.loop.seed, 1, number))
-        _mask_stripes(batch.features, rng, task, mel_axis=1 if temporal else 3)
+        mel_axis = 1 if temporal else 3
+        if temporal and task.warp:
+            _warp_voices(batch, rng, task.warp)
+        if task.band_gain:
+            _shift_bands(batch.features, rng, task.band_gain, mel_axis)
+        _mask_stripes(batch.features, rng, task, mel_axis)
         return batch.to(device)
 
     def evaluate() -> dict[str, float]:
@@ -294,6 +306,39 @@ def _rows(start_s: float, end_s: float) -> tuple[int, int]:
     """First row of a span of time and the row behind its last; at least one row."""
     first = int(start_s * ROWS_PER_S)
     return first, max(first + 1, math.ceil(end_s * ROWS_PER_S))
+
+
+def _warp_voices(batch: EncoderBatch, rng: np.random.Generator, most: float) -> None:
+    """Move every second clip without music along the mel axis, in place.
+
+    A voice that no clip has spoken before: speakers differ first in the length of the vocal tract,
+    which scales all formants.
+    """
+    n_mels = batch.features.shape[1]
+    with_music = set(batch.music_spans[:, 0].tolist())
+    for b, clip in enumerate(batch.features):
+        factor = 1 + rng.uniform(-most, most)
+        if rng.random() < 0.5 or b in with_music:
+            continue
+        position = (torch.arange(n_mels) * factor).clamp(max=n_mels - 1)
+        below = position.floor().long()
+        above = (below + 1).clamp(max=n_mels - 1)
+        share = (position - below).unsqueeze(1)
+        clip.copy_(clip[below] * (1 - share) + clip[above] * share)
+
+
+def _shift_bands(features: Tensor, rng: np.random.Generator, most: float, mel_axis: int) -> None:
+    """Add a gain to every clip that changes linearly between a few mel bands, in place.
+
+    Nothing falls below the clip's floor, which stands for silence.
+    """
+    n_mels = features.shape[mel_axis]
+    for clip in features:
+        knots = np.sort(rng.uniform(0, n_mels, size=int(rng.integers(2, 5))))
+        gains = np.interp(np.arange(n_mels), knots, rng.uniform(-most, most, size=len(knots)))
+        floor = float(clip.min())
+        shape = [-1 if axis == mel_axis - 1 else 1 for axis in range(clip.ndim)]
+        clip.add_(torch.from_numpy(gains.astype(np.float32)).reshape(shape)).clamp_(min=floor)
 
 
 def _mask_stripes(

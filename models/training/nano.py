@@ -171,6 +171,8 @@ def pretrain(run: NanoRun, name: str) -> None:
         component=name,
         batch_size=settings.pop("batch_size"),
         learning_rate=settings.pop("learning_rate"),
+        warp=settings.pop("warp", 0.0),
+        band_gain=settings.pop("band_gain", 0.0),
         loop=LoopConfig(seed=run.seed, **settings),
     )
     train_set = WorldDataset(run.data / "train", n_clips)
