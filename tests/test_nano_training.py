@@ -175,6 +175,40 @@ def test_forms_are_asked_as_the_runtime_asks_them(run: Path) -> None:
     assert seen[True, False] == seen[False, False] == 6 * len(world)
 
 
+def test_a_given_caption_is_another_clip_s_and_is_not_learnt(run: Path) -> None:
+    """Nano heard a sound twice while it reasoned, though its own list had it once."""
+    from tinygiant.models.config import preset
+    from tinygiant.models.training.streams import CachedStreams
+    from tinygiant.models.training.world_set import WorldFormsSet
+    from tinygiant.models.world.dataset import WorldDataset
+    from tinygiant.models.world.thought import describe
+    from tinygiant.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_file(run / "tokenizer.json")
+    world = WorldDataset(run / "world" / "train")
+    streams = CachedStreams(run / "streams" / "train")
+    forms = WorldFormsSet(world, streams, tokenizer, preset("nano").runtime, given=1.0)
+    captions = [describe(world.scene(clip)) for clip in range(len(world))]
+    strangers = 0
+    for index in range(len(forms)):
+        sample = forms.sample(index, np.random.default_rng(index))
+        before, caption, after = (
+            tokenizer.decode(sample.response_ids[slice(*span)])
+            for span in ((0, sample.given[0]), sample.given, (sample.given[1], None))
+        )
+        if not before:  # answered without a thought
+            assert sample.given == (0, 0) and "<CAPTION>" not in after
+            continue
+        assert before.endswith("</PLANNING>\n<CAPTION>\n")
+        assert after.startswith("<REASONING>\n") and after.endswith("<|im_end|>")
+        assert caption.removesuffix("</CAPTION>\n") in captions
+        strangers += caption.removesuffix("</CAPTION>\n") != captions[index // 10]
+        assert np.array_equal(sample.streams, streams.streams(index // 10))
+    assert strangers > len(forms) / 4
+    plain = WorldFormsSet(world, streams, tokenizer, preset("nano").runtime)
+    assert {plain.sample(k, np.random.default_rng(k)).given for k in range(20)} == {(0, 0)}
+
+
 def test_an_ablation_takes_over_encoders_and_decoder(
     run: Path, tmp_path: Path, without_engines: None
 ) -> None:

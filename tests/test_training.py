@@ -21,7 +21,12 @@ from tinygiant.models import build, load, preset, save
 from tinygiant.models.training import cli
 from tinygiant.models.training.batching import LengthBatches
 from tinygiant.models.training.cota import CotaSet, recipe_task
-from tinygiant.models.training.encoders import _spans, span_means
+from tinygiant.models.training.encoders import (
+    _shift_bands,
+    _spans,
+    _warp_voices,
+    span_means,
+)
 from tinygiant.models.training.loop import LoopConfig, ParameterGroup, schedule, train
 from tinygiant.models.training.reasoning import (
     DrawnBatches,
@@ -197,11 +202,11 @@ def _sample(rng: np.random.Generator, n_rows: int, n_response: int) -> Sample:
 
 
 @torch.no_grad()
-def test_the_loss_is_that_of_the_response_alone() -> None:
+def test_the_loss_is_that_of_the_response_alone_but_for_what_is_given() -> None:
     """Against the definition: each sample by itself, unpadded, through the whole decoder."""
     model = build(preset("nano"), seed=0)
     rng = np.random.default_rng(0)
-    samples = [_sample(rng, 12, 6), _sample(rng, 30, 17)]
+    samples = [_sample(rng, 12, 6), dataclasses.replace(_sample(rng, 30, 17), given=(4, 9))]
     loss, _ = response_loss(model, collate(samples, CPU))
     total = count = 0.0
     for s in samples:
@@ -221,9 +226,9 @@ def test_the_loss_is_that_of_the_response_alone() -> None:
         ]
         first = 3 + len(s.streams) + 2
         log_probabilities = logits[first - 1 : -1].log_softmax(-1)
-        chosen = log_probabilities[range(len(s.response_ids)), list(s.response_ids)]
-        total -= float(chosen.sum())
-        count += len(s.response_ids)
+        learnt = [k for k in range(len(s.response_ids)) if not s.given[0] <= k < s.given[1]]
+        total -= sum(float(log_probabilities[k, s.response_ids[k]]) for k in learnt)
+        count += len(learnt)
     assert float(loss) == pytest.approx(total / count, rel=1e-4)
 
 
@@ -332,6 +337,38 @@ def test_span_means_average_only_their_rows() -> None:
     spans = torch.tensor([[0, 1, 3], [1, 5, 6]])
     expected = torch.stack([rows[0, 1:3].mean(0), rows[1, 5]])
     torch.testing.assert_close(span_means(rows, spans), expected)
+
+
+def test_a_moved_voice_has_its_formants_elsewhere_and_a_melody_stays() -> None:
+    """One band sounds; it may move by 12 % of its place, and no energy comes from nowhere."""
+    features = torch.full((400, 128, 3), -1.0)
+    features[:, 60] = 1.0
+    melodies = set(range(200))
+    _warp_voices(features, melodies, np.random.default_rng(0), 0.12)
+    assert torch.equal(features[:200], features[:1].expand(200, -1, -1))
+    places = ((features[200:] + 1) * torch.arange(128.0)[:, None]).sum(1) / (
+        features[200:] + 1
+    ).sum(1)
+    assert places.min() >= 60 / 1.12 - 1 and places.max() <= 60 / 0.88 + 1
+    moved = (places[:, 0] - 60).abs() > 1
+    assert 60 < moved.sum() < 100  # every second one, of which a sixth moves by less than a band
+    assert (places[:, 0] > 61).sum() > 20 < (places[:, 0] < 59).sum()
+    assert features.min() == -1 and features.max() <= 1
+
+
+@pytest.mark.parametrize("mel_axis", [1, 3])
+def test_bands_get_louder_or_quieter_smoothly_and_silence_stays(mel_axis: int) -> None:
+    """The gain is the clip's, the same at all times, bounded, and differs from band to band."""
+    features = torch.zeros(50, 64, 40) if mel_axis == 1 else torch.zeros(50, 1, 40, 64)
+    rows = features if mel_axis == 1 else features[:, 0].transpose(1, 2)  # (clips, bands, frames)
+    rows[:, :, 30:] = -2.0
+    _shift_bands(features, np.random.default_rng(0), 0.5, mel_axis)
+    gains = rows[:, :, 0]
+    assert torch.equal(rows[:, :, :30], gains[..., None].expand(-1, -1, 30))
+    assert gains.abs().max() <= 0.5 and gains.std(1).min() > 0
+    assert gains.diff(dim=1).abs().median() < 0.05
+    assert gains.min() < -0.3 and gains.max() > 0.3
+    assert features.min() == -2  # the floor
 
 
 def test_spans_say_where_words_and_notes_are() -> None:

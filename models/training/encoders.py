@@ -184,7 +184,7 @@ def pretrain_encoder(
         rng = np.random.default_rng((task.loop.seed, 1, number))
         mel_axis = 1 if temporal else 3
         if temporal and task.warp:
-            _warp_voices(batch, rng, task.warp)
+            _warp_voices(batch.features, set(batch.music_spans[:, 0].tolist()), rng, task.warp)
         if task.band_gain:
             _shift_bands(batch.features, rng, task.band_gain, mel_axis)
         _mask_stripes(batch.features, rng, task, mel_axis)
@@ -308,17 +308,18 @@ def _rows(start_s: float, end_s: float) -> tuple[int, int]:
     return first, max(first + 1, math.ceil(end_s * ROWS_PER_S))
 
 
-def _warp_voices(batch: EncoderBatch, rng: np.random.Generator, most: float) -> None:
-    """Move every second clip without music along the mel axis, in place.
+def _warp_voices(
+    features: Tensor, melodies: set[int], rng: np.random.Generator, most: float
+) -> None:
+    """Move every second clip that is none of ``melodies`` along the mel axis, in place.
 
-    A voice that no clip has spoken before: speakers differ first in the length of the vocal tract,
-    which scales all formants.
+    Speakers differ first in the length of the vocal tract, which scales all formants: a clip moved
+    is a voice that no clip has.
     """
-    n_mels = batch.features.shape[1]
-    with_music = set(batch.music_spans[:, 0].tolist())
-    for b, clip in enumerate(batch.features):
+    n_mels = features.shape[1]
+    for b, clip in enumerate(features):
         factor = 1 + rng.uniform(-most, most)
-        if rng.random() < 0.5 or b in with_music:
+        if rng.random() < 0.5 or b in melodies:
             continue
         position = (torch.arange(n_mels) * factor).clamp(max=n_mels - 1)
         below = position.floor().long()

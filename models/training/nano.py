@@ -141,7 +141,8 @@ def train_nano(run: NanoRun) -> Path:
             questions: WorldReasoningSet
             if stage == "forms":
                 first_clip = settings.pop("first_clip", 0)
-                questions = WorldFormsSet(*arguments["train"], first_clip=first_clip)
+                given = settings.pop("given", 0.0)
+                questions = WorldFormsSet(*arguments["train"], first_clip=first_clip, given=given)
                 validation: WorldReasoningSet = WorldFormsSet(*arguments["validation"])
             else:
                 asked = WorldDrillSet if stage == "drill" else WorldReasoningSet

@@ -31,7 +31,8 @@ class Sample:
     """One question about one chunk of audio.
 
     ``streams (N, stream_size)``, ``anchor (anchor_size,)``; token ids before and after the audio,
-    of the user's text (the instruction), and of the response with its end token.
+    of the user's text (the instruction), and of the response with its end token. ``given`` are the
+    positions of the response, first and behind the last, that are read but not learnt.
     """
 
     streams: NDArray[np.float32]
@@ -40,6 +41,7 @@ class Sample:
     suffix_ids: Sequence[int]
     instruction_ids: Sequence[int]
     response_ids: Sequence[int]
+    given: tuple[int, int] = (0, 0)
 
     @property
     def length(self) -> int:
@@ -84,7 +86,7 @@ class ReasoningBatch:
     instruction_mask: Tensor  # (B, L)
     input_ids: Tensor  # (B, T), 0 where audio goes and behind the end
     audio_positions: Tensor  # (B, N) position in T of each audio row
-    labels: Tensor  # (B, T), -100 outside the response
+    labels: Tensor  # (B, T), -100 outside the response and where it is given
 
 
 def collate(samples: Sequence[Sample], device: torch.device) -> ReasoningBatch:
@@ -114,6 +116,8 @@ def collate(samples: Sequence[Sample], device: torch.device) -> ReasoningBatch:
         input_ids[b, response_start:stop] = torch.tensor(s.response_ids)
         audio_positions[b, : len(s.streams)] = torch.arange(audio_start, audio_stop)
         labels[b, response_start:stop] = torch.tensor(s.response_ids)
+        given_start, given_stop = s.given
+        labels[b, response_start + given_start : response_start + given_stop] = _IGNORED
     return ReasoningBatch(
         streams.to(device),
         token_mask.to(device),

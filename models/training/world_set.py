@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,16 @@ class WorldReasoningSet:
         return self._sample(*self._records[index], rng)
 
     def _sample(
-        self, clip: int, record: dict[str, Any], rng: np.random.Generator, think: bool = True
+        self,
+        clip: int,
+        record: dict[str, Any],
+        rng: np.random.Generator,
+        think: bool = True,
+        given: bool = False,
     ) -> Sample:
         """A record as the runtime asks it: a question that is not to be thought about is answered
-        after an empty thought, and one that is open has no choices."""
+        after an empty thought, and one that is open has no choices. The caption of a thought may be
+        given."""
         plain = record.get("open", False)
         choices = None if plain else [str(choice) for choice in rng.permutation(record["choices"])]
         options = AskOptions(think=think)
@@ -83,7 +90,14 @@ class WorldReasoningSet:
             suffix_ids=prompt.suffix_ids,
             instruction_ids=prompt.instruction_ids,
             response_ids=self._tokenizer.encode_markup(response + END_OF_TURN),
+            given=self._caption(response) if given else (0, 0),
         )
+
+    def _caption(self, response: str) -> tuple[int, int]:
+        """Where a response's caption stands in its ids: from its text to its closing tag."""
+        before, text, _ = re.split(r"(?<=<CAPTION>\n)(.*</CAPTION>)", response, flags=re.DOTALL)
+        encode = self._tokenizer.encode_markup
+        return len(encode(before)), len(encode(before + text))
 
 
 class WorldDrillSet(WorldReasoningSet):
@@ -129,6 +143,10 @@ class WorldFormsSet(WorldReasoningSet):
     A sample is a clip and a form; its type, wording and choices are drawn anew each time. Clips
     before ``first_clip`` are left out: what encoders give of clips that they learnt from is clearer
     than of any other.
+
+    A model that hears while it reasons answers from what it hears once more, not from what it wrote
+    down, and the two differ. So in the share ``given`` of the thoughts the caption is another
+    clip's: it is read, not learnt, and what follows from it is.
     """
 
     def __init__(
@@ -138,9 +156,11 @@ class WorldFormsSet(WorldReasoningSet):
         tokenizer: Tokenizer,
         config: ModelConfig,
         first_clip: int = 0,
+        given: float = 0.0,
     ) -> None:
         super().__init__(dataset, streams, tokenizer, config)
         self._first = first_clip
+        self._given = given
         self._scenes = [dataset.scene(clip) for clip in range(first_clip, len(dataset))]
 
     def __len__(self) -> int:
@@ -159,6 +179,9 @@ class WorldFormsSet(WorldReasoningSet):
         """A question about the set's clip ``index // 10`` in form ``index % 10``."""
         number, which = divmod(index, len(_FORMS))
         form, scene = _FORMS[which], self._scenes[number]
+        given = form.think and bool(rng.random() < self._given)
+        if given:
+            scene = self._scenes[rng.integers(len(self._scenes))]
         kinds = list(FORMS_WEIGHTS)
         weights = np.array(list(FORMS_WEIGHTS.values()))
         for kind in rng.choice(kinds, size=len(kinds), replace=False, p=weights / weights.sum()):
@@ -167,7 +190,7 @@ class WorldFormsSet(WorldReasoningSet):
             if record is None and not form.choices and not timeline(scene):
                 record = ask(scene, str(kind), rng, choices=False, absent=True)
             if record is not None:
-                return self._sample(self._first + number, record, rng, form.think)
+                return self._sample(self._first + number, record, rng, form.think, given)
         raise AssertionError("whether a sound is present can be asked of every clip")
 
 
