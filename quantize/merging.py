@@ -27,8 +27,10 @@ _PARTS = 3  # of its inputs: query, key, value
 _SUFFIX = "_proj"
 
 
-def merge_products(graph: ir.Graph, scheme: Scheme, chosen: Collection[str]) -> None:
+def merge_products(graph: ir.Graph, scheme: Scheme, chosen: Collection[str]) -> set[str]:
     """Merge those of the ``chosen`` products in a decoder's ``graph`` that ``scheme`` treats alike.
+
+    Returns the names of what is to be quantized now: merged products, and those that stay alone.
 
     Args:
         graph: its products are ``MatMul`` by a constant ``(in, out)``. One without
@@ -36,8 +38,9 @@ def merge_products(graph: ir.Graph, scheme: Scheme, chosen: Collection[str]) -> 
         scheme: which weights have how many bits, or scales of their own.
         chosen: names of the nodes that will be quantized.
     """
+    left = set(chosen)
     if not any(node.op_type == _ATTENTION for node in graph):
-        return
+        return left
     alike: dict[tuple[ir.Value, int, bool], list[ir.Node]] = {}
     for node in graph:
         source = node.inputs[0] if node.inputs else None
@@ -51,6 +54,10 @@ def merge_products(graph: ir.Graph, scheme: Scheme, chosen: Collection[str]) -> 
             _pack(graph, name, products, users)
         elif scheme.kind == "weight_only":
             _split(graph, name, products)
+        else:
+            continue
+        left = left - {str(node.name) for node in products} | {name}
+    return left
 
 
 def _treatment(name: str, scheme: Scheme) -> tuple[int, bool]:

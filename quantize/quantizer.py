@@ -47,8 +47,7 @@ def quantize_graph(
     """
     model = load_graph(source)
     chosen, kept = _choose(model.graph, scheme)
-    merge_products(model.graph, scheme, chosen)
-    to_quantize, _ = _choose(model.graph, scheme)
+    to_quantize = merge_products(model.graph, scheme, chosen)
     for node in [node for node in model.graph if node.name in to_quantize]:
         if scheme.kind == "weight_only":
             seen = node.inputs[0]
