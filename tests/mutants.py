@@ -374,6 +374,31 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/test_merging.py::test_nothing_changes_but_the_number_of_products",),
     ),
     Mutant(
+        "training: a caption that is given is learnt",
+        "models/training/reasoning.py",
+        "labels[b, response_start + given_start : response_start + given_stop] = _IGNORED",
+        "pass",
+        (
+            "tests/test_training.py::test_the_loss_is_that_of_the_response_alone_but_for_what_is_given",
+        ),
+    ),
+    Mutant(
+        "training: melodies are moved as voices are",
+        "models/training/augmentation.py",
+        "if rng.random() < 0.5 or b in melodies:",
+        "if rng.random() < 0.5:",
+        (
+            "tests/test_training.py::test_a_moved_voice_has_its_formants_elsewhere_and_a_melody_stays",
+        ),
+    ),
+    Mutant(
+        "training: silence falls below its floor",
+        "models/training/augmentation.py",
+        ".clamp_(min=floor)",
+        "",
+        ("tests/test_training.py::test_bands_get_louder_or_quieter_smoothly_and_silence_stays",),
+    ),
+    Mutant(
         "tensors: a head of its own is taken for the embedding table",
         "models/tensors.py",
         "        and part.config.tie_word_embeddings\n",

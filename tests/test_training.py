@@ -19,14 +19,10 @@ import torch
 from tests.world_stub import ToneBanks
 from tinygiant.models import build, load, preset, save
 from tinygiant.models.training import cli
+from tinygiant.models.training.augmentation import Augmentation, augment
 from tinygiant.models.training.batching import LengthBatches
 from tinygiant.models.training.cota import CotaSet, recipe_task
-from tinygiant.models.training.encoders import (
-    _shift_bands,
-    _spans,
-    _warp_voices,
-    span_means,
-)
+from tinygiant.models.training.encoders import _spans, span_means
 from tinygiant.models.training.loop import LoopConfig, ParameterGroup, schedule, train
 from tinygiant.models.training.reasoning import (
     DrawnBatches,
@@ -344,7 +340,7 @@ def test_a_moved_voice_has_its_formants_elsewhere_and_a_melody_stays() -> None:
     features = torch.full((400, 128, 3), -1.0)
     features[:, 60] = 1.0
     melodies = set(range(200))
-    _warp_voices(features, melodies, np.random.default_rng(0), 0.12)
+    augment(features, Augmentation(0, warp=0.12), np.random.default_rng(0), 1, melodies)
     assert torch.equal(features[:200], features[:1].expand(200, -1, -1))
     places = ((features[200:] + 1) * torch.arange(128.0)[:, None]).sum(1) / (
         features[200:] + 1
@@ -362,7 +358,7 @@ def test_bands_get_louder_or_quieter_smoothly_and_silence_stays(mel_axis: int) -
     features = torch.zeros(50, 64, 40) if mel_axis == 1 else torch.zeros(50, 1, 40, 64)
     rows = features if mel_axis == 1 else features[:, 0].transpose(1, 2)  # (clips, bands, frames)
     rows[:, :, 30:] = -2.0
-    _shift_bands(features, np.random.default_rng(0), 0.5, mel_axis)
+    augment(features, Augmentation(0, band_gain=0.5), np.random.default_rng(0), mel_axis)
     gains = rows[:, :, 0]
     assert torch.equal(rows[:, :, :30], gains[..., None].expand(-1, -1, 30))
     assert gains.abs().max() <= 0.5 and gains.std(1).min() > 0

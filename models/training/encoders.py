@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +28,7 @@ from ..world.dataset import WorldDataset
 from ..world.labels import ROWS_PER_S
 from ..world.scene import Scene
 from ..world.vocabulary import WORDS
+from .augmentation import Augmentation, augment
 from .batching import LengthBatches
 from .loop import LoopConfig, ParameterGroup, autocast, train
 
@@ -42,18 +43,7 @@ class EncoderTask:
     loop: LoopConfig
     batch_size: int = 16
     learning_rate: float = 1e-3
-    # Masked stripes of the spectrogram (SpecAugment, Park et al., 2019): how many of each kind a
-    # clip gets, and how wide they are at most.
-    n_masks: int = 2
-    mask_frames: int = 12
-    mask_mels: int = 4
-    # How far a voice is moved along the mel axis at most (vocal tract length perturbation, Jaitly
-    # and Hinton, 2013), as a share; the temporal encoder's clips without music only, for a moved
-    # melody is another one.
-    warp: float = 0.0
-    # How much louder or quieter a band of a clip is made at most (FilterAugment, Nam et al., 2022),
-    # in units of the features.
-    band_gain: float = 0.0
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 @dataclass(frozen=True)
@@ -182,12 +172,8 @@ def pretrain_encoder(
     def batch_at(number: int) -> EncoderBatch:
         batch = _collate(train_set, batches[number], temporal)
         rng = np.random.default_rng((task.loop.seed, 1, number))
-        mel_axis = 1 if temporal else 3
-        if temporal and task.warp:
-            _warp_voices(batch.features, set(batch.music_spans[:, 0].tolist()), rng, task.warp)
-        if task.band_gain:
-            _shift_bands(batch.features, rng, task.band_gain, mel_axis)
-        _mask_stripes(batch.features, rng, task, mel_axis)
+        melodies = set(batch.music_spans[:, 0].tolist())
+        augment(batch.features, task.augmentation, rng, 1 if temporal else 3, melodies)
         return batch.to(device)
 
     def evaluate() -> dict[str, float]:
@@ -306,51 +292,3 @@ def _rows(start_s: float, end_s: float) -> tuple[int, int]:
     """First row of a span of time and the row behind its last; at least one row."""
     first = int(start_s * ROWS_PER_S)
     return first, max(first + 1, math.ceil(end_s * ROWS_PER_S))
-
-
-def _warp_voices(
-    features: Tensor, melodies: set[int], rng: np.random.Generator, most: float
-) -> None:
-    """Move every second clip that is none of ``melodies`` along the mel axis, in place.
-
-    Speakers differ first in the length of the vocal tract, which scales all formants: a clip moved
-    is a voice that no clip has.
-    """
-    n_mels = features.shape[1]
-    for b, clip in enumerate(features):
-        factor = 1 + rng.uniform(-most, most)
-        if rng.random() < 0.5 or b in melodies:
-            continue
-        position = (torch.arange(n_mels) * factor).clamp(max=n_mels - 1)
-        below = position.floor().long()
-        above = (below + 1).clamp(max=n_mels - 1)
-        share = (position - below).unsqueeze(1)
-        clip.copy_(clip[below] * (1 - share) + clip[above] * share)
-
-
-def _shift_bands(features: Tensor, rng: np.random.Generator, most: float, mel_axis: int) -> None:
-    """Add a gain to every clip that changes linearly between a few mel bands, in place.
-
-    Nothing falls below the clip's floor, which stands for silence.
-    """
-    n_mels = features.shape[mel_axis]
-    for clip in features:
-        knots = np.sort(rng.uniform(0, n_mels, size=int(rng.integers(2, 5))))
-        gains = np.interp(np.arange(n_mels), knots, rng.uniform(-most, most, size=len(knots)))
-        floor = float(clip.min())
-        shape = [-1 if axis == mel_axis - 1 else 1 for axis in range(clip.ndim)]
-        clip.add_(torch.from_numpy(gains.astype(np.float32)).reshape(shape)).clamp_(min=floor)
-
-
-def _mask_stripes(
-    features: Tensor, rng: np.random.Generator, task: EncoderTask, mel_axis: int
-) -> None:
-    """Overwrite a few stripes of each clip with the clip's mean, in place."""
-    frame_axis = 2
-    for clip in features:
-        mean = float(clip.mean())
-        for axis, widest in ((frame_axis, task.mask_frames), (mel_axis, task.mask_mels)):
-            for _ in range(task.n_masks):
-                width = int(rng.integers(0, widest + 1))
-                start = int(rng.integers(0, clip.shape[axis - 1] - width + 1))
-                clip.narrow(axis - 1, start, width).fill_(mean)

@@ -30,6 +30,7 @@ from ..tinygiant import build, build_component
 from ..world.dataset import WorldDataset
 from ..world.dataset import build as build_world
 from ..world.scene import LONGEST_S, SHORTEST_S
+from .augmentation import Augmentation
 from .encoders import EncoderTask, pretrain_encoder
 from .loop import LoopConfig
 from .reasoning import ReasoningTask, train_reasoning
@@ -172,8 +173,7 @@ def pretrain(run: NanoRun, name: str) -> None:
         component=name,
         batch_size=settings.pop("batch_size"),
         learning_rate=settings.pop("learning_rate"),
-        warp=settings.pop("warp", 0.0),
-        band_gain=settings.pop("band_gain", 0.0),
+        augmentation=Augmentation(**settings.pop("augmentation", {})),
         loop=LoopConfig(seed=run.seed, **settings),
     )
     train_set = WorldDataset(run.data / "train", n_clips)
