@@ -225,6 +225,28 @@ def test_an_ablation_takes_over_encoders_and_decoder(
     assert not _same(start.projector.blocks, ablation.projector.blocks)
 
 
+@pytest.mark.parametrize(
+    ("line", "other", "told"),
+    [
+        ("steps = 2\n\n[encoders.htsat]", "[encoders.htsat]", "[encoders.whisper] missing"),
+        ("[forms]\n", "[forms]\nfirst_clips = 3\n", "[forms] got an unexpected keyword"),
+        ("[drill]\n", "[drill]\nfirst_clip = 3\n", "[drill] got an unexpected keyword"),
+        ("[reasoning]\nbatch_size = 4\n", "[reasoning]\n", "[reasoning] has no 'batch_size'"),
+    ],
+)
+def test_a_wrong_recipe_is_told_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, other: str, told: str
+) -> None:
+    """A misspelt setting of the last stage was a traceback, after hours of the others."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(steps=2).replace(line, other))
+    folder = tmp_path / "run"
+    assert _train(folder, "-o", folder, "--recipe", recipe) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not (folder / "world").exists()
+
+
 def test_training_on_starts_from_every_part_and_the_tokenizer(
     run: Path, tmp_path: Path, without_engines: None
 ) -> None:

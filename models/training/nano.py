@@ -12,7 +12,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinygiant.runtime.config import QuestionKind, Scope
-from tinygiant.runtime.errors import TinyGiantError
+from tinygiant.runtime.errors import TinyGiantError, UsageError
 from tinygiant.runtime.tokenizer import Tokenizer
 
 from ..checkpoint import TOKENIZER_FILE, load, load_component, load_config, save
@@ -46,6 +48,22 @@ from .world_set import (
 __all__ = ["ENCODERS", "NanoRun", "pretrain", "train_nano"]
 
 ENCODERS = ("whisper", "htsat")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What projector and decoder are asked, and which of a recipe's settings say how."""
+
+    questions: Callable[..., WorldReasoningSet]
+    validation: Callable[..., WorldReasoningSet]
+    options: tuple[str, ...] = ()
+
+
+_STAGES = {
+    "reasoning": _Stage(WorldReasoningSet, WorldReasoningSet),
+    "drill": _Stage(WorldDrillSet, WorldReasoningSet),
+    "forms": _Stage(WorldFormsSet, WorldFormsSet, ("first_clip", "given")),
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +112,10 @@ def train_nano(run: NanoRun) -> Path:
     checkpoint = run.folder / "checkpoint"
     if checkpoint.is_dir():
         return checkpoint
+    # A wrong recipe or folder is told before the world is built, which takes minutes.
+    _check_recipe(run)
     if run.start is not None:
-        load_config(run.start)  # a wrong folder is told before the world is built
+        load_config(run.start)
     world = run.recipe["world"]
     for split in ("train", "validation"):
         build_world(
@@ -136,46 +156,61 @@ def train_nano(run: NanoRun) -> Path:
         split: (dataset, streams[split], tokenizer, config.runtime)
         for split, dataset in (("train", train_set), ("validation", validation_set))
     }
-    for stage in ("reasoning", "drill", "forms"):
+    for stage in _STAGES:
         if stage in run.recipe:
-            settings = dict(run.recipe[stage])
-            questions: WorldReasoningSet
-            if stage == "forms":
-                first_clip = settings.pop("first_clip", 0)
-                given = settings.pop("given", 0.0)
-                questions = WorldFormsSet(*arguments["train"], first_clip=first_clip, given=given)
-                validation: WorldReasoningSet = WorldFormsSet(*arguments["validation"])
-            else:
-                asked = WorldDrillSet if stage == "drill" else WorldReasoningSet
-                questions = asked(*arguments["train"])
-                validation = WorldReasoningSet(*arguments["validation"])
-            task = _reasoning_task(settings, run.seed)
+            asked, task = _reasoning_task(run, stage)
+            questions = _STAGES[stage].questions(*arguments["train"], **asked)
+            validation = _STAGES[stage].validation(*arguments["validation"])
             train_reasoning(model, task, questions, validation, run.folder / stage, run.device)
     save(model.cpu(), checkpoint, tokenizer=tokenizer_path)
     return checkpoint
 
 
-def _reasoning_task(settings: dict[str, Any], seed: int) -> ReasoningTask:
-    return ReasoningTask(
+def _check_recipe(run: NanoRun) -> None:
+    """Refuse a recipe with a table that lacks something or has something unknown."""
+    tables: dict[str, Callable[[], object]] = {
+        stage: partial(_reasoning_task, run, stage) for stage in _STAGES if stage in run.recipe
+    }
+    if run.encoders is None:
+        tables |= {f"encoders.{name}": partial(_encoder_task, run, name) for name in ENCODERS}
+    for table, task in tables.items():
+        try:
+            task()
+        except KeyError as error:
+            raise UsageError(f"recipe: [{table}] has no {error.args[0]!r}") from error
+        except TypeError as error:
+            raise UsageError(f"recipe: [{table}] {str(error).partition('() ')[2]}") from error
+
+
+def _reasoning_task(run: NanoRun, stage: str) -> tuple[dict[str, Any], ReasoningTask]:
+    """How a stage draws its questions, and how it learns from them."""
+    settings = dict(run.recipe[stage])
+    asked = {name: settings.pop(name) for name in _STAGES[stage].options if name in settings}
+    return asked, ReasoningTask(
         batch_size=settings.pop("batch_size"),
         projector_learning_rate=settings.pop("projector_learning_rate"),
         decoder_learning_rate=settings.pop("decoder_learning_rate"),
         draw_ahead=settings.pop("draw_ahead", 1),
-        loop=LoopConfig(seed=seed, **settings),
+        loop=LoopConfig(seed=run.seed, **settings),
     )
 
 
-def pretrain(run: NanoRun, name: str) -> None:
-    """Pre-train one encoder of a run and leave its weights in the run's folder."""
+def _encoder_task(run: NanoRun, name: str) -> tuple[int | None, EncoderTask]:
+    """How many clips an encoder learns from, and how."""
     settings = dict(run.recipe["encoders"][name])
     n_clips = settings.pop("clips", None)
-    task = EncoderTask(
+    return n_clips, EncoderTask(
         component=name,
         batch_size=settings.pop("batch_size"),
         learning_rate=settings.pop("learning_rate"),
         augmentation=Augmentation(**settings.pop("augmentation", {})),
         loop=LoopConfig(seed=run.seed, **settings),
     )
+
+
+def pretrain(run: NanoRun, name: str) -> None:
+    """Pre-train one encoder of a run and leave its weights in the run's folder."""
+    n_clips, task = _encoder_task(run, name)
     train_set = WorldDataset(run.data / "train", n_clips)
     validation_set = WorldDataset(run.data / "validation")
     if run.start is None:
@@ -194,9 +229,9 @@ def pretrain(run: NanoRun, name: str) -> None:
         run.seed,
     )
     path = _encoder_file(run, name)
-    partial = path.with_suffix(".partial")
-    save_file({k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}, partial)
-    partial.replace(path)
+    unfinished = path.with_suffix(".partial")
+    save_file({k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}, unfinished)
+    unfinished.replace(path)
 
 
 def _pretrain_encoders(run: NanoRun) -> None:
