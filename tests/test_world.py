@@ -275,7 +275,7 @@ _PHRASINGS = {
         for wordings in ("train", "validation", "test", "fresh")
         for text in phrasings(kind, wordings, False)
     ]
-    for kind in ("relation", "presence")
+    for kind in ("relation", "presence", "after", "before")
 }
 
 
@@ -297,6 +297,10 @@ def _solve(record: dict) -> str:
     def only(candidates: list) -> str:
         (answer,) = candidates
         return answer
+
+    def item_asked() -> str:
+        """A phrasing may name music and speech besides the thing that it asks about."""
+        return _filled(question, record["sub-category"])["item"].strip()
 
     match record["sub-category"]:
         case "sound heard" | "word heard" | "word named":
@@ -330,9 +334,9 @@ def _solve(record: dict) -> str:
         case "last":
             return labels[-1]
         case "after":
-            return labels[labels.index(named[0]) + 1]
+            return labels[labels.index(item_asked()) + 1]
         case "before":
-            return labels[labels.index(named[0]) - 1]
+            return labels[labels.index(item_asked()) - 1]
         case "relation":
             slots = _filled(question, "relation")
             item, other = labels.index(slots["item"]), labels.index(slots["other"])
