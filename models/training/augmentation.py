@@ -20,7 +20,7 @@ class Augmentation:
         n_masks: stripes of time and of mel bands each that are masked (SpecAugment, Park et al.,
             2019), at most ``mask_frames`` and ``mask_mels`` wide.
         warp: how far a voice is moved along the mel axis at most (vocal tract length perturbation,
-            Jaitly and Hinton, 2013), as a share.
+            Jaitly and Hinton, 2013), as a share; features ``(B, mels, frames)`` only.
         band_gain: how much louder or quieter a band is made at most (FilterAugment, Nam et al.,
             2022), in units of the features.
     """

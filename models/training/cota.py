@@ -29,7 +29,7 @@ from tinygiant.runtime.tokenizer import Tokenizer
 from ..checkpoint import TOKENIZER_FILE, load, load_config, save
 from ..parts import Parts, assemble
 from ..tinygiant import TinyGiantALM
-from .loop import LoopConfig
+from .loop import LoopConfig, recipe_table
 from .reasoning import ReasoningTask, Sample, train_reasoning
 from .world_set import END_OF_TURN
 
@@ -168,15 +168,13 @@ def recipe_task(settings: Mapping[str, Any], n_samples: int, seed: int) -> Reaso
         UsageError: the recipe has fields it should not have, or lacks some.
     """
     fields = dict(settings)
-    try:
+    with recipe_table("reasoning"):
         batch = fields["batch_size"] * fields["accumulate"]
         steps = math.ceil(fields.pop("epochs") * n_samples / batch)
         warmup = max(1, round(fields.pop("warmup_fraction") * steps))
         own = {f.name for f in dataclasses.fields(ReasoningTask)} - {"loop", "draw_ahead"}
         task_fields = {name: fields.pop(name) for name in own}
         loop = LoopConfig(steps=steps, warmup_steps=warmup, seed=seed, **fields)
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"the recipe's [reasoning] table does not fit: {error}") from error
     return ReasoningTask(loop=loop, **task_fields)
 
 

@@ -14,8 +14,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tinygiant.runtime.errors import CheckpointError, StorageError, TinyGiantError
+from tinygiant.runtime.errors import CheckpointError, StorageError, TinyGiantError, UsageError
 
-__all__ = ["LoopConfig", "ParameterGroup", "train"]
+__all__ = ["LoopConfig", "ParameterGroup", "recipe_table", "train"]
 
 Precision = Literal["auto", "float32", "bfloat16"]
 STATE_FILE = "state.pt"
@@ -54,6 +54,21 @@ class LoopConfig:
     log_every: int = 20
     save_every: int = 200
     evaluate_every: int = 500
+
+
+@contextmanager
+def recipe_table(name: str) -> Iterator[None]:
+    """What is made of a recipe's table inside is told if the table does not fit.
+
+    Raises:
+        UsageError: the table lacks a setting, or has an unknown one.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise UsageError(f"recipe: [{name}] has no {error.args[0]!r}") from error
+    except TypeError as error:
+        raise UsageError(f"recipe: [{name}] {str(error).partition('() ')[2] or error}") from error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinygiant.runtime.config import QuestionKind, Scope
-from tinygiant.runtime.errors import TinyGiantError, UsageError
+from tinygiant.runtime.errors import TinyGiantError
 from tinygiant.runtime.tokenizer import Tokenizer
 
 from ..checkpoint import TOKENIZER_FILE, load, load_component, load_config, save
@@ -34,7 +33,7 @@ from ..world.dataset import build as build_world
 from ..world.scene import LONGEST_S, SHORTEST_S
 from .augmentation import Augmentation
 from .encoders import EncoderTask, pretrain_encoder
-from .loop import LoopConfig
+from .loop import LoopConfig, recipe_table
 from .reasoning import ReasoningTask, train_reasoning
 from .streams import cache_streams
 from .tokenizer import train_tokenizer
@@ -167,45 +166,41 @@ def train_nano(run: NanoRun) -> Path:
 
 
 def _check_recipe(run: NanoRun) -> None:
-    """Refuse a recipe with a table that lacks something or has something unknown."""
-    tables: dict[str, Callable[[], object]] = {
-        stage: partial(_reasoning_task, run, stage) for stage in _STAGES if stage in run.recipe
-    }
+    """Make every task of the recipe, so that a table that does not fit is told at once."""
     if run.encoders is None:
-        tables |= {f"encoders.{name}": partial(_encoder_task, run, name) for name in ENCODERS}
-    for table, task in tables.items():
-        try:
-            task()
-        except KeyError as error:
-            raise UsageError(f"recipe: [{table}] has no {error.args[0]!r}") from error
-        except TypeError as error:
-            raise UsageError(f"recipe: [{table}] {str(error).partition('() ')[2]}") from error
+        for name in ENCODERS:
+            _encoder_task(run, name)
+    for stage in _STAGES:
+        if stage in run.recipe:
+            _reasoning_task(run, stage)
 
 
 def _reasoning_task(run: NanoRun, stage: str) -> tuple[dict[str, Any], ReasoningTask]:
     """How a stage draws its questions, and how it learns from them."""
     settings = dict(run.recipe[stage])
     asked = {name: settings.pop(name) for name in _STAGES[stage].options if name in settings}
-    return asked, ReasoningTask(
-        batch_size=settings.pop("batch_size"),
-        projector_learning_rate=settings.pop("projector_learning_rate"),
-        decoder_learning_rate=settings.pop("decoder_learning_rate"),
-        draw_ahead=settings.pop("draw_ahead", 1),
-        loop=LoopConfig(seed=run.seed, **settings),
-    )
+    with recipe_table(stage):
+        return asked, ReasoningTask(
+            batch_size=settings.pop("batch_size"),
+            projector_learning_rate=settings.pop("projector_learning_rate"),
+            decoder_learning_rate=settings.pop("decoder_learning_rate"),
+            draw_ahead=settings.pop("draw_ahead", 1),
+            loop=LoopConfig(seed=run.seed, **settings),
+        )
 
 
 def _encoder_task(run: NanoRun, name: str) -> tuple[int | None, EncoderTask]:
     """How many clips an encoder learns from, and how."""
-    settings = dict(run.recipe["encoders"][name])
-    n_clips = settings.pop("clips", None)
-    return n_clips, EncoderTask(
-        component=name,
-        batch_size=settings.pop("batch_size"),
-        learning_rate=settings.pop("learning_rate"),
-        augmentation=Augmentation(**settings.pop("augmentation", {})),
-        loop=LoopConfig(seed=run.seed, **settings),
-    )
+    with recipe_table(f"encoders.{name}"):
+        settings = dict(run.recipe["encoders"][name])
+        n_clips = settings.pop("clips", None)
+        return n_clips, EncoderTask(
+            component=name,
+            batch_size=settings.pop("batch_size"),
+            learning_rate=settings.pop("learning_rate"),
+            augmentation=Augmentation(**settings.pop("augmentation", {})),
+            loop=LoopConfig(seed=run.seed, **settings),
+        )
 
 
 def pretrain(run: NanoRun, name: str) -> None:
