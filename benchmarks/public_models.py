@@ -2,13 +2,15 @@
 
     python -m benchmarks.public_models graft CHECKPOINT LANGUAGE_MODEL OUT
     python -m benchmarks.public_models compare FAMILY CHECKPOINT --tokenizer FILE
-        --bundle DIR [DIR ...] [--seconds 10] [--rounds 5] [--new-tokens 64] [--save NAME]
+        --bundle DIR [DIR ...] [--original CLONE [--original-python PYTHON]]
+        [--seconds 10] [--rounds 5] [--new-tokens 64] [--save NAME]
 
 ``compare`` asks each bundle, and the checkpoint in PyTorch, the same question about clips of noise,
-by turns, each in a process of its own. PyTorch's path is the original's: float32, the encoder and
-the mapper as modules, transformers' Llama with a cache of keys and values; features are ours for
-both. A second question about the same clip follows each. Figures are medians, ratios those of the
-rounds. The last line printed is JSON.
+by turns, each in a process of its own. PyTorch's path is the best that its users could write:
+float32, encoder and mapper as modules, a clip heard once, transformers' Llama with a cache of keys
+and values and the logits of one position; features are ours for both. With ``--original``, Mellow's
+own code takes part too (:mod:`benchmarks.original_mellow`). A second question about the same clip
+follows each. Figures are medians, ratios those of the rounds. The last line printed is JSON.
 
 ``graft`` puts the real language model that ``benchmarks.quality_models extract`` wrote in place of
 a checkpoint's decoder. A checkpoint of seeded random weights then has a decoder that a gate on
@@ -27,11 +29,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.original_mellow import OriginalMellow
 from benchmarks.peer_workers import serve
 from benchmarks.report import command_line, write_result
 from benchmarks.turns import (
@@ -56,6 +59,7 @@ Round = dict[str, Any]
 _RATE_HZ = 44_100
 _QUESTIONS = ("What can be heard in this recording?", "Is there music?")
 _TORCH = "PyTorch"
+_ORIGINAL = "original code"
 
 
 def graft(checkpoint: Path, language_model: Path, target: Path) -> None:
@@ -189,10 +193,17 @@ class _BundleModel:
         return times.first_token_s, each_s * (n_tokens - 1)
 
 
+class _Asked(Protocol):
+    """What a worker asks."""
+
+    def ask(self, clip: Any, question: str, n_tokens: int) -> tuple[float, float]:
+        """Seconds to the first token, and of the others. ``clip`` is None for the last one."""
+
+
 class _Worker:
     """One round: a new clip and a question, then another question about it."""
 
-    def __init__(self, model: _TorchModel | _BundleModel, options: argparse.Namespace) -> None:
+    def __init__(self, model: _Asked, options: argparse.Namespace) -> None:
         self._model, self._options = model, options
 
     def round(self, request: Round) -> Round:
@@ -207,7 +218,10 @@ class _Worker:
 def summarize(
     rounds: Mapping[str, Sequence[Round]], new_tokens: int, memory: Mapping[str, int]
 ) -> list[Round]:
-    """A row an engine: medians, and ratios to PyTorch's (below 1 is sooner, or smaller)."""
+    """A row an engine: medians, and ratios to PyTorch's (below 1 is sooner, or smaller).
+
+    Where the original's code took part, also the ratio of the first token to that one's.
+    """
     rows = []
     for name, of in rounds.items():
         row: Round = {"name": name, "peak_rss_bytes": memory[name]}
@@ -216,6 +230,11 @@ def summarize(
             row[key] = statistics.median(times)
             row[f"{key.removesuffix('_s')}_of_torch"] = median_ratio(
                 times, [one[key] for one in rounds[_TORCH]]
+            )
+        if _ORIGINAL in rounds:
+            row["first_token_of_original"] = median_ratio(
+                [one["first_token_s"] for one in of],
+                [one["first_token_s"] for one in rounds[_ORIGINAL]],
             )
         row["tokens_per_s"] = statistics.median((new_tokens - 1) / one["rest_s"] for one in of)
         row["tokens_per_s_of_torch"] = median_ratio(
@@ -227,15 +246,21 @@ def summarize(
 
 
 def _compare(options: argparse.Namespace) -> Round:
-    named = {_TORCH: None} | {Path(bundle).name: bundle for bundle in options.bundle}
+    if options.original and options.family != "mellow":
+        raise UsageError(f"--original: only Mellow's code is known here, not {options.family}'s")
+    # An engine's name, its Python, and what its worker is told besides.
+    engines: dict[str, tuple[str, list[str]]] = {_TORCH: (sys.executable, [])}
+    if options.original:
+        engines[_ORIGINAL] = (options.original_python, ["--original", str(options.original)])
+    for bundle in options.bundle:
+        engines[Path(bundle).name] = (sys.executable, ["--bundle", bundle])
     common = ["--tokenizer", str(options.tokenizer), "--threads", str(options.threads)]
     common += ["--seconds", str(options.seconds), "--new-tokens", str(options.new_tokens)]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         workers = {}
-        for name, bundle in named.items():
-            command = [sys.executable, "-m", "benchmarks.public_models", "worker", options.family]
-            command += [str(options.checkpoint), *common]
-            command += [] if bundle is None else ["--bundle", bundle]
+        for name, (python, more) in engines.items():
+            command = [python, "-m", "benchmarks.public_models", "worker", options.family]
+            command += [str(options.checkpoint), *common, *more]
             log = Path(scratch) / f"{name}.txt"
             workers[name] = WorkerProcess(command, log, options.threads, timeout_s=600)
             stack.callback(workers[name].close)
@@ -269,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             graft(options.checkpoint, options.language_model, options.target)
             return 0
         if options.command == "worker":
-            kind: Callable[..., Any] = _BundleModel if options.bundle else _TorchModel
+            kind: Callable[..., _Asked] = _BundleModel if options.bundle else _TorchModel
+            kind = OriginalMellow if options.original else kind
             serve(lambda: _Worker(kind(options), options), sys.stdin.readline, _write)
             return 0
         data = _compare(options)
@@ -300,6 +326,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("checkpoint", type=Path)
         command.add_argument("--tokenizer", type=Path, required=True)
         command.add_argument("--bundle", nargs="+", default=[])
+        command.add_argument("--original", type=Path, metavar="CLONE")
+        command.add_argument("--original-python", metavar="PYTHON", default=sys.executable)
         command.add_argument("--seconds", type=float, default=10.0)
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--new-tokens", type=int, default=64)
@@ -318,17 +346,25 @@ def _table(data: Round) -> str:
         f"{data['rounds']} rounds",
         *surroundings_lines(data),
         "",
-        "| engine | MB | first token | of PyTorch's | second question | of PyTorch's | tokens/s "
-        "| x PyTorch's | peak RSS, MB |",
-        "|---" * 9 + "|",
+        "| engine | MB | first token | of PyTorch's | of the original's | second question "
+        "| of PyTorch's | tokens/s | x PyTorch's | peak RSS, MB |",
+        "|---" * 10 + "|",
     ]
     for row in data["rows"]:
-        lines.append(
-            f"| {row['name']} | {row['size_bytes'] / 1e6:.0f} | {row['first_token_s']:.3f} s "
-            f"| {row['first_token_of_torch']:.2f} | {row['second_question_s']:.3f} s "
-            f"| {row['second_question_of_torch']:.2f} | {row['tokens_per_s']:.1f} "
-            f"| {row['tokens_per_s_of_torch']:.2f} | {row['peak_rss_bytes'] / 1e6:.0f} |"
+        of_original = row.get("first_token_of_original")
+        cells = (
+            row["name"],
+            f"{row['size_bytes'] / 1e6:.0f}",
+            f"{row['first_token_s']:.3f} s",
+            f"{row['first_token_of_torch']:.2f}",
+            "" if of_original is None else f"{of_original:.2f}",
+            f"{row['second_question_s']:.3f} s",
+            f"{row['second_question_of_torch']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['tokens_per_s_of_torch']:.2f}",
+            f"{row['peak_rss_bytes'] / 1e6:.0f}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

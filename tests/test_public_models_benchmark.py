@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import public_models
+from benchmarks.original_mellow import OriginalMellow
 from tinygiant.runtime.errors import UsageError
 
 
@@ -69,3 +71,28 @@ def test_ratios_are_those_of_the_rounds() -> None:
     assert ours["tokens_per_s"] == pytest.approx(9 / (9 * 0.9))
     assert ours["tokens_per_s_of_torch"] == 4.0
     assert ours["peak_rss_of_torch"] == 0.25
+
+
+def test_the_originals_code_is_a_second_measure() -> None:
+    def rounds(*first_s: float) -> list[dict[str, float]]:
+        return [{"first_token_s": s, "rest_s": 9 * s, "second_question_s": s / 2} for s in first_s]
+
+    rows = public_models.summarize(
+        {"PyTorch": rounds(1.0, 2.0), "original code": rounds(2.0, 4.0), "int8": rounds(0.5, 1.0)},
+        new_tokens=10,
+        memory={"PyTorch": 800, "original code": 900, "int8": 200},
+    )
+    assert [row["first_token_of_original"] for row in rows] == [0.5, 1.0, 0.25]
+    assert [row["first_token_of_torch"] for row in rows] == [1.0, 2.0, 0.5]
+
+
+def test_a_folder_that_is_no_clone_of_the_original_is_told(tmp_path: Path) -> None:
+    options = argparse.Namespace(threads=1, original=tmp_path)
+    with pytest.raises(UsageError, match=r"clone of github.com/soham97/mellow"):
+        OriginalMellow(options)
+
+
+def test_only_mellows_own_code_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "mizar", "m.ckpt", "--tokenizer", "t.json", "--original", "clone"]
+    assert public_models.main(command) == 2
+    assert "only Mellow's code is known" in capsys.readouterr().err
