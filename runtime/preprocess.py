@@ -24,6 +24,9 @@ __all__ = ["Chunk", "chunks_s", "n_chunks", "preprocess"]
 
 Array = NDArray[np.float32]
 
+# Longer than any resampler rings.
+_RING_S = 0.1
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
@@ -101,9 +104,11 @@ def _features(samples: Array, features: Features, n_frames: int) -> Array:
     before_hz, *others = _rates(features)
     if others and isinstance(features, LogMel) and features.padding == "zeros":
         # The silence behind a short clip goes the whole way too: there, the resampler rings out.
+        # What comes later is silence at any rate.
         length = (n_frames - features.last_frame) * features.hop_length
         length = length * before_hz // features.sampling_rate_hz
-        samples = np.pad(samples, (0, max(0, length - samples.size)))
+        silence = min(length - samples.size, round(_RING_S * before_hz))
+        samples = np.pad(samples, (0, max(0, silence)))
     for rate_hz in others:
         samples = _resampled(samples, features.resampler, before_hz, rate_hz)
         before_hz = rate_hz
