@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import sys
 import tempfile
 import time
@@ -45,8 +46,8 @@ class OriginalMellow:
         torch.set_num_threads(options.threads)
         sys.path.insert(0, str(options.original.resolve()))
         try:
-            from mellow import wrapper
-            from mellow.model import decoder
+            wrapper = importlib.import_module("mellow.wrapper")
+            decoder = importlib.import_module("mellow.model.decoder")
         except ImportError as error:
             raise UsageError(
                 f"{options.original}: Mellow's code cannot be imported ({error}); expected a clone "
