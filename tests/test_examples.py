@@ -1,12 +1,13 @@
-"""What examples/README.md shows is what the installed model prints."""
+"""What examples/README.md, docs/usage.md and docs/batch.md show is what the model here prints."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from tests.examples import README, expected, printed, without_times
+from tests.examples import DOCUMENTS, README, as_shown, comparable, expected, furnish, printed
 
 SHOWN = expected(README.read_text(encoding="utf-8"))
 
@@ -34,4 +35,36 @@ def test_the_first_minute_of_the_front_page_is_taken_from_there() -> None:
 @pytest.mark.parametrize(("command", "shown"), SHOWN, ids=[command for command, _ in SHOWN])
 def test_the_command_prints_what_is_shown(command: str, shown: str) -> None:
     assert shown
-    assert without_times(printed(command)) == without_times(shown)
+    assert comparable(printed(command)) == comparable(shown)
+
+
+IN_DOCS = [
+    pytest.param(command, shown, id=command)
+    for document in DOCUMENTS[1:]
+    for command, shown in expected(document.read_text(encoding="utf-8"))
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands of docs/ leave is there for those after them."""
+    made = tmp_path_factory.mktemp("docs")
+    furnish(made)
+    return made
+
+
+@pytest.mark.parametrize(("command", "shown"), IN_DOCS)
+def test_the_command_in_docs_prints_what_is_shown(folder: Path, command: str, shown: str) -> None:
+    """usage.md once showed the answers of a model before."""
+    assert comparable(as_shown(printed(command, folder), shown)) == comparable(shown)
+
+
+def test_docs_are_compared_by_what_matters() -> None:
+    assert comparable("listened in 0.5 s, 99.1 % tiger") == comparable(
+        "listened in 2 s, 9.8 % tiger"
+    )
+    assert comparable("0.5 % tiger") != comparable("0.5 % lion")
+    assert comparable('"x": [0.1, 0.25') == comparable('"x": [-0.125, 0.1, 0.')
+    assert comparable("3 birds") != comparable("4 birds")
+    assert as_shown("a\nb\nc", "a\n...") == "a\n..."
+    assert as_shown("a\nb", "a") == "a\nb"
