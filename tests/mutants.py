@@ -383,6 +383,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     Mutant(
+        "training: a short caption is given as often as a long one",
+        "models/training/world_set.py",
+        "self._taken = np.cumsum(1 + events**2)",
+        "self._taken = np.cumsum(1 + 0 * events)",
+        ("tests/test_nano_training.py::test_a_clip_of_more_events_gives_its_caption_more_often",),
+    ),
+    Mutant(
         "training: melodies are moved as voices are",
         "models/training/augmentation.py",
         "if rng.random() < 0.5 or b in melodies:",

@@ -209,6 +209,35 @@ def test_a_given_caption_is_another_clip_s_and_is_not_learnt(run: Path) -> None:
     assert {plain.sample(k, np.random.default_rng(k)).given for k in range(20)} == {(0, 0)}
 
 
+def test_a_clip_of_more_events_gives_its_caption_more_often(run: Path) -> None:
+    """Half of the errors about long clips stood under a caption without a fault."""
+    from tinygiant.models.config import preset
+    from tinygiant.models.training.streams import CachedStreams
+    from tinygiant.models.training.world_set import WorldFormsSet
+    from tinygiant.models.world.dataset import WorldDataset
+    from tinygiant.models.world.scene import timeline
+    from tinygiant.models.world.thought import describe
+    from tinygiant.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_file(run / "tokenizer.json")
+    world = WorldDataset(run / "world" / "train")
+    streams = CachedStreams(run / "streams" / "train")
+    forms = WorldFormsSet(world, streams, tokenizer, preset("nano").runtime, given=1.0)
+    weights: Counter[str] = Counter()
+    for scene in map(world.scene, range(len(world))):
+        weights[describe(scene)] += 1 + len(timeline(scene)) ** 2
+    assert len(set(weights.values())) > 3
+    taken: Counter[str] = Counter()
+    for draw in range(1_000):
+        sample = forms.sample(0, np.random.default_rng(draw))
+        caption = tokenizer.decode(sample.response_ids[slice(*sample.given)])
+        taken[caption.removesuffix("</CAPTION>\n")] += 1
+    for caption, weight in weights.items():
+        share = weight / weights.total()
+        deviation = (share * (1 - share) / 1_000) ** 0.5
+        assert abs(taken[caption] / 1_000 - share) < 4 * deviation, caption
+
+
 def test_an_ablation_takes_over_encoders_and_decoder(
     run: Path, tmp_path: Path, without_engines: None
 ) -> None:

@@ -146,7 +146,8 @@ class WorldFormsSet(WorldReasoningSet):
 
     A model that hears while it reasons answers from what it hears once more, not from what it wrote
     down, and the two differ. So in the share ``given`` of the thoughts the caption is another
-    clip's: it is read, not learnt, and what follows from it is.
+    clip's: it is read, not learnt, and what follows from it is. A clip is taken for this the more
+    often the more is heard in it, since short captions leave little to read.
     """
 
     def __init__(
@@ -162,6 +163,8 @@ class WorldFormsSet(WorldReasoningSet):
         self._first = first_clip
         self._given = given
         self._scenes = [dataset.scene(clip) for clip in range(first_clip, len(dataset))]
+        events = np.array([len(timeline(scene)) for scene in self._scenes])
+        self._taken = np.cumsum(1 + events**2)
 
     def __len__(self) -> int:
         return len(self._scenes) * len(_FORMS)
@@ -181,7 +184,8 @@ class WorldFormsSet(WorldReasoningSet):
         form, scene = _FORMS[which], self._scenes[number]
         given = form.think and bool(rng.random() < self._given)
         if given:
-            scene = self._scenes[rng.integers(len(self._scenes))]
+            drawn = rng.integers(self._taken[-1])
+            scene = self._scenes[int(np.searchsorted(self._taken, drawn, side="right"))]
         kinds = list(FORMS_WEIGHTS)
         weights = np.array(list(FORMS_WEIGHTS.values()))
         for kind in rng.choice(kinds, size=len(kinds), replace=False, p=weights / weights.sum()):
