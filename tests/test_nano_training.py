@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.world_stub import ToneBanks
-from tinygiant.models.checkpoint import load, load_config
+from tinygiant.models.checkpoint import load, load_config, save
 from tinygiant.models.tinygiant import TinyGiantALM
 from tinygiant.models.training.cli import main
 from tinygiant.models.world import dataset
@@ -309,3 +310,73 @@ def test_a_wrong_start_is_told_before_any_work(
     error = capsys.readouterr().err
     assert line in error and len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def others(run: Path, tmp_path: Path) -> list[Path]:
+    """Two checkpoints whose every weight is 0.25 and 1 above the run's."""
+    made = []
+    for number, more in enumerate((0.25, 1.0)):
+        model = load(run / "checkpoint")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += more
+        made.append(tmp_path / f"other-{number}")
+        save(model, made[-1], tokenizer=run / "tokenizer.json")
+    return made
+
+
+def test_an_average_is_the_mean_of_projectors_and_decoders(
+    run: Path, others: list[Path], tmp_path: Path
+) -> None:
+    first = run / "checkpoint"
+    assert main(["average", str(first), *map(str, others), "-o", str(tmp_path / "mean")]) == 0
+    start, mean = load(first), load(tmp_path / "mean")
+    assert _same(start.whisper, mean.whisper) and _same(start.htsat, mean.htsat)
+    for part in ("projector", "decoder"):
+        theirs = dict(getattr(mean, part).named_parameters())
+        for name, weight in getattr(start, part).named_parameters():
+            torch.testing.assert_close(theirs[name], weight + 1.25 / 3, rtol=0, atol=1e-6)
+    assert (tmp_path / "mean" / "tokenizer.json").read_bytes() == (
+        run / "tokenizer.json"
+    ).read_bytes()
+    assert load_config(tmp_path / "mean") == load_config(first)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "told"),
+    [
+        (lambda other: shutil.rmtree(other), 6, "no such folder"),
+        (lambda other: (other / "tokenizer.json").unlink(), 6, "it lacks tokenizer.json"),
+        (lambda other: (other / "tokenizer.json").write_text("{}"), 2, "of another tokenizer"),
+        (
+            lambda other: (other / "config.json").write_text(
+                (other / "config.json").read_text().replace('"longest_s": 29.0', '"longest_s": 9.0')
+            ),
+            2,
+            "of another configuration",
+        ),
+    ],
+)
+def test_what_cannot_be_averaged_is_told(
+    run: Path,
+    others: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    code: int,
+    told: str,
+) -> None:
+    spoil(others[1])
+    command = ["average", *map(str, (run / "checkpoint", *others)), "-o", str(tmp_path / "mean")]
+    assert main(command) == code
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not (tmp_path / "mean").exists()
+
+
+def test_one_checkpoint_is_no_average(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["average", str(run / "checkpoint"), "-o", str(tmp_path / "mean")]) == 2
+    assert "at least two" in capsys.readouterr().err

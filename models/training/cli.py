@@ -1,7 +1,8 @@
 """``tg-train``: make checkpoints.
 
 ``tg-train nano`` makes the small model from nothing; ``tg-train cota`` trains a full model's
-projector and decoder by the paper's recipe on data of CoTA's format.
+projector and decoder by the paper's recipe on data of CoTA's format; ``tg-train average`` makes
+the mean of several runs.
 """
 
 from __future__ import annotations
@@ -96,6 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     nano.set_defaults(run=_nano)
 
+    average = commands.add_parser(
+        "average", help="a checkpoint whose projector and decoder are the mean of several runs'"
+    )
+    average.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT",
+        help="two or more of one configuration; the encoders are those of the first",
+    )  # fmt: skip
+    average.add_argument("--out", "-o", type=Path, required=True, help="the checkpoint to write")
+    average.set_defaults(run=_average, threads=1)
+
     cota = commands.add_parser(
         "cota",
         parents=[common],
@@ -188,6 +199,13 @@ def _encoder(options: argparse.Namespace) -> None:
         start=options.start,
     )
     pretrain(run, options.component)
+
+
+def _average(options: argparse.Namespace) -> None:
+    from .average import average
+
+    average(options.checkpoints, options.out)
+    print(options.out)
 
 
 def _cota(options: argparse.Namespace) -> None:
