@@ -116,8 +116,9 @@ def surroundings(runners: Iterable[Runner]) -> dict[str, Any]:
     """For a result: what else the machine did while ``runners`` ran.
 
     ``others_cores``: the most cores that other programs used in a round. ``cores_apart``: the least
-    and the most nanoseconds between the processors, how many rounds did not count because they lay
-    apart, and how many count although they were moved.
+    and the most nanoseconds between the processors, how many rounds counted, which may be fewer than
+    were asked for, how many did not because they lay apart, and how many count although they were
+    moved.
     """
     of = [*runners]
     if not of:
@@ -129,6 +130,7 @@ def surroundings(runners: Iterable[Runner]) -> dict[str, Any]:
         "cores_apart": {
             "least_ns": min(seen, default=0.0),
             "most_ns": max(seen, default=0.0),
+            "rounds_counted": n_near or n_rounds,
             "rounds_not_counted": n_rounds - n_near if n_near else 0,
             "rounds_moved": 0 if n_near else n_rounds,
         },
@@ -145,7 +147,7 @@ def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         "cores_apart": {
             "least_ns": min(first["least_ns"], second["least_ns"]),
             "most_ns": max(first["most_ns"], second["most_ns"]),
-            **{key: first[key] + second[key] for key in ("rounds_not_counted", "rounds_moved")},
+            **{key: first[key] + second[key] for key in first if key.startswith("rounds_")},
         },
     }
 
@@ -160,7 +162,7 @@ def surroundings_lines(data: Mapping[str, Any]) -> list[str]:
         )
     apart = data.get("cores_apart", {})
     for key, what in (
-        ("rounds_not_counted", "rounds did not count"),
+        ("rounds_not_counted", f"rounds did not count, {apart.get('rounds_counted')} did"),
         ("rounds_moved", "rounds are NOT A COMPARISON, run them again"),
     ):
         if apart.get(key):
