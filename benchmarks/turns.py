@@ -116,9 +116,9 @@ def surroundings(runners: Iterable[Runner]) -> dict[str, Any]:
     """For a result: what else the machine did while ``runners`` ran.
 
     ``others_cores``: the most cores that other programs used in a round. ``cores_apart``: the least
-    and the most nanoseconds between the processors, how many rounds counted, which may be fewer than
-    were asked for, how many did not because they lay apart, and how many count although they were
-    moved.
+    and the most nanoseconds between the processors, how many rounds counted (which may be fewer
+    than were asked for), how many did not because they lay apart, and how many count although they
+    were moved.
     """
     of = [*runners]
     if not of:
