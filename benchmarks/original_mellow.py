@@ -76,19 +76,13 @@ class OriginalMellow:
             lambda *_: steps_s.append(time.perf_counter())
         )
         start_s = time.perf_counter()
-        self.text(self._path, question, _FEW)
+        with contextlib.redirect_stdout(sys.stderr):
+            example = [str(self._path), str(self._path), question]
+            self._model.generate([example], _FEW, top_p=0.8, temperature=1.0, stop_token=_NEVER)
         hook.remove()
         # A step begins when the token before it is there.
         each_s = (steps_s[-1] - steps_s[1]) / (len(steps_s) - 2)
         return steps_s[1] - start_s, each_s * (n_tokens - 1)
-
-    def text(self, path: Path, question: str, n_tokens: int) -> str:
-        """What the original writes about a WAV file."""
-        with contextlib.redirect_stdout(sys.stderr):
-            found: list[str] = self._model.generate(
-                [[str(path), str(path), question]], n_tokens, 0.8, 1.0, _NEVER
-            )
-        return found[0]
 
 
 def _stay_offline(wrapper: Any, decoder: Any, options: argparse.Namespace) -> None:

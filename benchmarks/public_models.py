@@ -294,8 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             graft(options.checkpoint, options.language_model, options.target)
             return 0
         if options.command == "worker":
-            kind: Callable[..., _Asked] = _BundleModel if options.bundle else _TorchModel
-            kind = OriginalMellow if options.original else kind
+            kind: Callable[..., _Asked] = _TorchModel
+            if options.original:
+                kind = OriginalMellow
+            elif options.bundle:
+                kind = _BundleModel
             serve(lambda: _Worker(kind(options), options), sys.stdin.readline, _write)
             return 0
         data = _compare(options)

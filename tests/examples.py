@@ -1,7 +1,7 @@
 """``python -m tests.examples``: run every ``$`` command of the documents below and compare.
 
-What a command prints, to either stream, must be what the document shows, but for times and the
-fractions of numbers. ``--write`` puts what is printed there instead.
+What a command prints, to either stream, must be what the document shows, but for times and JSON's
+numbers with a fraction. ``--write`` puts what is printed there instead.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def printed(command: str, folder: Path = ROOT) -> str:
 def comparable(text: str) -> str:
     """The text without what no two runs share.
 
-    Durations, and what follows from them, are one letter, and so are numbers with a fraction; a
-    list of these that was cut off ends where it begins.
+    Durations, and what follows from them, are one letter, and so are JSON's numbers with a
+    fraction; a list of these that was cut off ends where it begins. Percentages stay.
     """
     text = re.sub(r"\d+(\.\d+)? ?(ms|s)\b", "T", text)
     text = re.sub(r"\d+(\.\d+)?(?= a second)", "N", text)
-    text = re.sub(r"-?\d+\.\d+(e-?\d+)?", "F", text)
+    text = re.sub(r"-?\d+\.\d+(e-?\d+)?\b(?! %)", "F", text)
     return re.sub(r"\[(F|[\d., -])+$", "[", text, flags=re.MULTILINE)
 
 

@@ -385,8 +385,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "training: a short caption is given as often as a long one",
         "models/training/world_set.py",
-        "self._taken = np.cumsum(1 + events**2)",
-        "self._taken = np.cumsum(1 + 0 * events)",
+        "self._taken = np.cumsum(1 + self._events**2)",
+        "self._taken = np.cumsum(1 + 0 * self._events)",
         ("tests/test_nano_training.py::test_a_clip_of_more_events_gives_its_caption_more_often",),
     ),
     Mutant(

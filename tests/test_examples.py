@@ -60,9 +60,8 @@ def test_the_command_in_docs_prints_what_is_shown(folder: Path, command: str, sh
 
 
 def test_docs_are_compared_by_what_matters() -> None:
-    assert comparable("listened in 0.5 s, 99.1 % tiger") == comparable(
-        "listened in 2 s, 9.8 % tiger"
-    )
+    assert comparable("listened in 0.5 s") == comparable("listened in 2 s")
+    assert comparable("99.1 % tiger") != comparable("99.2 % tiger")
     assert comparable("0.5 % tiger") != comparable("0.5 % lion")
     assert comparable('"x": [0.1, 0.25') == comparable('"x": [-0.125, 0.1, 0.')
     assert comparable("3 birds") != comparable("4 birds")

@@ -32,13 +32,14 @@ def average(checkpoints: Sequence[Path], target: Path) -> None:
         CheckpointError: a folder is no checkpoint.
         StorageError: ``target`` cannot be written.
     """
+    if len(checkpoints) < 2:
+        raise UsageError("name at least two checkpoints to average")
     first, *others = checkpoints
-    if not others:
-        raise UsageError("one checkpoint given; name at least two to average")
+    config, tokenizer = load_config(first), (first / TOKENIZER_FILE).read_bytes()
     for other in others:
-        if load_config(other) != load_config(first):
+        if load_config(other) != config:
             raise UsageError(f"{other}: of another configuration than {first}; average runs of one")
-        if (other / TOKENIZER_FILE).read_bytes() != (first / TOKENIZER_FILE).read_bytes():
+        if (other / TOKENIZER_FILE).read_bytes() != tokenizer:
             raise UsageError(f"{other}: of another tokenizer than {first}; average runs of one")
     model = load(first)
     for number, other in enumerate(others, start=2):

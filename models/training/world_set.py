@@ -163,15 +163,15 @@ class WorldFormsSet(WorldReasoningSet):
         self._first = first_clip
         self._given = given
         self._scenes = [dataset.scene(clip) for clip in range(first_clip, len(dataset))]
-        events = np.array([len(timeline(scene)) for scene in self._scenes])
-        self._taken = np.cumsum(1 + events**2)
+        self._events = np.array([len(timeline(scene)) for scene in self._scenes])
+        self._taken = np.cumsum(1 + self._events**2)
 
     def __len__(self) -> int:
         return len(self._scenes) * len(_FORMS)
 
     def lengths(self) -> Sequence[int]:
         """Audio rows, a prompt, and a thought where there is one."""
-        thoughts = [8 * len(timeline(scene)) + 90 for scene in self._scenes]
+        thoughts = (8 * self._events + 90).tolist()
         return [
             self._streams.n_tokens(self._first + n) + 50 + (thought if form.think else 0)
             for n, thought in enumerate(thoughts)
